@@ -1,0 +1,24 @@
+"""AVG-LLaVA: a large multimodal model that picks its visual granularity from the image and the instruction."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
+from avg_llava.model.loading import CheckpointError, build_from_backbones, load, load_model
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, AvgLlavaOutput
+from avg_llava.model.processing import AvgLlavaProcessor
+
+AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(AvgLlavaConfig, AvgLlavaProcessor, exist_ok=True)
+
+__all__ = [
+    "AvgLlavaConfig",
+    "AvgLlavaForConditionalGeneration",
+    "AvgLlavaOutput",
+    "AvgLlavaProcessor",
+    "CheckpointError",
+    "RouterConfig",
+    "build_from_backbones",
+    "load",
+    "load_model",
+]

@@ -1,0 +1,1 @@
+"""The AVG-LLaVA model: LLaVA-NeXT with a granularity scaler and a granularity router."""

@@ -1,0 +1,103 @@
+"""Anyres geometry: which canvas an image is fitted to, its crops, and the tokens that remain after unpadding.
+
+Sizes are (height, width) in pixels. A canvas of (rows, columns) tiles is preceded by one overview crop. At a level whose
+crop grid is R x K, the tiles of a canvas form one map of rows*R x columns*K tokens; unpadding keeps a window of it, and
+every row of the window ends in one newline token. Pure functions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.scaler import token_grid
+
+
+class Window(NamedTuple):
+    """The part of a token map that unpadding keeps: rows top..bottom and columns left..right, ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the window with one newline token at the end of each row."""
+        return (self.bottom - self.top) * (self.right - self.left + 1)
+
+
+def select_canvas(image_size: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The (height, width) of `pinpoints` that keeps most of the image, then wastes least; ties go to the first listed.
+
+    Same rule as LLaVA's `select_best_resolution`. The order of `pinpoints` is what differs between the original code and
+    transformers, and it decides for images no larger than one crop (see `AvgLlavaConfig`).
+    """
+    height, width = image_size
+    if height < 1 or width < 1:
+        raise ValueError(f"image size must be positive, got {height}x{width} (height x width)")
+
+    def kept_and_wasted(pinpoint: Sequence[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - pinpoint[0] * pinpoint[1]
+
+    best = max(pinpoints, key=kept_and_wasted)  # max keeps the first of equals
+    return best[0], best[1]
+
+
+def canvas_tiles(image_size: Sequence[int], config: AvgLlavaConfig) -> tuple[int, int]:
+    """(rows, columns) of tiles that an image is cut into."""
+    crop = config.vision_config.image_size
+    height, width = select_canvas(image_size, config.image_grid_pinpoints)
+    return height // crop, width // crop
+
+
+def num_crops(image_size: Sequence[int], config: AvgLlavaConfig) -> int:
+    """Crops of an image: the overview and its tiles."""
+    rows, columns = canvas_tiles(image_size, config)
+    return 1 + rows * columns
+
+
+def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> Window:
+    """The window of the tiles' token map that is left when the padding around the image is removed.
+
+    `paper`: the padding is measured once, on the finest map (with transformers' rounding, so that the finest level equals
+    transformers' LLaVA-NeXT), and at coarser levels only tokens that are padding throughout are dropped. Every level
+    therefore keeps what the finest one keeps.
+    `released`: each map is unpadded by comparing its own aspect ratio with the image's, as the published weights were
+    trained. Maps of half-width cells (288 and 72 tokens) lose image content that way.
+    """
+    side = config.num_patches_per_side
+    tile_rows, tile_columns = canvas_tiles(image_size, config)
+    rows, columns = token_grid(side, granularity)
+    map_rows, map_columns = tile_rows * rows, tile_columns * columns
+    if config.behavior == "released":
+        pad_rows, pad_columns = _padding(image_size, map_rows, map_columns, ndigits=None)
+    else:
+        fine_rows, fine_columns = _padding(image_size, tile_rows * side, tile_columns * side, ndigits=7)
+        pad_rows, pad_columns = fine_rows * rows // side, fine_columns * columns // side
+    return Window(pad_rows, map_rows - pad_rows, pad_columns, map_columns - pad_columns)
+
+
+def num_visual_tokens(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> int:
+    """Visual tokens, newlines included, that an image gives the language model at `granularity` tokens per crop."""
+    return granularity + kept_window(image_size, granularity, config).num_tokens
+
+
+def _padding(image_size: Sequence[int], map_rows: int, map_columns: int, ndigits: int | None) -> tuple[int, int]:
+    """Padding rows (at top and bottom each) and columns (left and right each) of a token map with square cells.
+
+    `ndigits` is the rounding before truncation: None as in the original code, 7 as in transformers, which recovers a
+    row where a float falls just short of a whole number (1408x792, say).
+    """
+    height, width = image_size
+
+    def truncated(value: float) -> int:
+        return int(value if ndigits is None else round(value, ndigits))
+
+    if width / height > map_columns / map_rows:
+        return (map_rows - truncated(height * (map_columns / width))) // 2, 0
+    return 0, (map_columns - truncated(width * (map_rows / height))) // 2
+
+
+__all__ = ["Window", "canvas_tiles", "kept_window", "num_crops", "num_visual_tokens", "select_canvas"]

@@ -1,0 +1,123 @@
+"""Configuration of AVG-LLaVA: LLaVA-NeXT's fields plus the granularities, the router and the behaviour switch."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlavaNextConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from avg_llava.model.scaler import granularity_pyramid, token_grid
+
+Behavior = Literal["paper", "released"]
+
+NUM_GRANULARITIES = 5  # the paper's pyramid: four halvings below the tower's own grid
+
+
+@strict
+class RouterConfig(PreTrainedConfig):
+    """Configuration of the granularity router.
+
+    Args:
+        num_text_tokens: Instruction tokens kept by the text filter (k of the paper).
+        num_attention_heads: Heads of the Transformer layer; must divide the language model's width.
+        intermediate_size: Width of the Transformer layer's feed-forward part; None means the language model's width.
+        dropout: Dropout inside the Transformer layer while training.
+    """
+
+    model_type = "avg_llava_router"
+
+    num_text_tokens: int = 32
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    dropout: float = 0.1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_text_tokens < 1:
+            raise ValueError(f"router_config.num_text_tokens must be at least 1, got {self.num_text_tokens}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"router_config.dropout must be in [0, 1), got {self.dropout}")
+
+
+@strict
+class AvgLlavaConfig(LlavaNextConfig):
+    """Configuration of :class:`AvgLlavaForConditionalGeneration`.
+
+    Everything of transformers' `LlavaNextConfig` (vision and text configurations, anyres pinpoints as (height, width)),
+    and:
+
+    Args:
+        granularities: Visual tokens per crop at each level the router may choose, coarse to fine. Each is a level of
+            the pyramid that halves the tower's grid, width first. None means all five levels of the paper.
+        behavior: "paper" or "released", the two meanings of the method: attention of the router over the tokens of a
+            crop or across crops, masked or zero text slots, unpadding in pixel geometry or by the token map's aspect.
+            Published weights need "released".
+        router_config: A :class:`RouterConfig` or its fields.
+        max_sequence_length: Longest sequence, in tokens, after visual tokens are spliced in. Training sequences are cut
+            to it; a longer prompt at inference is refused.
+    """
+
+    model_type = "avg_llava"
+    sub_configs_defaults = {
+        **LlavaNextConfig.sub_configs_defaults,
+        "router_config": SubConfigSpec(config_class=RouterConfig),
+    }
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "router_config": RouterConfig}
+
+    granularities: list[int] | None = None
+    behavior: Behavior = "paper"
+    router_config: dict | PreTrainedConfig | None = None
+    max_sequence_length: int = 4096
+
+    def __post_init__(self, **kwargs):
+        pinpoints = self.image_grid_pinpoints
+        super().__post_init__(**kwargs)
+        crop = self.vision_config.image_size
+        if pinpoints is None:
+            # Both lists name the same canvases. Their order decides ties (images no larger than one crop): the original
+            # code lists (width, height), so the same text read as (height, width) settles ties the other way round.
+            order = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+            if self.behavior == "released":
+                order = [(columns, rows) for rows, columns in order]
+            self.image_grid_pinpoints = [[crop * rows, crop * columns] for rows, columns in order]
+        self.image_grid_pinpoints = [list(pinpoint) for pinpoint in self.image_grid_pinpoints]
+        self.image_seq_length = self.num_patches_per_side**2
+        pyramid = granularity_pyramid(self.num_patches_per_side, NUM_GRANULARITIES)
+        self.granularities = list(self.granularities) if self.granularities is not None else pyramid
+        self._check_vision()
+        self._check_granularities()
+        self._check_router()
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Side of the square grid of tokens that the vision tower gives for one crop (24 for CLIP-L/14 at 336 px)."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def _check_vision(self) -> None:
+        crop, patch = self.vision_config.image_size, self.vision_config.patch_size
+        if crop % patch:
+            raise ValueError(f"vision_config.image_size {crop} is not a multiple of its patch_size {patch}")
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "AVG-LLaVA pools a square grid of patches, so vision_feature_select_strategy must be 'default' "
+                f"(class token dropped), got {self.vision_feature_select_strategy!r}"
+            )
+        for pinpoint in self.image_grid_pinpoints:
+            if len(pinpoint) != 2 or any(side < crop or side % crop for side in pinpoint):
+                raise ValueError(f"image_grid_pinpoints: {pinpoint} is not a (height, width) in multiples of {crop} px")
+
+    def _check_granularities(self) -> None:
+        if not self.granularities or sorted(set(self.granularities)) != self.granularities:
+            raise ValueError(f"granularities must be distinct and go from coarse to fine, got {self.granularities}")
+        for granularity in self.granularities:
+            token_grid(self.num_patches_per_side, granularity)
+
+    def _check_router(self) -> None:
+        width, heads = self.text_config.hidden_size, self.router_config.num_attention_heads
+        if width % heads:
+            raise ValueError(
+                f"router_config.num_attention_heads {heads} does not divide the language model's width {width}"
+            )
+
+
+__all__ = ["AvgLlavaConfig", "Behavior", "RouterConfig"]

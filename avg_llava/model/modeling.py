@@ -1,0 +1,418 @@
+"""AVG-LLaVA: encode -> pool -> route -> splice -> language model. Read this file first.
+
+Shapes: B samples, L tokens of a prompt with one placeholder per image, L' tokens after splicing, N images in the batch
+(sample after sample), C crops of all images (image after image, overview first), T finest tokens of a crop, G levels,
+D language-model width, S crop size in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
+
+from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.router import GranularityRouter
+from avg_llava.model.scaler import pool_tokens, token_grid
+from avg_llava.model.splice import IGNORE_INDEX, PaddingSide, SplicedInputs, splice_visual_tokens
+
+Granularity = int | Sequence[int] | Tensor
+
+
+@dataclass
+class ImageFeatures:
+    """One encoding of a batch's images, from which every level is pooled.
+
+    Attributes:
+        crops: (C, T, D) projected finest tokens.
+        num_crops: Crops of each image; they add up to C. Empty for the blank crop of a batch without images.
+        image_sizes: (height, width) of each image in pixels.
+    """
+
+    crops: Tensor
+    num_crops: list[int]
+    image_sizes: list[tuple[int, int]]
+
+    @property
+    def is_blank(self) -> bool:
+        """True where the only crop stands for a batch without images; it must count with weight 0."""
+        return not self.num_crops
+
+
+@dataclass
+class AvgLlavaOutput(ModelOutput):
+    """Output of :class:`AvgLlavaForConditionalGeneration`.
+
+    Attributes:
+        loss: Mean cross-entropy over supervised tokens, if labels were given.
+        logits: (B, L', vocabulary).
+        past_key_values: Cache of the language model.
+        hidden_states: As the language model gives them.
+        attentions: As the language model gives them.
+        granularity: (N,) visual tokens per crop at the level of each image.
+        router_logits: (N, G), levels coarse to fine; None where the level was forced.
+        num_visual_tokens: (N,) visual tokens of each image, newlines included.
+        labels: (B, L') labels that `logits` are scored against, if labels were given.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    granularity: Tensor | None = None
+    router_logits: Tensor | None = None
+    num_visual_tokens: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
+    """Weight initialisation and loading shared by the classes below."""
+
+    config_class = AvgLlavaConfig
+    config: AvgLlavaConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GranularityRouter):
+            module.reset_parameters()
+            return
+        super()._init_weights(module)
+        if isinstance(module, AvgLlavaModel):
+            nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+
+class AvgLlavaModel(AvgLlavaPreTrainedModel):
+    """The parts of AVG-LLaVA below the language-model head, named as in transformers' LLaVA-NeXT."""
+
+    def __init__(self, config: AvgLlavaConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.router = GranularityRouter(config)
+        self.post_init()
+
+    def encode_crops(self, pixels: Tensor) -> Tensor:
+        """Vision tower and projector: (C, 3, S, S) pixels -> (C, T, D) tokens."""
+        outputs = self.vision_tower(pixels, output_hidden_states=True)
+        hidden = outputs.hidden_states[self.config.vision_feature_layer]
+        return self.multi_modal_projector(hidden[:, 1:])  # the class token is dropped
+
+
+class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
+    """LLaVA-NeXT that picks, per image, how many visual tokens the language model sees.
+
+    A prompt holds one `config.image_token_id` per image; it is expanded here, after routing.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: AvgLlavaConfig):
+        super().__init__(config)
+        self.model = AvgLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        granularity: Granularity | None = None,
+        token_cost: float | Tensor = 0.0,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> AvgLlavaOutput:
+        """Next-token logits of prompts with images.
+
+        Args:
+            input_ids: (B, L) with one image placeholder per image.
+            attention_mask: (B, L), 0 at padding on either side; None means no padding.
+            pixel_values: (N, P, 3, S, S) crops, as transformers' LLaVA-NeXT image processor gives them.
+            image_sizes: (N, 2) original (height, width).
+            labels: (B, L), -100 where not supervised.
+            granularity: None routes; visual tokens per crop force that level, for all images or one for each.
+            token_cost: Price in nats per doubling of visual tokens when routing; a number or one for each image.
+            inputs_embeds: (B, L', D) embeddings already spliced, instead of `input_ids` (as `generate` does).
+            position_ids: Positions that go with `inputs_embeds` or with a decoding step.
+            past_key_values: Cache of a decoding step.
+            logits_to_keep: As in transformers: logits of the last so many positions only; 0 keeps all.
+            **kwargs: Passed on to the language model.
+        """
+        routed: dict[str, Any] = {}
+        if inputs_embeds is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is None:
+            spliced, routed = self.prepare(
+                input_ids, attention_mask, pixel_values, image_sizes, labels, granularity, token_cost
+            )
+            inputs_embeds, attention_mask = spliced.inputs_embeds, spliced.attention_mask
+            position_ids, labels = spliced.position_ids, spliced.labels
+        outputs = self.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        return AvgLlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            labels=labels,
+            **routed,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        granularity: Granularity | None = None,
+        token_cost: float | Tensor = 0.0,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates answers; arguments as in :meth:`forward`, others as in transformers' `generate`.
+
+        Returns:
+            (B, new tokens) ids of the answers, without the prompt.
+        """
+        if inputs_embeds is None:
+            spliced, _ = self.prepare(
+                input_ids,
+                attention_mask,
+                pixel_values,
+                image_sizes,
+                granularity=granularity,
+                token_cost=token_cost,
+                padding_side="left",
+            )
+            inputs_embeds, attention_mask = spliced.inputs_embeds, spliced.attention_mask
+        return super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def prepare(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        granularity: Granularity | None = None,
+        token_cost: float | Tensor = 0.0,
+        padding_side: PaddingSide | None = None,
+    ) -> tuple[SplicedInputs, dict[str, Tensor]]:
+        """Encodes, routes (unless `granularity` forces a level) and splices; arguments as in :meth:`forward`.
+
+        `padding_side` None pads the spliced batch on the side on which the prompts are padded.
+
+        Returns:
+            The language model's inputs, and the fields of :class:`AvgLlavaOutput` that tell how they came about.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if padding_side is None:
+            padding_side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
+        features = None if pixel_values is None else self.encode_images(pixel_values, image_sizes)
+        if features is None:
+            spliced = self.splice(None, input_ids, attention_mask, labels, (), padding_side)
+            return spliced, {}
+        routed: dict[str, Tensor] = {}
+        if granularity is None:
+            routed["router_logits"] = self.route(features, input_ids, attention_mask, labels)
+            granularity = self.choose_granularity(routed["router_logits"], token_cost)
+        levels = self._levels_of(granularity, len(features.num_crops))
+        spliced = self.splice(features, input_ids, attention_mask, labels, levels, padding_side)
+        routed["granularity"] = torch.tensor(levels, device=input_ids.device)
+        routed["num_visual_tokens"] = spliced.num_visual_tokens
+        return spliced, routed
+
+    def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]] | None) -> ImageFeatures:
+        """Encodes a batch's images once: vision tower and projector over all their crops.
+
+        Args:
+            pixel_values: (N, P, 3, S, S); crops past an image's own are padding and are not encoded.
+            image_sizes: (N, 2) original (height, width).
+        """
+        if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
+            raise ValueError(
+                "pixel_values must be (images, crops, 3, height, width) with one (height, width) row of image_sizes for "
+                f"each image; got pixel_values {tuple(pixel_values.shape)} and {image_sizes=}"
+            )
+        rows = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        sizes = [(int(height), int(width)) for height, width in rows]
+        counts = [num_crops(size, self.config) for size in sizes]
+        if max(counts) > pixel_values.shape[1]:
+            raise ValueError(
+                f"an image of {sizes[counts.index(max(counts))]} (height, width) has {max(counts)} crops under "
+                f"image_grid_pinpoints, but pixel_values holds {pixel_values.shape[1]}; "
+                "the image processor and the model disagree about the pinpoints"
+            )
+        pixels = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+        return ImageFeatures(self.model.encode_crops(pixels.to(self.dtype)), counts, sizes)
+
+    def encode_blank_image(self) -> ImageFeatures:
+        """One black crop through tower and projector, for a micro-batch without images.
+
+        Under ZeRO every rank must run the same modules at every step. What is made of the blank crop counts with weight 0.
+        """
+        size = self.config.vision_config.image_size
+        pixels = torch.zeros(1, self.config.vision_config.num_channels, size, size, device=self.device)
+        return ImageFeatures(self.model.encode_crops(pixels.to(self.dtype)), [], [])
+
+    def route(
+        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Scores the levels of each image from the image and its sample's instruction.
+
+        The instruction is what is not supervised where there are labels, and the whole prompt otherwise.
+
+        Returns:
+            (N, G) logits, levels coarse to fine. For a blank encoding (1, G), to be weighted 0.
+        """
+        is_image = self._is_image(input_ids)
+        instruction = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == IGNORE_INDEX)
+        embeds = self._embed(input_ids)
+        texts, masks = [], []
+        previous = -1
+        for sample in torch.nonzero(is_image & attention_mask.bool())[:, 0].tolist():
+            words = ~is_image[sample]
+            if self.config.behavior == "released" and sample == previous:
+                # The released code looks texts up by image number, so a sample's further images are routed without text.
+                words = torch.zeros_like(words)
+            texts.append(embeds[sample, words])
+            masks.append(instruction[sample, words])
+            previous = sample
+        if features.is_blank:
+            texts, masks = [embeds[0, :0]], [instruction[0, :0]]
+        return self.model.router(features.crops, features.num_crops or [len(features.crops)], texts, masks)
+
+    def choose_granularity(self, router_logits: Tensor, token_cost: float | Tensor = 0.0) -> Tensor:
+        """The level with the highest log-probability less its price.
+
+        Args:
+            router_logits: (N, G).
+            token_cost: Nats per doubling of visual tokens; a number or (N,). 0 is the paper's argmax.
+
+        Returns:
+            (N,) visual tokens per crop.
+        """
+        granularities = torch.tensor(self.config.granularities, device=router_logits.device)
+        price = torch.as_tensor(token_cost, device=router_logits.device, dtype=torch.float32).reshape(-1, 1)
+        value = router_logits.float().log_softmax(-1) - price * granularities.log2()
+        return granularities[value.argmax(-1)]
+
+    def splice(
+        self,
+        features: ImageFeatures | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        granularity: Granularity = (),
+        padding_side: PaddingSide = "right",
+    ) -> SplicedInputs:
+        """Pools each image to its level and puts its tokens in place of its placeholder; arguments as in :meth:`forward`.
+
+        Training sequences (with labels) are cut to `config.max_sequence_length`.
+
+        Raises:
+            ValueError: placeholders and images differ in number, or a prompt without labels is too long.
+        """
+        visual_tokens: list[Tensor] = []
+        if features is not None and not features.is_blank:
+            visual_tokens = self._visual_tokens(features, self._levels_of(granularity, len(features.num_crops)))
+        longest = self.config.max_sequence_length
+        spliced = splice_visual_tokens(
+            self._embed(input_ids),
+            self._is_image(input_ids),
+            attention_mask,
+            visual_tokens,
+            labels,
+            padding_side,
+            max_length=None if labels is None else longest,
+        )
+        if spliced.inputs_embeds.shape[1] > longest:
+            raise ValueError(
+                f"a prompt has {spliced.inputs_embeds.shape[1]} tokens with its visual tokens, more than "
+                f"config.max_sequence_length {longest}; shorten it, or use a coarser granularity"
+            )
+        if features is not None and features.is_blank:
+            # Keeps tower, projector and newline in the graph of a batch without images, at weight 0.
+            spliced.inputs_embeds = spliced.inputs_embeds + 0 * (features.crops[0, 0] + self.model.image_newline)
+        return spliced
+
+    def language_logits(self, spliced: SplicedInputs) -> Tensor:
+        """(B, L', vocabulary) logits of spliced inputs."""
+        outputs = self.model.language_model(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask,
+            position_ids=spliced.position_ids,
+            use_cache=False,
+        )
+        return self.lm_head(outputs.last_hidden_state)
+
+    def _visual_tokens(self, features: ImageFeatures, levels: list[int]) -> list[Tensor]:
+        """The tokens of each image at its level: overview, then the unpadded map of tiles with newlines."""
+        side, visual_tokens = self.config.num_patches_per_side, []
+        crops_of_images = features.crops.split(features.num_crops)
+        for crops, size, level in zip(crops_of_images, features.image_sizes, levels, strict=True):
+            overview, tiles = pool_tokens(crops, side, level).split([1, len(crops) - 1])
+            tile_rows, tile_columns = canvas_tiles(size, self.config)
+            rows, columns = token_grid(side, level)
+            token_map = tiles.unflatten(0, (tile_rows, tile_columns)).unflatten(2, (rows, columns))
+            token_map = token_map.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (tile_rows*rows, tile_columns*columns, D)
+            window = kept_window(size, level, self.config)
+            token_map = token_map[window.top : window.bottom, window.left : window.right]
+            newline = self.model.image_newline.to(token_map).expand(len(token_map), 1, -1)
+            visual_tokens.append(torch.cat([overview[0], torch.cat([token_map, newline], 1).flatten(0, 1)]))
+        return visual_tokens
+
+    def _levels_of(self, granularity: Granularity, num_images: int) -> list[int]:
+        """One level per image, checked against the configuration."""
+        if isinstance(granularity, Tensor):
+            granularity = granularity.tolist()
+        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
+        if len(levels) != num_images:
+            raise ValueError(f"granularity names {len(levels)} levels for {num_images} images")
+        for level in levels:
+            if level not in self.config.granularities:
+                raise ValueError(f"granularity {level} is not one of this model's {self.config.granularities}")
+        return levels
+
+    def _is_image(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.config.image_token_id
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings; placeholders, which may lie outside the vocabulary, get those of id 0 and are never used."""
+        return self.get_input_embeddings()(input_ids.masked_fill(self._is_image(input_ids), 0))
+
+
+# The files of transformers' LLaVA-NeXT use older key names; an out-of-tree class must ask for their mapping by itself.
+register_checkpoint_conversion_mapping(
+    AvgLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava_next"), overwrite=True
+)
+
+__all__ = ["AvgLlavaForConditionalGeneration", "AvgLlavaModel", "AvgLlavaOutput", "AvgLlavaPreTrainedModel", "ImageFeatures"]

@@ -1,0 +1,285 @@
+"""Images and text into model inputs: anyres crops, and prompts that hold one placeholder id per image.
+
+Shapes: N images, P crops of one image (overview first, then tiles row-major), S crop side, B prompts, L length.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import PROCESSOR_NAME
+
+from avg_llava.model.anyres import select_canvas
+from avg_llava.model.configuration import AvgLlavaConfig
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks an image in text. It is no token of the language model: text is cut at it, and the pieces tokenised apart."""
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# The same rendering as data/conversation.py's `vicuna_v1` (a test compares the two), from chat messages. One image leads
+# its turn, whatever its place in the message; several stay where they are.
+VICUNA_CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set preamble = messages[0]['content'] if messages[0]['content'] is string \
+else messages[0]['content'] | map(attribute='text') | join -%}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {%- set preamble = "SYSTEM_TEXT" -%}
+  {%- set turns = messages -%}
+{%- endif -%}
+{{- preamble + ' ' -}}
+{%- for message in turns -%}
+  {%- if message['content'] is string -%}
+    {%- set content = message['content'] -%}
+  {%- else -%}
+    {%- set parts = namespace(text='') -%}
+    {%- for part in message['content'] -%}
+      {%- set parts.text = parts.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+    {%- endfor -%}
+    {%- set content = parts.text -%}
+  {%- endif -%}
+  {%- if message['role'] == 'user' -%}
+    {%- set pieces = content.split('<image>') -%}
+    {%- if pieces | length == 2 -%}
+      {%- set content = ('<image>\\n' + (pieces | join).strip()).strip() -%}
+    {%- endif -%}
+    {{- 'USER: ' + content + ' ' if content else 'USER:' -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- 'ASSISTANT: ' + content + eos_token if content else 'ASSISTANT:' -}}
+  {%- else -%}
+    {{- raise_exception("role must be user or assistant (system: first message only), got " + message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+""".replace("SYSTEM_TEXT", VICUNA_SYSTEM)
+
+
+class TokenizedText(NamedTuple):
+    """Token ids of a text and, for each, the index of the character it begins at (0 for the leading BOS)."""
+
+    input_ids: list[int]
+    starts: list[int]
+
+
+def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> TokenizedText:
+    """Token ids of `text` with `image_token_id` in place of every `<image>`.
+
+    The pieces around placeholders are tokenised one by one and get one BOS together, where the tokenizer has one: the
+    ids that LLaVA's `tokenizer_image_token` gives, with a word-boundary token before a newline that follows an image.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot tell which characters a token stands for; load a tokenizer backed by "
+            "the tokenizers library (a folder with tokenizer.json or tokenizer.model)"
+        )
+    opening = tokenizer("").input_ids  # [BOS], or nothing; anything after it would close the text
+    input_ids, starts, cursor = [], [], 0
+    if opening and opening[0] == tokenizer.bos_token_id:
+        input_ids.append(opening[0])
+        starts.append(0)
+    for number, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if number:
+            input_ids.append(image_token_id)
+            starts.append(cursor)
+            cursor += len(IMAGE_PLACEHOLDER)
+        encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        input_ids += encoding.input_ids
+        starts += [cursor + start for start, _ in encoding.offset_mapping]
+        cursor += len(piece)
+    return TokenizedText(input_ids, starts)
+
+
+class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
+    """Transformers' LLaVA-NeXT image processor on Pillow, whose canvas is the one that the model reckons with.
+
+    Pillow, never torchvision: its pixels are the released code's bit for bit, torchvision's differ by up to 0.015.
+    Ties between canvases go to the first of `image_grid_pinpoints`, so their order matters (see `AvgLlavaConfig`).
+    """
+
+    def get_image_patches(
+        self, image: Any, grid_pinpoints: list[list[int]], size: tuple[int, int], patch_size: int, resample: Any
+    ) -> list[Any]:
+        """Crops of one channels-first (3, H, W) image: overview, then tiles row-major."""
+        canvas = select_canvas(image.shape[-2:], grid_pinpoints)
+        return super().get_image_patches(image, [list(canvas)], size=size, patch_size=patch_size, resample=resample)
+
+
+class AvgLlavaProcessor(ProcessorMixin):
+    """Turns images and prompts into the inputs of `AvgLlavaForConditionalGeneration`.
+
+    A prompt holds one `<image>` per image, which becomes one `image_token_id`: how many visual tokens it stands for is
+    decided by the model. `apply_chat_template` writes prompts in the `vicuna_v1` format.
+
+    Args:
+        image_processor: An :class:`AvgLlavaImageProcessor`.
+        tokenizer: The language model's tokenizer; one that gives character offsets.
+        image_token_id: `config.image_token_id` of the model.
+        chat_template: Jinja template; None means `vicuna_v1`.
+    """
+
+    def __init__(
+        self,
+        image_processor: AvgLlavaImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token_id: int,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE)
+        self.image_token = IMAGE_PLACEHOLDER
+        self.image_token_id = image_token_id
+        if tokenizer.pad_token is None:
+            # As LLaVA does with Vicuna, which has no padding token; padding is masked, so the choice changes nothing.
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        padding: bool = True,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Model inputs for prompts and the images that their `<image>` placeholders stand for, in order.
+
+        Args:
+            images: One image, a list of N, or a list of lists (one per prompt), as Pillow images or arrays.
+            text: One prompt or B of them.
+            padding: Pad prompts to the longest. Without it, all must be of one length.
+            padding_side: "left" for generation, "right" for training.
+            return_tensors: Only "pt".
+
+        Returns:
+            `input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (N, P_max, 3, S, S) and
+            `image_sizes` (N, 2) as (height, width).
+        """
+        if text is None:
+            raise ValueError("text is missing: a prompt is needed, with one <image> for each image")
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        prompts = [text] if isinstance(text, str) else list(text)
+        flat_images = _matched_images(images, prompts)
+        rows = [tokenize_with_images(prompt, self.tokenizer, self.image_token_id).input_ids for prompt in prompts]
+        longest = max(map(len, rows))
+        if not padding and any(len(row) != longest for row in rows):
+            raise ValueError("prompts differ in length: pass padding=True, or one prompt at a time")
+        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            place = slice(longest - len(row), longest) if padding_side == "left" else slice(len(row))
+            input_ids[index, place] = torch.tensor(row)
+            attention_mask[index, place] = 1
+        data: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if flat_images:
+            data.update(self.image_processor(flat_images, return_tensors="pt"))
+        return BatchFeature(data)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "AvgLlavaProcessor":
+        """Loads what `save_pretrained` wrote. Code shipped with a checkpoint is never run."""
+        kwargs["trust_remote_code"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_backbones(
+        cls, vision_path: str | Path | None, language_path: str | Path, config: AvgLlavaConfig
+    ) -> "AvgLlavaProcessor":
+        """The processor of a model put together from a vision tower and a language model.
+
+        Args:
+            vision_path: Folder or hub id with the tower's `preprocessor_config.json`, whose mean, deviation, filter and
+                scale are used. None, or a local folder without that file: CLIP's.
+            language_path: Folder or hub id of the tokenizer.
+            config: The model's configuration, which fixes crop size, pinpoints and placeholder id.
+        """
+        crop = config.vision_config.image_size
+        image_processor = AvgLlavaImageProcessor(
+            size={"shortest_edge": crop},
+            crop_size={"height": crop, "width": crop},
+            image_grid_pinpoints=[list(pinpoint) for pinpoint in config.image_grid_pinpoints],
+            **_tower_statistics(vision_path),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(language_path, trust_remote_code=False)
+        return cls(image_processor, tokenizer, config.image_token_id)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, config: AvgLlavaConfig) -> "AvgLlavaProcessor":
+        """The processor of a checkpoint folder: AVG-LLaVA's own, transformers' LLaVA-NeXT's or the original format's.
+
+        The latter two hold a tokenizer and, at most, the pixel statistics; the rest is `config`'s.
+        """
+        own = Path(path) / PROCESSOR_NAME
+        if own.is_file() and json.loads(own.read_text("utf-8")).get("processor_class") == cls.__name__:
+            return cls.from_pretrained(path)
+        return cls.from_backbones(path, path, config)
+
+
+def _matched_images(images: Any, prompts: Sequence[str]) -> list[Any]:
+    """Images in the order of their placeholders; a prompt with more or fewer of them than images is refused."""
+    wanted = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
+    if isinstance(images, (list, tuple)) and images and all(isinstance(group, (list, tuple)) for group in images):
+        if [len(group) for group in images] != wanted:
+            raise ValueError(
+                f"prompts hold {wanted} {IMAGE_PLACEHOLDER} placeholders, but come with "
+                f"{[len(group) for group in images]} images"
+            )
+        return [image for group in images for image in group]
+    given = [] if images is None else make_flat_list_of_images(images) if len(_as_list(images)) else []
+    if len(given) != sum(wanted):
+        raise ValueError(
+            f"text holds {sum(wanted)} {IMAGE_PLACEHOLDER} placeholders, but {len(given)} images are given: write one "
+            "placeholder per image"
+        )
+    return given
+
+
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:
+    """How the tower wants its pixels: the fields of its image processor that do not depend on anyres."""
+    if vision_path is None:
+        return {}
+    folder = Path(vision_path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("preprocessor_config.json", PROCESSOR_NAME)):
+        return {}
+    stored, _ = AvgLlavaImageProcessor.get_image_processor_dict(vision_path)
+    fields = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
+    return {name: stored[name] for name in fields if name in stored}
+
+
+def register() -> None:
+    """Makes `AutoProcessor` and `AutoImageProcessor` know the classes of this module."""
+    AutoImageProcessor.register(
+        AvgLlavaConfig,
+        # Under both names, so that a machine with torchvision gets the same pixels as one without.
+        image_processor_classes={"pil": AvgLlavaImageProcessor, "torchvision": AvgLlavaImageProcessor},
+        exist_ok=True,
+    )
+    AutoProcessor.register(AvgLlavaConfig, AvgLlavaProcessor, exist_ok=True)
+
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "VICUNA_SYSTEM",
+    "AvgLlavaImageProcessor",
+    "AvgLlavaProcessor",
+    "TokenizedText",
+    "register",
+    "tokenize_with_images",
+]

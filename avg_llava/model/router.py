@@ -1,0 +1,137 @@
+"""Granularity router: looks at all levels of an image and at the instruction, and scores the levels.
+
+Shapes: N images, C crops of all images (image after image), P crops of one image, G levels, T tokens of the finest level,
+V tokens of all levels together, K text slots, M instruction tokens, D language-model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import initialization as init
+
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.scaler import pool_tokens
+
+
+def filter_text(text: Tensor, mask: Tensor, overview: Tensor, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keeps the instruction tokens that are most similar to the image.
+
+    Similarity is the cosine between a token's input embedding and an overview token, averaged over the overview (as the
+    released code does).
+
+    Args:
+        text: (M, D) input embeddings of the sample's text.
+        mask: (M,) bool, True where the token belongs to the instruction.
+        overview: (T, D) finest tokens of the overview crop.
+        num_text_tokens: K.
+
+    Returns:
+        Indices (min(M, K),) into `text`, most similar first, instruction tokens before all others; and whether each
+        belongs to the instruction (min(M, K)).
+    """
+    similarity = F.normalize(text, dim=-1) @ F.normalize(overview, dim=-1).mean(0)  # (M,)
+    order = similarity.masked_fill(~mask, -torch.inf).sort(descending=True).indices[:num_text_tokens]
+    return order, mask[order]
+
+
+class GranularityRouter(nn.Module):
+    """One Transformer layer over visual and text tokens, an MLP, and a voter over token positions.
+
+    Parameter names are those of the released weights. `behavior` of the configuration decides what the Transformer layer
+    attends over: "paper" the tokens of a crop, absent text slots masked; "released" the crops of an image, one token
+    position at a time, absent text slots being rows of zeros. Both end in a LayerNorm over the G scores, which the paper
+    does not mention and the released weights need.
+    """
+
+    def __init__(self, config: AvgLlavaConfig):
+        super().__init__()
+        self.config = config
+        router, width = config.router_config, config.text_config.hidden_size
+        num_levels = len(config.granularities)
+        self.merger = nn.TransformerEncoderLayer(
+            d_model=width,
+            nhead=router.num_attention_heads,
+            dim_feedforward=router.intermediate_size or width,
+            dropout=router.dropout,
+            batch_first=True,
+        )
+        self.router = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_levels))
+        self.voter = nn.Parameter(torch.empty(sum(config.granularities) + router.num_text_tokens, 1))
+        self.norm = nn.LayerNorm(num_levels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, as the released training starts."""
+        init.normal_(self.voter)
+        for linear in (self.merger.linear1, self.merger.linear2, self.merger.self_attn.out_proj, *self.router[::2]):
+            bound = linear.in_features**-0.5
+            if linear in (self.router[0], self.router[2]):
+                init.kaiming_normal_(linear.weight)
+            else:
+                init.uniform_(linear.weight, -bound, bound)
+            init.uniform_(linear.bias, -bound, bound)
+        init.xavier_uniform_(self.merger.self_attn.in_proj_weight)
+        init.zeros_(self.merger.self_attn.in_proj_bias)
+        init.zeros_(self.merger.self_attn.out_proj.bias)
+        for norm in (self.merger.norm1, self.merger.norm2, self.norm):
+            init.ones_(norm.weight)
+            init.zeros_(norm.bias)
+
+    def forward(self, crops: Tensor, num_crops: list[int], text: list[Tensor], text_mask: list[Tensor]) -> Tensor:
+        """Scores the levels of each image.
+
+        Args:
+            crops: (C, T, D) finest tokens of all crops; the first crop of each image is its overview.
+            num_crops: Crops of each image; they add up to C.
+            text: N tensors (M_n, D), input embeddings of each image's text.
+            text_mask: N tensors (M_n,) bool, True at the instruction's tokens.
+
+        Returns:
+            (N, G) logits, levels coarse to fine.
+        """
+        slots, slot_mask = self._text_slots(crops, num_crops, text, text_mask)  # (N, K, D), (N, K)
+        side, counts = self.config.num_patches_per_side, torch.tensor(num_crops, device=crops.device)
+        levels = [pool_tokens(crops, side, granularity) for granularity in self.config.granularities]
+        tokens = torch.cat([*levels, slots.repeat_interleave(counts, 0)], 1)  # (C, V+K, D)
+        if self.config.behavior == "released":
+            merged, votes = self._attend_across_crops(tokens, num_crops), self.voter[:, 0]
+        else:
+            absent = F.pad(~slot_mask, (tokens.shape[1] - slot_mask.shape[1], 0)).repeat_interleave(counts, 0)
+            merged = self.merger(tokens, src_key_padding_mask=absent)
+            votes = self.voter[:, 0].masked_fill(absent, 0)[:, None]  # (C, 1, V+K)
+        scores = self.router(merged)  # (C, V+K, G)
+        crop_logits = (votes @ scores).reshape(len(tokens), -1)  # (C, G)
+        return self.norm(torch.stack([logits.mean(0) for logits in crop_logits.split(num_crops)]))
+
+    def _text_slots(
+        self, crops: Tensor, num_crops: list[int], text: list[Tensor], text_mask: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Filtered text (N, K, D), zero where there is none, and which slots hold a token of the instruction (N, K)."""
+        num_slots = self.config.router_config.num_text_tokens
+        slots = crops.new_zeros(len(text), num_slots, crops.shape[-1])
+        slot_mask = torch.zeros(len(text), num_slots, dtype=torch.bool, device=crops.device)
+        for image, (crops_of_image, embeds, mask) in enumerate(
+            zip(crops.split(num_crops), text, text_mask, strict=True)
+        ):
+            order, valid = filter_text(embeds, mask, crops_of_image[0], num_slots)
+            slots[image, : len(order)] = embeds[order]
+            slot_mask[image, : len(order)] = valid
+        if self.config.behavior == "paper":
+            slots = slots * slot_mask[..., None]
+        return slots, slot_mask
+
+    def _attend_across_crops(self, tokens: Tensor, num_crops: list[int]) -> Tensor:
+        """The Transformer layer with the crops of an image as its sequence, at each token position by itself."""
+        images = pad_sequence(list(tokens.split(num_crops)), batch_first=True)  # (N, P, V+K, D)
+        num_images, most_crops, num_tokens, _ = images.shape
+        counts = torch.tensor(num_crops, device=tokens.device)
+        absent = torch.arange(most_crops, device=tokens.device) >= counts[:, None]  # (N, P)
+        sequences = images.transpose(1, 2).flatten(0, 1)  # (N*(V+K), P, D)
+        merged = self.merger(sequences, src_key_padding_mask=absent.repeat_interleave(num_tokens, 0))
+        merged = merged.unflatten(0, (num_images, num_tokens)).transpose(1, 2)  # (N, P, V+K, D)
+        return merged[~absent]  # (C, V+K, D)
+
+
+__all__ = ["GranularityRouter", "filter_text"]

@@ -1,0 +1,115 @@
+"""Splicing: each image placeholder of a batch is replaced by that image's visual tokens.
+
+Shapes: B samples, L tokens with one placeholder per image, N images in the batch (sample after sample), V_n visual tokens
+of image n, D width, L' tokens after splicing. Pure functions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of positions that the loss leaves out, as in transformers
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass
+class SplicedInputs:
+    """What the language model gets to see.
+
+    Attributes:
+        inputs_embeds: (B, L', D); padding rows are zero.
+        attention_mask: (B, L') int64, 1 where there is a token.
+        position_ids: (B, L') int64, counted from each sample's first token.
+        labels: (B, L') or None.
+        num_visual_tokens: (N,) int64, visual tokens of each image, newlines included.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    num_visual_tokens: Tensor
+
+
+def splice_visual_tokens(
+    text_embeds: Tensor,
+    is_image: Tensor,
+    attention_mask: Tensor,
+    visual_tokens: Sequence[Tensor],
+    labels: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+    max_length: int | None = None,
+) -> SplicedInputs:
+    """Replaces placeholders by visual tokens, drops the batch's padding and pads anew.
+
+    Args:
+        text_embeds: (B, L, D); rows at placeholders are not used.
+        is_image: (B, L) bool, True at placeholders.
+        attention_mask: (B, L), 0 at padding.
+        visual_tokens: N tensors (V_n, D), in the order of the placeholders.
+        labels: (B, L) or None. Visual tokens get `IGNORE_INDEX`.
+        padding_side: Side on which shorter samples are padded.
+        max_length: Cuts each sample to its first `max_length` tokens; None cuts nothing.
+
+    Raises:
+        ValueError: the batch has more or fewer placeholders than images.
+    """
+    num_samples, length, width = text_embeds.shape
+    device = text_embeds.device
+    real = attention_mask.bool()
+    is_image = is_image & real
+    if int(is_image.sum()) != len(visual_tokens):
+        per_sample = is_image.sum(1).tolist()
+        raise ValueError(
+            f"the batch has {len(visual_tokens)} images but its samples hold {per_sample} image placeholders; "
+            "each image needs exactly one"
+        )
+    num_visual_tokens = torch.tensor([len(tokens) for tokens in visual_tokens], dtype=torch.long, device=device)
+
+    # How many places each position of the old batch takes in the new one, and where they start.
+    places = real.long()  # (B, L)
+    places[is_image] = num_visual_tokens
+    lengths = places.sum(1).clamp(max=max_length)  # (B,)
+    new_length = int(lengths.max()) if num_samples else 0
+    starts = places.cumsum(1) - places  # (B, L)
+
+    # `source` holds every row that the new batch can need; `origin` says which one goes where (last row: padding).
+    source = torch.cat([text_embeds.reshape(-1, width), *visual_tokens, text_embeds.new_zeros(1, width)])
+    flat_labels = None
+    if labels is not None:
+        ignored = labels.new_full((len(source) - labels.numel(),), IGNORE_INDEX)
+        flat_labels = torch.cat([labels.reshape(-1), ignored])
+    origin = torch.full((num_samples, new_length), len(source) - 1, device=device)
+    sample, position = torch.nonzero(real & ~is_image, as_tuple=True)
+    target = starts[sample, position]
+    origin_rows, origin_targets, origin_values = [sample], [target], [sample * length + position]
+    visual_start = num_samples * length
+    for count, (owner, place) in zip(num_visual_tokens.tolist(), torch.nonzero(is_image).tolist(), strict=True):
+        steps = torch.arange(count, device=device)
+        origin_rows.append(torch.full_like(steps, owner))
+        origin_targets.append(starts[owner, place] + steps)
+        origin_values.append(visual_start + steps)
+        visual_start += count
+    rows, targets, values = torch.cat(origin_rows), torch.cat(origin_targets), torch.cat(origin_values)
+    inside = targets < lengths[rows]
+    rows, targets, values = rows[inside], targets[inside], values[inside]
+    if padding_side == "left":
+        targets = targets + (new_length - lengths)[rows]
+    origin[rows, targets] = values
+
+    mask = torch.zeros_like(origin)
+    mask[rows, targets] = 1
+    return SplicedInputs(
+        inputs_embeds=source.index_select(0, origin.flatten()).view(num_samples, new_length, width),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        labels=None if flat_labels is None else flat_labels[origin],
+        num_visual_tokens=num_visual_tokens,
+    )
+
+
+__all__ = ["IGNORE_INDEX", "PaddingSide", "SplicedInputs", "splice_visual_tokens"]
