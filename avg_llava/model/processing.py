@@ -238,17 +238,14 @@ def _matched_images(images: Any, prompts: Sequence[str]) -> list[Any]:
                 f"{[len(group) for group in images]} images"
             )
         return [image for group in images for image in group]
-    given = [] if images is None else make_flat_list_of_images(images) if len(_as_list(images)) else []
+    nothing = images is None or (isinstance(images, (list, tuple)) and not images)
+    given = [] if nothing else make_flat_list_of_images(images)
     if len(given) != sum(wanted):
         raise ValueError(
             f"text holds {sum(wanted)} {IMAGE_PLACEHOLDER} placeholders, but {len(given)} images are given: write one "
             "placeholder per image"
         )
     return given
-
-
-def _as_list(images: Any) -> list[Any]:
-    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:

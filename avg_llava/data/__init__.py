@@ -1,0 +1,23 @@
+"""From LLaVA records to batches: records, conversation templates, data sets, collator and sampler."""
+
+from avg_llava.data.collator import Collator
+from avg_llava.data.conversation import TEMPLATES, encode_conversation
+from avg_llava.data.dataset import ConversationDataset, DataSource
+from avg_llava.data.images import load_image
+from avg_llava.data.records import DataError, Sample, Turn, parse_record, read_records
+from avg_llava.data.sampler import ModalityLengthSampler
+
+__all__ = [
+    "TEMPLATES",
+    "Collator",
+    "ConversationDataset",
+    "DataError",
+    "DataSource",
+    "ModalityLengthSampler",
+    "Sample",
+    "Turn",
+    "encode_conversation",
+    "load_image",
+    "parse_record",
+    "read_records",
+]

@@ -1,0 +1,295 @@
+"""The training data set: LLaVA records from several files, encoded one at a time.
+
+Records are read and checked when the data set is made; images are opened when a sample is asked for. What is wrong with a
+sample is an error that names it, or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed record is
+left out from the start, and a sample whose image cannot be read becomes a masked row, so that batches keep their size
+and every rank takes the same steps.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from avg_llava.data.conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
+from avg_llava.data.images import MAX_IMAGE_PIXELS, load_image
+from avg_llava.data.records import DataError, RawRecord, Sample, dialogue, parse_record, read_records
+from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.processing import AvgLlavaProcessor
+
+logger = logging.getLogger(__name__)
+
+NAMED_IN_LOG = 10  # samples of one kind of trouble that are logged by name before only their number is
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One file of records.
+
+    Attributes:
+        path: A `.json` list or a `.jsonl` file.
+        image_root: Folder that image paths are relative to; None means the file's own folder.
+        sampling: `all`, `first:N`, `end:N`, `random:N` (N records or a share such as `10%`, kept in the file's order),
+            or `repeat:N` (every record N times). None means all.
+        follow_links: Accept image paths that leave the root through symbolic links.
+    """
+
+    path: str | Path
+    image_root: str | Path | None = None
+    sampling: str | None = None
+    follow_links: bool = False
+
+
+class _Fitted(NamedTuple):
+    """A sample cut to the longest sequence: tokens kept, and images whose placeholders are among them."""
+
+    num_tokens: int
+    num_images: int
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Encoded samples of one or more files of LLaVA records, in their order.
+
+    An item holds `input_ids` and `labels` (L,) with one placeholder id per image, `pixel_values`, a list with one
+    (P, 3, S, S) tensor per image, `image_sizes` (images, 2) as (height, width), `index`, `id` and `source`.
+
+    A sample longer than `max_length`, counted at the finest level, loses text at its end, the same at every level, so
+    that levels can be compared.
+
+    Args:
+        sources: The files.
+        processor: Tokenizer and image processor.
+        template: A key of `TEMPLATES`.
+        config: The model's configuration, which says how many visual tokens an image becomes.
+        max_length: Longest sequence, visual tokens included; None means `config.max_sequence_length`.
+        on_bad_sample: "error" or "skip".
+        max_image_pixels: Larger images count as unreadable.
+        seed: Seed of `random:N` sampling.
+
+    Raises:
+        DataError: A file cannot be read, nothing is left, or, unless skipping, records are malformed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        processor: AvgLlavaProcessor,
+        template: str,
+        config: AvgLlavaConfig,
+        max_length: int | None = None,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        seed: int = 0,
+    ) -> None:
+        if template not in TEMPLATES:
+            raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
+        if on_bad_sample not in ("error", "skip"):
+            raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
+        self.processor = processor
+        self.config = config
+        self.template = template
+        self.max_length = config.max_sequence_length if max_length is None else max_length
+        self.on_bad_sample = on_bad_sample
+        self.max_image_pixels = max_image_pixels
+        self.seed = seed
+        self.samples: list[Sample] = []
+        self.malformed: list[str] = []
+        self.troubles: Counter[str] = Counter()
+        self._linked_roots: set[Path] = set()
+        self._contents: list[tuple[str, str]] = []  # per source: SHA-256 of the file, sampling
+        for number, source in enumerate(sources):
+            self._add(source, number)
+        if self.malformed and on_bad_sample == "error":
+            listed = "\n  ".join(self.malformed[:NAMED_IN_LOG])
+            raise DataError(
+                f"{len(self.malformed)} malformed records; correct them or set on_bad_sample to skip:\n  {listed}"
+            )
+        for message in self.malformed:
+            self._note("malformed record left out", message)
+        if not self.samples:
+            raise DataError(f"no usable record in {', '.join(str(source.path) for source in sources) or 'no sources'}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        try:
+            pixel_values, image_sizes = self._images(sample)
+        except DataError as error:
+            if self.on_bad_sample == "error":
+                raise DataError(f"{sample.name}: {error}; correct it or set on_bad_sample to skip") from error
+            self._note("unreadable sample masked", f"{sample.name}: {error}")
+            return self._masked_row(index)
+        encoded = encode_conversation(
+            sample.turns, self.processor.tokenizer, self.template, self.processor.image_token_id
+        )
+        num_tokens, num_images = self._fit(sample, encoded.input_ids, image_sizes)
+        labels = torch.tensor(encoded.labels[:num_tokens])
+        if bool((labels == IGNORE_INDEX).all()):
+            reason = encoded.masked_because or "its answers are empty, or beyond the longest sequence"
+            self._note("sample without supervised tokens", f"{sample.name}: {reason}")
+        return {
+            "input_ids": torch.tensor(encoded.input_ids[:num_tokens]),
+            "labels": labels,
+            "pixel_values": pixel_values[:num_images],
+            "image_sizes": image_sizes[:num_images],
+            "index": index,
+            "id": sample.id,
+            "source": sample.source,
+        }
+
+    @cached_property
+    def modality_lengths(self) -> list[int]:
+        """Words of each sample, negative for one without image; what `ModalityLengthSampler` groups by."""
+        lengths = []
+        for sample in self.samples:
+            words = sum(len(turn.value.split()) for turn in sample.turns)
+            lengths.append(max(words, 1) if sample.images else -max(words, 1))
+        return lengths
+
+    def fingerprint(self) -> str:
+        """A hash of what the records are and how they are read: files' bytes, sampling, template and length.
+
+        Where the files lie does not matter, nor do the images' bytes, which would have to be read.
+        """
+        parts = {
+            "sources": self._contents,
+            "seed": self.seed,
+            "template": self.template,
+            "max_length": self.max_length,
+            "num_samples": len(self),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _add(self, source: DataSource, number: int) -> None:
+        """Appends the valid samples of one file."""
+        path = Path(source.path)
+        root = path.parent if source.image_root is None else Path(source.image_root)
+        if not root.is_dir():
+            raise DataError(f"image root {root} of {path} is no folder; check data.sources")
+        if source.follow_links:
+            self._linked_roots.add(root)
+        records, sha256 = read_records(path)
+        sampling = source.sampling or "all"
+        self._contents.append((sha256, sampling))
+        check = TEMPLATES[self.template].check
+        for record in _sampled(records, sampling, path, f"{self.seed}/{number}"):
+            try:
+                if record.error is not None:
+                    raise DataError(f"{record.source}: {record.error}")
+                sample = parse_record(record.value, root, record.source)
+                try:
+                    check(dialogue(sample.turns))
+                except DataError as error:
+                    raise DataError(f"{sample.name}: {error}") from None
+            except DataError as error:
+                self.malformed.append(str(error))
+            else:
+                self.samples.append(sample)
+
+    def _images(self, sample: Sample) -> tuple[list[Tensor], Tensor]:
+        """Crops and sizes of a sample's images: a list of (P, 3, S, S), and (images, 2)."""
+        pixel_values, sizes = [], []
+        for path in sample.images:
+            if sample.image_root not in self._linked_roots:
+                _check_inside(path, sample.image_root)
+            image = load_image(path, self.max_image_pixels)
+            features = self.processor.image_processor([image], return_tensors="pt")
+            pixel_values.append(features["pixel_values"][0])  # (P, 3, S, S)
+            sizes.append(features["image_sizes"][0])
+        return pixel_values, torch.stack(sizes) if sizes else torch.zeros(0, 2, dtype=torch.long)
+
+    def _fit(self, sample: Sample, input_ids: list[int], image_sizes: Tensor) -> _Fitted:
+        """How much of a sample the longest sequence holds when every image is at the finest level."""
+        finest = self.config.granularities[-1]
+        sizes = image_sizes.tolist()
+        length = num_images = 0
+        for position, token in enumerate(input_ids):
+            is_image = token == self.processor.image_token_id
+            length += num_visual_tokens(sizes[num_images], finest, self.config) if is_image else 1
+            if length > self.max_length:
+                self._note(
+                    "over-long sample cut",
+                    f"{sample.name}: {position} of {len(input_ids)} tokens and {num_images} of {len(sizes)} images fit "
+                    f"into {self.max_length}",
+                )
+                return _Fitted(position, num_images)
+            num_images += is_image
+        return _Fitted(len(input_ids), num_images)
+
+    def _masked_row(self, index: int) -> dict[str, Any]:
+        """Stands for a sample that cannot be read: one token that no loss looks at."""
+        sample = self.samples[index]
+        tokenizer = self.processor.tokenizer
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return {
+            "input_ids": torch.tensor([token]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "pixel_values": [],
+            "image_sizes": torch.zeros(0, 2, dtype=torch.long),
+            "index": index,
+            "id": sample.id,
+            "source": sample.source,
+        }
+
+    def _note(self, trouble: str, message: str) -> None:
+        """Counts a trouble and logs it: by name at first, then as a running number.
+
+        Counts are per process: loader workers keep and log their own.
+        """
+        self.troubles[trouble] += 1
+        count = self.troubles[trouble]
+        if count <= NAMED_IN_LOG:
+            logger.warning("%s: %s", trouble, message)
+        else:
+            logger.info("%s: %s", trouble, message)
+            if count % 1000 == 0:
+                logger.warning("%s: %d samples so far (names at log level INFO)", trouble, count)
+
+
+def _sampled(records: list[RawRecord], sampling: str, path: Path, seed: str) -> list[RawRecord]:
+    """The records that `sampling` asks for, in the file's order."""
+    if sampling == "all":
+        return records
+    match = re.fullmatch(r"(first|end|random|repeat):(\d+(?:\.\d+)?%|\d+)", sampling)
+    if match is None or (match[1] == "repeat" and "%" in match[2]):
+        raise DataError(
+            f"sampling {sampling!r} of {path}: use all, first:N, end:N, random:N (N records, or a share such as 10%) "
+            "or repeat:N"
+        )
+    kind, amount = match[1], match[2]
+    if kind == "repeat":
+        return records * int(amount)
+    count = round(len(records) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+    if count > len(records):
+        raise DataError(f"sampling {sampling!r} of {path}: the file holds only {len(records)} records")
+    if kind == "first":
+        return records[:count]
+    if kind == "end":
+        return records[len(records) - count :]
+    chosen = random.Random(seed).sample(range(len(records)), count)
+    return [records[index] for index in sorted(chosen)]
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path} leads out of the image root {root} through a link; copy the image, or set follow_links for the "
+            "source"
+        )
+
+
+__all__ = ["ConversationDataset", "DataSource"]

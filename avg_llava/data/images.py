@@ -1,0 +1,90 @@
+"""Image files into RGB images, or an error that names the file."""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from avg_llava.data.records import DataError
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Images with more pixels than this are refused unread: Pillow's own limit against decompression bombs."""
+
+# What Pillow's readers raise on damaged files, apart from OSError and ValueError.
+_DECODING_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Reads an image file as RGB; of an animation, the first frame.
+
+    The EXIF orientation is left alone, as in the original code, so that published results can be met.
+
+    Args:
+        path: The file. Its name's ending does not matter.
+        max_pixels: Larger images are refused before they are decoded. Above twice Pillow's own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS` must be raised as well.
+
+    Raises:
+        DataError: The file is missing, no image, damaged, cut off, or too large.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"{path}: image of {width}x{height} pixels is above the limit of {max_pixels} pixels; make it "
+                        "smaller or raise the limit"
+                    )
+                return to_rgb(image)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: image file not found; check image_root and the record's path") from error
+    except DataError:
+        raise
+    except _DECODING_ERRORS as error:
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Eight-bit RGB of an image of any mode.
+
+    Transparency is dropped, not blended, as in the original code. Sixteen-bit greyscale is scaled to eight bits, which
+    Pillow's own conversion would clip to white.
+    """
+    if image.mode == "RGB":
+        image.load()
+        return image.copy()
+    if image.mode.startswith(("I", "F")):
+        return _wide_to_rgb(image)
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA").convert("RGB")
+    if image.mode == "LAB":
+        raise DataError("colour mode LAB is not supported; save the image as RGB")
+    return image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale of more than eight bits per pixel: 16-bit modes, 32-bit integers, and floats in [0, 1] or [0, 255]."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise DataError("pixels that are not finite numbers")
+    values = values.astype(np.float64)
+    top = values.max(initial=0)
+    if image.mode == "F":
+        scale = 255.0 if top <= 1 else 1.0
+    else:
+        # Mode I is also how older files hold 8 bits; anything beyond is taken as 16.
+        scale = 1 / 257 if image.mode != "I" or top > 255 else 1.0
+    grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+__all__ = ["MAX_IMAGE_PIXELS", "load_image", "to_rgb"]
