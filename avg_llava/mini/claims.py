@@ -1,0 +1,330 @@
+"""The paper's comparisons in the mini world: which way of choosing a level answers how much, at how many tokens.
+
+Legend: Q questions, G levels (coarse to fine).
+
+Greedy answers at a level do not depend on who chose it. So every question is answered once per level, and each way of
+choosing (a fixed level, chance, the router at a price, the oracle) is a (Q, G) matrix of weights over those answers.
+This module is arithmetic; `avg_llava.mini.measure` collects the answers.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+KINDS = ("scene", "object", "fine")
+TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+MIN_QUESTIONS = 1000
+
+
+class ClaimsError(ValueError):
+    """The answers that the comparison needs are missing or contradict each other."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question.
+
+    Attributes:
+        id: Its id in the data file.
+        family: The question family, such as `mark-colour`.
+        kind: What the family needs to see: one of `KINDS`.
+        answer: The gold answer.
+    """
+
+    id: str
+    family: str
+    kind: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What was measured, question by question.
+
+    Attributes:
+        questions: The Q questions.
+        granularities: The G levels in visual tokens per crop, coarse to fine.
+        correct: (Q, G) whether the final model's answer is right when the level is forced.
+        tokens: (Q, G) visual tokens that the language model saw.
+        router_log_probs: (Q, G) the router's log-probabilities.
+        baseline_correct: (Q,) whether LLaVA-NeXT (the stage-2 model at the finest level) is right.
+        baseline_tokens: (Q,) its visual tokens.
+    """
+
+    questions: Sequence[Question]
+    granularities: tuple[int, ...]
+    correct: BoolArray
+    tokens: FloatArray
+    router_log_probs: FloatArray
+    baseline_correct: BoolArray
+    baseline_tokens: FloatArray
+
+    def __post_init__(self) -> None:
+        shape = (len(self.questions), len(self.granularities))
+        for name in ("correct", "tokens", "router_log_probs"):
+            if getattr(self, name).shape != shape:
+                raise ClaimsError(f"{name} has shape {getattr(self, name).shape}, but {shape} are needed")
+        for name in ("baseline_correct", "baseline_tokens"):
+            if getattr(self, name).shape != shape[:1]:
+                raise ClaimsError(f"{name} has shape {getattr(self, name).shape}, but {shape[:1]} are needed")
+        if list(self.granularities) != sorted(set(self.granularities)):
+            raise ClaimsError(f"levels must go from coarse to fine, not {self.granularities}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Accuracies are shares between 0 and 1.
+
+    Attributes:
+        name: `llava-next`, `fixed-<tokens per crop>`, `random`, `random@router-tokens`, `router`, `router@<token_cost>`
+            or `oracle`.
+        accuracy: Over all questions.
+        mean_visual_tokens: Visual tokens per question.
+        token_cost: The router's price in nats per doubling of visual tokens; None where no router chose.
+        families: Accuracy per question family.
+        family_tokens: Visual tokens per question of each family.
+        kinds: Accuracy per kind, over all questions of that kind.
+        kind_tokens: Visual tokens per question of each kind.
+        levels: Share of the questions at each level, coarse to fine.
+        family_levels: The same per question family.
+    """
+
+    name: str
+    accuracy: float
+    mean_visual_tokens: float
+    token_cost: float | None
+    families: dict[str, float]
+    family_tokens: dict[str, float]
+    kinds: dict[str, float]
+    kind_tokens: dict[str, float]
+    levels: dict[str, float]
+    family_levels: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, with what was measured and what was asked for."""
+
+    text: str
+    measured: str
+    held: bool
+
+
+def family_kinds(questions: Sequence[Question]) -> dict[str, str]:
+    """Question family -> scene, object or fine.
+
+    Raises:
+        ClaimsError: If a family is of no known kind or of two.
+    """
+    kinds: dict[str, str] = {}
+    for question in questions:
+        if question.kind not in KINDS:
+            raise ClaimsError(f"question {question.id}: kind {question.kind!r} is none of {', '.join(KINDS)}")
+        if kinds.setdefault(question.family, question.kind) != question.kind:
+            raise ClaimsError(
+                f"question {question.id}: family {question.family!r} is {question.kind!r} here "
+                f"and {kinds[question.family]!r} elsewhere"
+            )
+    return dict(sorted(kinds.items(), key=lambda item: (KINDS.index(item[1]), item[0])))
+
+
+def router_choice(log_probs: FloatArray, granularities: Sequence[int], token_cost: float) -> NDArray[np.int64]:
+    """The level index that the router picks for each question: (Q, G) -> (Q,).
+
+    The price is paid per doubling of visual tokens, as in the model's `choose_granularity`.
+    """
+    doublings = np.log2(np.asarray(granularities, dtype=np.float64) / granularities[0])
+    return np.argmax(log_probs - token_cost * doublings, axis=1)
+
+
+def one_hot(choice: NDArray[np.int64], num_levels: int) -> FloatArray:
+    """Level indices (Q,) as weights (Q, G)."""
+    return np.eye(num_levels)[choice]
+
+
+def oracle_choice(correct: BoolArray) -> NDArray[np.int64]:
+    """The cheapest level that answers right, and the cheapest of all where none does: (Q, G) -> (Q,)."""
+    return np.argmax(correct, axis=1)
+
+
+def blind_mixture(level_tokens: FloatArray, mean_tokens: float) -> FloatArray:
+    """Chance at a given budget: the most even distribution over levels with that mean number of tokens.
+
+    Of all distributions (G,) with mean `mean_tokens`, the one of largest entropy is p_g ~ exp(tilt * tokens_g);
+    its tilt is found by bisection. At tilt 0 it is uniform choice.
+
+    Args:
+        level_tokens: (G,) mean visual tokens of each level.
+        mean_tokens: The mean to meet; outside the levels' range the nearest level is taken alone.
+    """
+    scaled = (level_tokens - level_tokens.min()) / np.ptp(level_tokens)
+    target = (mean_tokens - level_tokens.min()) / np.ptp(level_tokens)
+
+    def weights(tilt: float) -> FloatArray:
+        exponent = tilt * scaled
+        unnormalised: FloatArray = np.exp(exponent - exponent.max())
+        return unnormalised / unnormalised.sum()
+
+    low, high = -1e4, 1e4
+    for _ in range(200):
+        middle = (low + high) / 2
+        if weights(middle) @ scaled < target:
+            low = middle
+        else:
+            high = middle
+    return weights((low + high) / 2)
+
+
+def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float | None = None) -> Row:
+    """The row of a way of choosing, given as weights (Q, G) that sum to 1 for each question."""
+    right = (weights * outcomes.correct).sum(axis=1)  # (Q,)
+    tokens = (weights * outcomes.tokens).sum(axis=1)  # (Q,)
+    families = np.array([question.family for question in outcomes.questions])
+    kinds = np.array([question.kind for question in outcomes.questions])
+    names = list(family_kinds(outcomes.questions))
+
+    def mean_by(groups: NDArray[np.str_], of: FloatArray, order: Iterable[str]) -> dict[str, float]:
+        return {group: float(of[groups == group].mean()) for group in order if (groups == group).any()}
+
+    def shares(of: FloatArray) -> dict[str, float]:
+        return {str(level): float(share) for level, share in zip(outcomes.granularities, of.mean(axis=0), strict=True)}
+
+    return Row(
+        name=name,
+        accuracy=float(right.mean()),
+        mean_visual_tokens=float(tokens.mean()),
+        token_cost=token_cost,
+        families=mean_by(families, right, names),
+        family_tokens=mean_by(families, tokens, names),
+        kinds=mean_by(kinds, right, KINDS),
+        kind_tokens=mean_by(kinds, tokens, KINDS),
+        levels=shares(weights),
+        family_levels={family: shares(weights[families == family]) for family in names},
+    )
+
+
+def _baseline_row(outcomes: Outcomes) -> Row:
+    """The row of LLaVA-NeXT: as if its answers were those of the finest level."""
+    num_levels = len(outcomes.granularities)
+    finest = np.full(len(outcomes.questions), num_levels - 1)
+    baseline = Outcomes(
+        questions=outcomes.questions,
+        granularities=outcomes.granularities,
+        correct=np.repeat(outcomes.baseline_correct[:, None], num_levels, axis=1),
+        tokens=np.repeat(outcomes.baseline_tokens[:, None], num_levels, axis=1),
+        router_log_probs=outcomes.router_log_probs,
+        baseline_correct=outcomes.baseline_correct,
+        baseline_tokens=outcomes.baseline_tokens,
+    )
+    return _row("llava-next", baseline, one_hot(finest, num_levels))
+
+
+def router_name(token_cost: float) -> str:
+    """`router` at price 0, else `router@<token_cost>`."""
+    return "router" if token_cost == 0 else f"router@{token_cost:g}"
+
+
+def compute_rows(outcomes: Outcomes, token_cost: float, token_costs: Sequence[float] = TOKEN_COSTS) -> list[Row]:
+    """All rows of the report.
+
+    Chance is taken in expectation over its choice, so that no draw of levels adds noise.
+
+    Args:
+        outcomes: The measured answers.
+        token_cost: The price at which the claims are checked; also sets the budget of `random@router-tokens`.
+        token_costs: The prices of the curve.
+    """
+    num_questions, num_levels = outcomes.correct.shape
+    rows = [_baseline_row(outcomes)]
+    for index, granularity in enumerate(outcomes.granularities):
+        rows.append(_row(f"fixed-{granularity}", outcomes, one_hot(np.full(num_questions, index), num_levels)))
+    rows.append(_row("random", outcomes, np.full((num_questions, num_levels), 1 / num_levels)))
+
+    routers = [
+        _row(
+            router_name(cost),
+            outcomes,
+            one_hot(router_choice(outcomes.router_log_probs, outcomes.granularities, cost), num_levels),
+            token_cost=cost,
+        )
+        for cost in sorted({0.0, token_cost, *token_costs})
+    ]
+    budget = find_row(routers, router_name(token_cost)).mean_visual_tokens
+    blind = blind_mixture(outcomes.tokens.mean(axis=0), budget)
+    rows.append(_row("random@router-tokens", outcomes, np.tile(blind, (num_questions, 1))))
+    rows.extend(routers)
+    rows.append(_row("oracle", outcomes, one_hot(oracle_choice(outcomes.correct), num_levels)))
+    return rows
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """The row of that name.
+
+    Raises:
+        ClaimsError: If there is none.
+    """
+    for row in rows:
+        if row.name == name:
+            return row
+    raise ClaimsError(f"no row is named {name!r}; there are {', '.join(row.name for row in rows)}")
+
+
+def check_claims(rows: Sequence[Row], token_cost: float, num_questions: int) -> list[Claim]:
+    """What the mini world must show, each with its measurement.
+
+    Args:
+        rows: The rows of `compute_rows`.
+        token_cost: The router's price at which it is judged.
+        num_questions: The number of held-out questions.
+    """
+    fixed = [row for row in rows if row.name.startswith("fixed-")]
+    coarsest, finest = fixed[0], fixed[-1]
+    best = max(fixed, key=lambda row: (row.accuracy, -row.mean_visual_tokens))
+    router, blind = find_row(rows, router_name(token_cost)), find_row(rows, "random@router-tokens")
+
+    fine_gap = finest.kinds.get("fine", 0.0) - coarsest.kinds.get("fine", 0.0)
+    router_gap = router.accuracy - best.accuracy
+    share = router.mean_visual_tokens / best.mean_visual_tokens
+    over_blind = router.kinds.get("fine", 0.0) - blind.kinds.get("fine", 0.0)
+    coarse_scene = coarsest.kinds.get("scene", 0.0)
+    at = f"token_cost {token_cost:g}"
+    # Differences of shares carry rounding noise; a measured 25.0 points must not fail as 24.99999999.
+    slack = 1e-9
+    return [
+        Claim(f"at least {MIN_QUESTIONS:,} held-out questions", f"{num_questions:,}", num_questions >= MIN_QUESTIONS),
+        Claim(
+            f"the finest level ({finest.name}) answers at least 90% overall",
+            f"{finest.accuracy:.1%}",
+            finest.accuracy >= 0.9 - slack,
+        ),
+        Claim(
+            f"the coarsest level ({coarsest.name}) is at least 25 points lower on fine families",
+            f"{100 * fine_gap:.1f} points",
+            fine_gap >= 0.25 - slack,
+        ),
+        Claim(
+            f"the coarsest level ({coarsest.name}) answers at least 90% on whole-scene families",
+            f"{coarse_scene:.1%}",
+            coarse_scene >= 0.9 - slack,
+        ),
+        Claim(
+            f"the router ({at}) is within 1 point of the best fixed level ({best.name})",
+            f"{100 * router_gap:+.1f} points",
+            router_gap >= -0.01 - slack,
+        ),
+        Claim(
+            f"the router ({at}) uses at most half of the visual tokens of the best fixed level ({best.name})",
+            f"{share:.1%}",
+            share <= 0.5 + slack,
+        ),
+        Claim(
+            f"the router ({at}) is at least 10 points above random choice at equal mean tokens on fine families",
+            f"{100 * over_blind:+.1f} points",
+            over_blind >= 0.1 - slack,
+        ),
+    ]

@@ -1,0 +1,311 @@
+"""Answers the held-out questions of the mini world once per level, in several processes, and remembers the answers.
+
+Every answer is appended to a JSON-lines file as soon as it is there: `llava-next.jsonl` (the stage-2 model at the
+finest level), `fixed-<tokens per crop>.jsonl` (the final model) and `router.jsonl` (its log-probabilities). A second
+call answers only what is missing. Answers of other weights or other questions are dropped.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from avg_llava.data.records import parse_record
+from avg_llava.evaluation.predictor import Predictor, Request
+from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
+from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.loading import load
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 32
+MAX_NEW_TOKENS = 16
+BASELINE, ROUTER = "llava-next", "router"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A held-out question with its image and prompt."""
+
+    question: Question
+    request: Request
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure.
+
+    Attributes:
+        baseline: Checkpoint of the stage-2 model.
+        final: Checkpoint of the stage-4 model.
+        data: Folder of the mini world; its `eval.json` holds the questions.
+        answers: Folder that the answers are written to.
+        num_workers: Processes that answer.
+    """
+
+    baseline: Path
+    final: Path
+    data: Path
+    answers: Path
+    num_workers: int
+
+
+def read_questions(data: Path) -> list[Item]:
+    """The single-turn questions of `eval.json`.
+
+    Raises:
+        ClaimsError: If a record is not one question with one answer, or lacks its family.
+    """
+    path = data / "eval.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with `avg-llava mini data --output {data}`")
+    items = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        sample = parse_record(record, data, str(path))
+        missing = [key for key in ("family", "question_type") if not isinstance(record.get(key), str)]
+        if missing or len(sample.turns) != 2 or len(sample.images) != 1:
+            raise ClaimsError(
+                f"{path}: record {sample.id} must have one image, one question, one answer, and the texts family and "
+                f"question_type{' (missing: ' + ', '.join(missing) + ')' if missing else ''}"
+            )
+        asked, answered = (turn.value for turn in sample.turns)
+        question = Question(sample.id, record["question_type"], record["family"], answered.strip())
+        items.append(Item(question, Request(asked.replace("<image>", "").strip(), tuple(sample.images))))
+    if len({item.question.id for item in items}) != len(items):
+        raise ClaimsError(f"{path}: ids are not unique, so answers cannot be told apart")
+    return items
+
+
+# ---- the workers --------------------------------------------------------------------------------------------------
+
+_predictors: dict[str, Predictor] = {}
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _start_worker(checkpoints: dict[str, str], parent: int) -> None:
+    # A killed parent leaves its workers waiting for ever; they watch for that themselves.
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    for name, path in checkpoints.items():
+        _predictors[name] = make_predictor(path)
+
+
+def make_predictor(path: str | Path) -> Predictor:
+    """A predictor on the GPU if there is one, else on the CPU."""
+    model, processor = load(path)
+    return Predictor(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+
+
+def _answer_batch(which: str, items: list[Item]) -> dict[str, list[dict[str, Any]]]:
+    """Answers a batch with one of the two models: file name -> lines."""
+    predictor = _predictors[which]
+    encoded = predictor.encode([item.request for item in items])
+    finest = predictor.granularities[-1]
+    if which == BASELINE:
+        levels = {BASELINE: finest}
+    else:
+        levels = {f"fixed-{granularity}": granularity for granularity in predictor.granularities}
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, granularity in levels.items():
+        predictions = predictor.answer(encoded, granularity, MAX_NEW_TOKENS)
+        lines[name] = [
+            {
+                "id": item.question.id,
+                "prediction": prediction.text,
+                "correct": prediction.text == item.question.answer,
+                "num_visual_tokens": prediction.num_visual_tokens,
+            }
+            for item, prediction in zip(items, predictions, strict=True)
+        ]
+    if which != BASELINE:
+        log_probs = predictor.route(encoded).log_softmax(-1).tolist()
+        lines[ROUTER] = [{"id": item.question.id, "log_probs": row} for item, row in zip(items, log_probs, strict=True)]
+    return lines
+
+
+# ---- the store of answers -----------------------------------------------------------------------------------------
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(measurement: Measurement) -> dict[str, str]:
+    """What the answers depend on."""
+    files = {
+        BASELINE: measurement.baseline / "model.safetensors",
+        "final": measurement.final / "model.safetensors",
+        "questions": measurement.data / "eval.json",
+    }
+    for name, path in files.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} ({name}) is missing; run the stage that writes it first")
+    return {name: _file_hash(path) for name, path in files.items()}
+
+
+def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of one file by question; a last line cut short by a kill is dropped from the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return {line["id"]: line for line in lines}
+
+
+def _open_store(measurement: Measurement) -> None:
+    """Makes the folder of the answers, and empties it where they belong to other weights or questions."""
+    measurement.answers.mkdir(parents=True, exist_ok=True)
+    identity, known = _identity(measurement), measurement.answers / "identity.json"
+    if known.exists() and json.loads(known.read_text()) == identity:
+        return
+    stale = sorted(measurement.answers.glob("*.jsonl"))
+    if stale:
+        logger.warning("weights or questions have changed: %d files of answers are made anew", len(stale))
+    for path in stale:
+        path.unlink()
+    known.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def _batches(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
+    """Batches of images with about as many visual tokens, so that little is padded; longest first."""
+
+    def length(item: Item) -> int:
+        with Image.open(item.request.images[0]) as image:
+            return num_visual_tokens((image.height, image.width), (config.granularities or [0])[-1], config)
+
+    ordered = sorted(items, key=length, reverse=True)
+    for start in range(0, len(ordered), BATCH_SIZE):
+        yield ordered[start : start + BATCH_SIZE]
+
+
+def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[int, ...]:
+    """Answers whatever is not answered yet.
+
+    Returns:
+        The levels of the final model in visual tokens per crop, coarse to fine.
+    """
+    _open_store(measurement)
+    config = AvgLlavaConfig.from_pretrained(measurement.final)
+    granularities = tuple(config.granularities or ())
+    names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
+    todo = {}
+    for which, files in names.items():
+        answered = [_read_answers(measurement.answers / f"{name}.jsonl") for name in files]
+        todo[which] = [item for item in items if not all(item.question.id in lines for lines in answered)]
+    total = sum(map(len, todo.values()))
+    if not total:
+        return granularities
+
+    checkpoints = {BASELINE: str(measurement.baseline), "final": str(measurement.final)}
+    files_of = {
+        name: (measurement.answers / f"{name}.jsonl").open("a", encoding="utf-8")
+        for group in names.values()
+        for name in group
+    }
+    pool = ProcessPoolExecutor(
+        measurement.num_workers,
+        mp_context=multiprocessing.get_context("spawn"),  # a forked torch may hang
+        initializer=_start_worker,
+        initargs=(checkpoints, os.getpid()),
+    )
+    try:
+        with pool, tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
+            # The final model answers at every level, so its batches take longest and go first.
+            futures = [
+                pool.submit(_answer_batch, which, batch)
+                for which in ("final", BASELINE)
+                for batch in _batches(todo[which], config)
+            ]
+            for future in as_completed(futures):
+                batch = future.result()
+                for name, lines in batch.items():
+                    files_of[name].writelines(json.dumps(line) + "\n" for line in lines)
+                    files_of[name].flush()
+                progress.update(len(next(iter(batch.values()))))
+    finally:
+        for file in files_of.values():
+            file.close()
+    return granularities
+
+
+def read_outcomes(answers: Path, questions: Sequence[Question], granularities: Sequence[int]) -> Outcomes:
+    """The collected answers as arrays.
+
+    Raises:
+        ClaimsError: If an answer is missing.
+    """
+
+    def column(name: str, key: str) -> list[Any]:
+        lines = _read_answers(answers / f"{name}.jsonl")
+        missing = [question.id for question in questions if question.id not in lines]
+        if missing:
+            raise ClaimsError(f"{answers / name}.jsonl lacks {len(missing)} answers, the first to {missing[0]}")
+        return [lines[question.id][key] for question in questions]
+
+    def per_level(key: str) -> np.ndarray:
+        return np.array([column(f"fixed-{granularity}", key) for granularity in granularities]).T
+
+    return Outcomes(
+        questions=list(questions),
+        granularities=tuple(granularities),
+        correct=per_level("correct"),
+        tokens=per_level("num_visual_tokens").astype(np.float64),
+        router_log_probs=np.array(column(ROUTER, "log_probs"), dtype=np.float64),
+        baseline_correct=np.array(column(BASELINE, "correct")),
+        baseline_tokens=np.array(column(BASELINE, "num_visual_tokens"), dtype=np.float64),
+    )
+
+
+def verify_routing(
+    measurement: Measurement, items: Sequence[Item], outcomes: Outcomes, token_cost: float, num_verified: int = 64
+) -> int:
+    """Answers a sample of the questions with the router choosing, and compares with what was looked up.
+
+    Returns:
+        The number of questions compared.
+
+    Raises:
+        ClaimsError: If a routed answer or its level differs from the forced one.
+    """
+    chosen = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
+    sample = sorted(random.Random(0).sample(range(len(items)), min(num_verified, len(items))))
+    predictor = make_predictor(measurement.final)
+    forced = {level: _read_answers(measurement.answers / f"fixed-{level}.jsonl") for level in outcomes.granularities}
+    for start in range(0, len(sample), BATCH_SIZE):
+        batch = sample[start : start + BATCH_SIZE]
+        routed = predictor.predict(
+            [items[index].request for index in batch], token_cost=token_cost, max_new_tokens=MAX_NEW_TOKENS
+        )
+        for index, prediction in zip(batch, routed, strict=True):
+            level = outcomes.granularities[chosen[index]]
+            looked_up = forced[level][items[index].question.id]["prediction"]
+            if prediction.granularity != (level,) or prediction.text != looked_up:
+                raise ClaimsError(
+                    f"question {items[index].question.id}: routed generation gives {prediction.text!r} at "
+                    f"{prediction.granularity[0]} tokens per crop, the forced level {level} gave {looked_up!r}"
+                )
+    return len(sample)
