@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.loading import CheckpointError, build_from_backbones, load, load_model
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, AvgLlavaOutput
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.outputs import AvgLlavaOutput
 from avg_llava.model.processing import AvgLlavaProcessor
 
 AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)

@@ -1,8 +1,8 @@
 """Anyres geometry: which canvas an image is fitted to, its crops, and the tokens that remain after unpadding.
 
-Sizes are (height, width) in pixels. A canvas of (rows, columns) tiles is preceded by one overview crop. At a level whose
-crop grid is R x K, the tiles of a canvas form one map of rows*R x columns*K tokens; unpadding keeps a window of it, and
-every row of the window ends in one newline token. Pure functions.
+Sizes are (height, width) in pixels. A canvas of (rows, columns) tiles is preceded by one overview crop. At a level
+whose crop grid is R x K, the tiles of a canvas form one map of rows*R x columns*K tokens; unpadding keeps a window of
+it, and every row of the window ends in one newline token. Pure functions.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Window(NamedTuple):
 def select_canvas(image_size: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The (height, width) of `pinpoints` that keeps most of the image, then wastes least; ties go to the first listed.
 
-    Same rule as LLaVA's `select_best_resolution`. The order of `pinpoints` is what differs between the original code and
+    Same rule as LLaVA's `select_best_resolution`. The order of `pinpoints` differs between the original code and
     transformers, and it decides for images no larger than one crop (see `AvgLlavaConfig`).
     """
     height, width = image_size
@@ -61,9 +61,9 @@ def num_crops(image_size: Sequence[int], config: AvgLlavaConfig) -> int:
 def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> Window:
     """The window of the tiles' token map that is left when the padding around the image is removed.
 
-    `paper`: the padding is measured once, on the finest map (with transformers' rounding, so that the finest level equals
-    transformers' LLaVA-NeXT), and at coarser levels only tokens that are padding throughout are dropped. Every level
-    therefore keeps what the finest one keeps.
+    `paper`: the padding is measured once, on the finest map (with transformers' rounding, so that the finest level
+    equals transformers' LLaVA-NeXT), and at coarser levels only tokens that are padding throughout are dropped. Every
+    level therefore keeps what the finest one keeps.
     `released`: each map is unpadded by comparing its own aspect ratio with the image's, as the published weights were
     trained. Maps of half-width cells (288 and 72 tokens) lose image content that way.
     """

@@ -1,6 +1,7 @@
 """Configuration of AVG-LLaVA: LLaVA-NeXT's fields plus the granularities, the router and the behaviour switch."""
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaNextConfig, PreTrainedConfig
@@ -31,7 +32,7 @@ class RouterConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     dropout: float = 0.1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.num_text_tokens < 1:
             raise ValueError(f"router_config.num_text_tokens must be at least 1, got {self.num_text_tokens}")
@@ -48,7 +49,7 @@ class AvgLlavaConfig(LlavaNextConfig):
 
     Args:
         granularities: Visual tokens per crop at each level the router may choose, coarse to fine. Each is a level of
-            the pyramid that halves the tower's grid, width first. None means all five levels of the paper.
+            the pyramid that halves the tower's grid, width first. Empty means all five levels of the paper.
         behavior: "paper" or "released", the two meanings of the method: attention of the router over the tokens of a
             crop or across crops, masked or zero text slots, unpadding in pixel geometry or by the token map's aspect.
             Published weights need "released".
@@ -64,12 +65,13 @@ class AvgLlavaConfig(LlavaNextConfig):
     }
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "router_config": RouterConfig}
 
-    granularities: list[int] | None = None
+    image_grid_pinpoints: list | None = None
+    granularities: list[int] = field(default_factory=list)
     behavior: Behavior = "paper"
-    router_config: dict | PreTrainedConfig | None = None
+    router_config: Any = None
     max_sequence_length: int = 4096
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         pinpoints = self.image_grid_pinpoints
         super().__post_init__(**kwargs)
         crop = self.vision_config.image_size
@@ -83,7 +85,7 @@ class AvgLlavaConfig(LlavaNextConfig):
         self.image_grid_pinpoints = [list(pinpoint) for pinpoint in self.image_grid_pinpoints]
         self.image_seq_length = self.num_patches_per_side**2
         pyramid = granularity_pyramid(self.num_patches_per_side, NUM_GRANULARITIES)
-        self.granularities = list(self.granularities) if self.granularities is not None else pyramid
+        self.granularities = list(self.granularities) or pyramid
         self._check_vision()
         self._check_granularities()
         self._check_router()

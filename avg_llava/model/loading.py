@@ -125,7 +125,7 @@ def build_from_backbones(
     dtype: torch.dtype | str | None = None,
     **config_fields: Any,
 ) -> AvgLlavaForConditionalGeneration:
-    """Joins a pretrained CLIP tower and a pretrained causal LM; projector, newline and router are fresh (stage 1's start).
+    """Stage 1's start: a pretrained CLIP tower and a pretrained causal LM, with projector, newline and router fresh.
 
     Args:
         vision_path: Folder or hub id of a CLIP model (a bare vision tower or the whole of it).
@@ -137,7 +137,7 @@ def build_from_backbones(
     vision_config = AutoConfig.from_pretrained(vision_folder)
     text_config = AutoConfig.from_pretrained(language_folder)
     config = AvgLlavaConfig(
-        vision_config=vision_config.sub_configs and vision_config.vision_config or vision_config,
+        vision_config=_vision_part(vision_config),
         text_config=text_config,
         image_token_index=text_config.vocab_size,
         tie_word_embeddings=text_config.tie_word_embeddings,
@@ -189,7 +189,7 @@ def config_from_original(
 ) -> AvgLlavaConfig:
     """Translates the flat `config.json` of the original code.
 
-    Its pinpoints are (width, height); they become (height, width) in the same order, which keeps its way of settling ties.
+    Its pinpoints are (width, height); they become (height, width) in the same order, which keeps its way with ties.
     """
     for key, known in {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}.items():
         if raw.get(key) != known:
@@ -208,7 +208,7 @@ def config_from_original(
         tie_word_embeddings=text_config.tie_word_embeddings,
         image_grid_pinpoints=[[height, width] for width, height in pinpoints],
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-        granularities=raw.get("vis_token_granularity"),
+        granularities=raw.get("vis_token_granularity") or [],
         behavior=behavior or ("released" if has_router else "paper"),
         router_config=RouterConfig(**router),
         max_sequence_length=raw.get("tokenizer_model_max_length") or text_config.max_position_embeddings,
@@ -291,8 +291,12 @@ def rename_keys(tensors: Mapping[str, Tensor], renaming: Renaming) -> dict[str, 
 def _tower_config(name: str, folder: Path) -> PreTrainedConfig:
     if name in KNOWN_TOWERS and not (folder / name).is_dir():
         return CLIPVisionConfig(**KNOWN_TOWERS[name])
-    config = AutoConfig.from_pretrained(resolve_folder(name, folder))
-    return config.vision_config if hasattr(config, "vision_config") else config
+    return _vision_part(AutoConfig.from_pretrained(resolve_folder(name, folder)))
+
+
+def _vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision tower's own configuration, where `config` may be that of a whole CLIP model."""
+    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 def _has_router(tensors: Iterable[str]) -> bool:

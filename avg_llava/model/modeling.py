@@ -6,71 +6,25 @@ D language-model width, S crop size in pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.model.splice import IGNORE_INDEX, PaddingSide, SplicedInputs, splice_visual_tokens
 
 Granularity = int | Sequence[int] | Tensor
-
-
-@dataclass
-class ImageFeatures:
-    """One encoding of a batch's images, from which every level is pooled.
-
-    Attributes:
-        crops: (C, T, D) projected finest tokens.
-        num_crops: Crops of each image; they add up to C. Empty for the blank crop of a batch without images.
-        image_sizes: (height, width) of each image in pixels.
-    """
-
-    crops: Tensor
-    num_crops: list[int]
-    image_sizes: list[tuple[int, int]]
-
-    @property
-    def is_blank(self) -> bool:
-        """True where the only crop stands for a batch without images; it must count with weight 0."""
-        return not self.num_crops
-
-
-@dataclass
-class AvgLlavaOutput(ModelOutput):
-    """Output of :class:`AvgLlavaForConditionalGeneration`.
-
-    Attributes:
-        loss: Mean cross-entropy over supervised tokens, if labels were given.
-        logits: (B, L', vocabulary).
-        past_key_values: Cache of the language model.
-        hidden_states: As the language model gives them.
-        attentions: As the language model gives them.
-        granularity: (N,) visual tokens per crop at the level of each image.
-        router_logits: (N, G), levels coarse to fine; None where the level was forced.
-        num_visual_tokens: (N,) visual tokens of each image, newlines included.
-        labels: (B, L') labels that `logits` are scored against, if labels were given.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    granularity: Tensor | None = None
-    router_logits: Tensor | None = None
-    num_visual_tokens: Tensor | None = None
-    labels: Tensor | None = None
+ImageSizes = Tensor | Sequence[Sequence[int]]
 
 
 class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
@@ -217,7 +171,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
 
     def prepare(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -233,6 +187,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Returns:
             The language model's inputs, and the fields of :class:`AvgLlavaOutput` that tell how they came about.
         """
+        if input_ids is None:
+            raise ValueError("either input_ids or inputs_embeds must be given")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if padding_side is None:
             padding_side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
@@ -250,7 +206,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         routed["num_visual_tokens"] = spliced.num_visual_tokens
         return spliced, routed
 
-    def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]] | None) -> ImageFeatures:
+    def encode_images(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> ImageFeatures:
         """Encodes a batch's images once: vision tower and projector over all their crops.
 
         Args:
@@ -259,8 +215,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         """
         if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
             raise ValueError(
-                "pixel_values must be (images, crops, 3, height, width) with one (height, width) row of image_sizes for "
-                f"each image; got pixel_values {tuple(pixel_values.shape)} and {image_sizes=}"
+                "pixel_values must be (images, crops, 3, height, width) with one (height, width) row of image_sizes "
+                f"for each image; got pixel_values {tuple(pixel_values.shape)} and {image_sizes=}"
             )
         rows = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         sizes = [(int(height), int(width)) for height, width in rows]
@@ -277,7 +233,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     def encode_blank_image(self) -> ImageFeatures:
         """One black crop through tower and projector, for a micro-batch without images.
 
-        Under ZeRO every rank must run the same modules at every step. What is made of the blank crop counts with weight 0.
+        Under ZeRO every rank must run the same modules at every step. What is made of the blank crop has weight 0.
         """
         size = self.config.vision_config.image_size
         pixels = torch.zeros(1, self.config.vision_config.num_channels, size, size, device=self.device)
@@ -293,22 +249,22 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Returns:
             (N, G) logits, levels coarse to fine. For a blank encoding (1, G), to be weighted 0.
         """
-        is_image = self._is_image(input_ids)
-        instruction = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == IGNORE_INDEX)
-        embeds = self._embed(input_ids)
-        texts, masks = [], []
-        previous = -1
-        for sample in torch.nonzero(is_image & attention_mask.bool())[:, 0].tolist():
-            words = ~is_image[sample]
-            if self.config.behavior == "released" and sample == previous:
-                # The released code looks texts up by image number, so a sample's further images are routed without text.
-                words = torch.zeros_like(words)
-            texts.append(embeds[sample, words])
-            masks.append(instruction[sample, words])
-            previous = sample
+        is_image, real = self._is_image(input_ids), attention_mask.bool()
+        instruction = real & ~is_image if labels is None else real & ~is_image & (labels == IGNORE_INDEX)
+        text = self._embed(input_ids).masked_fill(is_image[..., None], 0)
+        # Placeholders go last, as in the released code, where the place of a row decides between equally similar ones.
+        order = is_image.long().argsort(dim=1, stable=True)
+        instruction = instruction.gather(1, order)
+        text = text.gather(1, order[..., None].expand_as(text))
         if features.is_blank:
-            texts, masks = [embeds[0, :0]], [instruction[0, :0]]
-        return self.model.router(features.crops, features.num_crops or [len(features.crops)], texts, masks)
+            return self.model.router(features.crops, [len(features.crops)], text[:1], instruction[:1])
+        owner = torch.nonzero(is_image & real)[:, 0]  # (N,) the sample of each image
+        text, instruction = text[owner], instruction[owner]
+        if self.config.behavior == "released":
+            # The released code looks texts up by image number, so a sample's further images are routed without text.
+            further = F.pad(owner[1:] == owner[:-1], (1, 0))[:, None]
+            text, instruction = text.masked_fill(further[..., None], 0), instruction & ~further
+        return self.model.router(features.crops, features.num_crops, text, instruction)
 
     def choose_granularity(self, router_logits: Tensor, token_cost: float | Tensor = 0.0) -> Tensor:
         """The level with the highest log-probability less its price.
@@ -334,9 +290,9 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         granularity: Granularity = (),
         padding_side: PaddingSide = "right",
     ) -> SplicedInputs:
-        """Pools each image to its level and puts its tokens in place of its placeholder; arguments as in :meth:`forward`.
+        """Pools each image to its level and puts its tokens in place of its placeholder.
 
-        Training sequences (with labels) are cut to `config.max_sequence_length`.
+        Arguments as in :meth:`forward`. Training sequences (with labels) are cut to `config.max_sequence_length`.
 
         Raises:
             ValueError: placeholders and images differ in number, or a prompt without labels is too long.
@@ -383,7 +339,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             tile_rows, tile_columns = canvas_tiles(size, self.config)
             rows, columns = token_grid(side, level)
             token_map = tiles.unflatten(0, (tile_rows, tile_columns)).unflatten(2, (rows, columns))
-            token_map = token_map.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (tile_rows*rows, tile_columns*columns, D)
+            token_map = token_map.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (map rows, map columns, D)
             window = kept_window(size, level, self.config)
             token_map = token_map[window.top : window.bottom, window.left : window.right]
             newline = self.model.image_newline.to(token_map).expand(len(token_map), 1, -1)
@@ -406,7 +362,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return input_ids == self.config.image_token_id
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings; placeholders, which may lie outside the vocabulary, get those of id 0 and are never used."""
+        """Input embeddings; at placeholders, which may lie outside the vocabulary, those of id 0, for nobody's use."""
         return self.get_input_embeddings()(input_ids.masked_fill(self._is_image(input_ids), 0))
 
 
@@ -415,4 +371,8 @@ register_checkpoint_conversion_mapping(
     AvgLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava_next"), overwrite=True
 )
 
-__all__ = ["AvgLlavaForConditionalGeneration", "AvgLlavaModel", "AvgLlavaOutput", "AvgLlavaPreTrainedModel", "ImageFeatures"]
+__all__ = [
+    "AvgLlavaForConditionalGeneration",
+    "AvgLlavaModel",
+    "AvgLlavaPreTrainedModel",
+]

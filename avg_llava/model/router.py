@@ -1,7 +1,7 @@
 """Granularity router: looks at all levels of an image and at the instruction, and scores the levels.
 
-Shapes: N images, C crops of all images (image after image), P crops of one image, G levels, T tokens of the finest level,
-V tokens of all levels together, K text slots, M instruction tokens, D language-model width.
+Shapes: N images, C crops of all images (image after image), P crops of one image, G levels, T tokens of the finest
+level, V tokens of all levels together, K text slots, M instruction tokens, D language-model width.
 """
 
 import torch
@@ -21,27 +21,28 @@ def filter_text(text: Tensor, mask: Tensor, overview: Tensor, num_text_tokens: i
     released code does).
 
     Args:
-        text: (M, D) input embeddings of the sample's text.
-        mask: (M,) bool, True where the token belongs to the instruction.
-        overview: (T, D) finest tokens of the overview crop.
+        text: (N, M, D) input embeddings of each image's text.
+        mask: (N, M) bool, True where the token belongs to the instruction.
+        overview: (N, T, D) finest tokens of each overview crop.
         num_text_tokens: K.
 
     Returns:
-        Indices (min(M, K),) into `text`, most similar first, instruction tokens before all others; and whether each
-        belongs to the instruction (min(M, K)).
+        Indices (N, min(M, K)) into M, most similar first and instruction tokens before all others; and whether each
+        belongs to the instruction (N, min(M, K)).
     """
-    similarity = F.normalize(text, dim=-1) @ F.normalize(overview, dim=-1).mean(0)  # (M,)
-    order = similarity.masked_fill(~mask, -torch.inf).sort(descending=True).indices[:num_text_tokens]
-    return order, mask[order]
+    image = F.normalize(overview, dim=-1).mean(1)  # (N, D)
+    similarity = (F.normalize(text, dim=-1) @ image[:, :, None])[..., 0]  # (N, M)
+    order = similarity.masked_fill(~mask, -torch.inf).sort(descending=True).indices[:, :num_text_tokens]
+    return order, mask.gather(1, order)
 
 
 class GranularityRouter(nn.Module):
     """One Transformer layer over visual and text tokens, an MLP, and a voter over token positions.
 
-    Parameter names are those of the released weights. `behavior` of the configuration decides what the Transformer layer
-    attends over: "paper" the tokens of a crop, absent text slots masked; "released" the crops of an image, one token
-    position at a time, absent text slots being rows of zeros. Both end in a LayerNorm over the G scores, which the paper
-    does not mention and the released weights need.
+    Parameter names are those of the released weights. `behavior` of the configuration decides what the Transformer
+    layer attends over: "paper" the tokens of a crop, absent text slots masked; "released" the crops of an image, one
+    token position at a time, absent text slots being rows of zeros. Both end in a LayerNorm over the G scores, which
+    the paper does not mention and the released weights need.
     """
 
     def __init__(self, config: AvgLlavaConfig):
@@ -65,34 +66,35 @@ class GranularityRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, as the released training starts."""
         init.normal_(self.voter)
-        for linear in (self.merger.linear1, self.merger.linear2, self.merger.self_attn.out_proj, *self.router[::2]):
+        attention = self.merger.self_attn
+        init.xavier_uniform_(attention.in_proj_weight)
+        for linear in (self.router[0], self.router[2], self.merger.linear1, self.merger.linear2, attention.out_proj):
             bound = linear.in_features**-0.5
-            if linear in (self.router[0], self.router[2]):
-                init.kaiming_normal_(linear.weight)
-            else:
-                init.uniform_(linear.weight, -bound, bound)
+            init.uniform_(linear.weight, -bound, bound)
             init.uniform_(linear.bias, -bound, bound)
-        init.xavier_uniform_(self.merger.self_attn.in_proj_weight)
-        init.zeros_(self.merger.self_attn.in_proj_bias)
-        init.zeros_(self.merger.self_attn.out_proj.bias)
+        for linear in (self.router[0], self.router[2]):
+            init.kaiming_normal_(linear.weight)
+        for bias in (attention.in_proj_bias, attention.out_proj.bias):
+            init.zeros_(bias)
         for norm in (self.merger.norm1, self.merger.norm2, self.norm):
             init.ones_(norm.weight)
             init.zeros_(norm.bias)
 
-    def forward(self, crops: Tensor, num_crops: list[int], text: list[Tensor], text_mask: list[Tensor]) -> Tensor:
+    def forward(self, crops: Tensor, num_crops: list[int], text: Tensor, text_mask: Tensor) -> Tensor:
         """Scores the levels of each image.
 
         Args:
             crops: (C, T, D) finest tokens of all crops; the first crop of each image is its overview.
             num_crops: Crops of each image; they add up to C.
-            text: N tensors (M_n, D), input embeddings of each image's text.
-            text_mask: N tensors (M_n,) bool, True at the instruction's tokens.
+            text: (N, M, D) input embeddings of each image's text.
+            text_mask: (N, M) bool, True at the instruction's tokens.
 
         Returns:
             (N, G) logits, levels coarse to fine.
         """
-        slots, slot_mask = self._text_slots(crops, num_crops, text, text_mask)  # (N, K, D), (N, K)
         side, counts = self.config.num_patches_per_side, torch.tensor(num_crops, device=crops.device)
+        overview = crops[counts.cumsum(0) - counts]  # (N, T, D)
+        slots, slot_mask = self._text_slots(overview, text, text_mask)  # (N, K, D), (N, K)
         levels = [pool_tokens(crops, side, granularity) for granularity in self.config.granularities]
         tokens = torch.cat([*levels, slots.repeat_interleave(counts, 0)], 1)  # (C, V+K, D)
         if self.config.behavior == "released":
@@ -105,22 +107,15 @@ class GranularityRouter(nn.Module):
         crop_logits = (votes @ scores).reshape(len(tokens), -1)  # (C, G)
         return self.norm(torch.stack([logits.mean(0) for logits in crop_logits.split(num_crops)]))
 
-    def _text_slots(
-        self, crops: Tensor, num_crops: list[int], text: list[Tensor], text_mask: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _text_slots(self, overview: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Filtered text (N, K, D), zero where there is none, and which slots hold a token of the instruction (N, K)."""
         num_slots = self.config.router_config.num_text_tokens
-        slots = crops.new_zeros(len(text), num_slots, crops.shape[-1])
-        slot_mask = torch.zeros(len(text), num_slots, dtype=torch.bool, device=crops.device)
-        for image, (crops_of_image, embeds, mask) in enumerate(
-            zip(crops.split(num_crops), text, text_mask, strict=True)
-        ):
-            order, valid = filter_text(embeds, mask, crops_of_image[0], num_slots)
-            slots[image, : len(order)] = embeds[order]
-            slot_mask[image, : len(order)] = valid
+        order, valid = filter_text(text, text_mask, overview, num_slots)
+        slots = text.gather(1, order[..., None].expand(-1, -1, text.shape[-1]))
         if self.config.behavior == "paper":
-            slots = slots * slot_mask[..., None]
-        return slots, slot_mask
+            slots = slots * valid[..., None]
+        missing = num_slots - order.shape[1]
+        return F.pad(slots, (0, 0, 0, missing)), F.pad(valid, (0, missing))
 
     def _attend_across_crops(self, tokens: Tensor, num_crops: list[int]) -> Tensor:
         """The Transformer layer with the crops of an image as its sequence, at each token position by itself."""

@@ -1,7 +1,7 @@
 """Splicing: each image placeholder of a batch is replaced by that image's visual tokens.
 
-Shapes: B samples, L tokens with one placeholder per image, N images in the batch (sample after sample), V_n visual tokens
-of image n, D width, L' tokens after splicing. Pure functions.
+Shapes: B samples, L tokens with one placeholder per image, N images in the batch (sample after sample), V_n visual
+tokens of image n, D width, L' tokens after splicing. Pure functions.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,9 @@ def splice_visual_tokens(
     # How many places each position of the old batch takes in the new one, and where they start.
     places = real.long()  # (B, L)
     places[is_image] = num_visual_tokens
-    lengths = places.sum(1).clamp(max=max_length)  # (B,)
+    lengths = places.sum(1)  # (B,)
+    if max_length is not None:
+        lengths = lengths.clamp(max=max_length)
     new_length = int(lengths.max()) if num_samples else 0
     starts = places.cumsum(1) - places  # (B, L)
 

@@ -12,7 +12,8 @@ from tests.parity.golden import GOLDEN, ORIGINAL_IMAGE_TOKEN, SIZES
 def released_model() -> AvgLlavaForConditionalGeneration:
     """The golden checkpoint in the original format, through the public loader."""
     model = load_model(GOLDEN / "checkpoint")
-    assert model.config.behavior == "released" and model.dtype == torch.float32
+    assert model.config.behavior == "released"
+    assert model.dtype == torch.float32
     return model
 
 
@@ -24,7 +25,7 @@ def pixels() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def batch_inputs(released_model, pixels):
-    """Builds model inputs from golden ids and image names: placeholders renamed, crops padded, sizes as (height, width)."""
+    """Builds model inputs from golden ids and image names: placeholders renamed, crops padded, sizes swapped."""
 
     def build(input_ids: torch.Tensor, images: list[str], attention_mask=None, labels=None) -> dict:
         ids = input_ids.clone().reshape(-1, input_ids.shape[-1])

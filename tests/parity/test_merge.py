@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.parity.golden import SIZES, golden
+
 D, D_JSON = golden("D_merge")
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.model.loading import KNOWN_TOWERS
 from avg_llava.model.router import filter_text
@@ -33,9 +34,11 @@ def test_text_filter_indices(case):
     about = B_JSON["cases"][case]
     text = B[f"in/{about['text']}"][: about["rows"]]
     mask = B[f"{case}/mask"].bool() if f"{case}/mask" in B else torch.ones(about["rows"], dtype=torch.bool)
-    indices, valid = filter_text(text, mask, B["in/image"], B_JSON["k"])
+    indices, valid = filter_text(text[None], mask[None], B["in/image"][None], B_JSON["k"])
+    indices, valid = indices[0], valid[0]
     count = about["n_selected_valid"]
-    assert int(valid.sum()) == count and valid[:count].all()
+    assert int(valid.sum()) == count
+    assert valid[:count].all()
     assert indices[:count].tolist() == about["indices"][:count]
     assert len(indices) == about["n_selected"]
 
@@ -47,7 +50,7 @@ def test_router_logits(released_model, case):
     router = released_model.model.router
     mask = C[f"{case}/text_mask"]
     with torch.no_grad():
-        logits = router(crops, [len(crops)], [C[f"{image}/text"]], [mask])
+        logits = router(crops, [len(crops)], C[f"{image}/text"][None], mask[None])
     torch.testing.assert_close(logits, C[f"{case}/logits"], rtol=0, atol=1e-5)
 
 
@@ -59,8 +62,8 @@ def test_router_batch_of_images_equals_one_by_one(released_model):
         logits = released_model.model.router(
             torch.cat(crops),
             [len(crop) for crop in crops],
-            [C[f"{case}/text"] for case in cases],
-            [C[f"{case}/text_mask"] for case in cases],
+            torch.stack([C[f"{case}/text"] for case in cases]),
+            torch.stack([C[f"{case}/text_mask"] for case in cases]),
         )
     expected = torch.cat([C[f"{case}/logits"] for case in cases])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
