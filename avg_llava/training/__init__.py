@@ -1,0 +1,1 @@
+"""Training of the four stages: configuration, stage table, losses, objectives, trainer, entry point."""

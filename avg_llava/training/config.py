@@ -1,0 +1,280 @@
+"""What a training run is told: one frozen dataclass per section of the YAML file.
+
+`load_config("configs/mini/stage1.yaml", ["--optim.lr", "1e-3"])` reads a file, puts command-line overrides over it,
+refuses what it does not know and returns a `TrainConfig`. Relative paths are relative to the working directory; the
+scripts run from the root of the project.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from avg_llava.training.losses import RankingVariant, Reduction
+from avg_llava.training.parsing import ConfigError, apply_overrides, build, read_yaml
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """Shape of the granularity router; read where the model is put together, in stage 1."""
+
+    num_text_tokens: int = 32
+    """Instruction tokens that the text filter keeps (k of the paper)."""
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    """Width of the fusion layer's feed-forward part; null: the language model's width."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the weights come from. Stage 1 joins two backbones; every later stage starts from a checkpoint."""
+
+    vision: str | None = None
+    """Stage 1: CLIP vision tower, a folder or hub id."""
+    language: str | None = None
+    """Stage 1: language model and tokenizer, a folder or hub id."""
+    start: str | None = None
+    """Stages 2 to 4: checkpoint of the parent stage, a folder or hub id."""
+    force_start: bool = False
+    """Accept a start that is not a finished run of the parent stage (also: `--force-start`)."""
+    granularities: tuple[int, ...] | None = None
+    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Later stages: the start's."""
+    behavior: Literal["paper", "released"] | None = None
+    """Stage 1: which meaning of the method (see the model's configuration); null: paper. Later: the start's."""
+    image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
+    """Stage 1: (height, width) resolutions that an image may be tiled into; null: LLaVA-NeXT's, in crops."""
+    router: RouterSettings | None = None
+    """Stage 1: shape of the router; null: the defaults. Later stages: the start's."""
+    max_length: int | None = None
+    """Longest sequence once visual tokens are spliced in; null: the start's."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One file of conversations in LLaVA's JSON or JSONL format."""
+
+    path: str
+    image_root: str | None = None
+    """Folder that image paths are relative to and stay inside of; null: the file's own folder."""
+    sampling: str | None = None
+    """`all`, `first:N`, `end:N`, `random:N` (N records, or a share such as 10%) or `repeat:N`; null: all."""
+    follow_links: bool = False
+    """Accept image paths that leave the root through symbolic links."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is learnt from, and in which order."""
+
+    sources: tuple[SourceSettings, ...]
+    template: Literal["plain", "vicuna_v1"]
+    """`plain` for captions (stage 1), `vicuna_v1` for instructions."""
+    group_by_modality_length: bool = False
+    """Batches of similar length, image and text-only samples apart."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """An unreadable sample stops the run with its name, or is skipped and counted."""
+    num_workers: int = 4
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Stage 4 only: how the router learns from the language model's feedback."""
+
+    ranking: RankingVariant = "paper"
+    rank_loss_weight: float = 1.0
+    cross_entropy_weight: float = 0.1
+    feedback: Reduction = "mean"
+    """Log-probability of the answer: mean over its tokens, or their sum."""
+    tie_tolerance: float = 0.0
+    """Levels within this many nats of the best count as equally good; 0 is the paper."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW with linear warm-up and decay."""
+
+    lr: float
+    global_batch_size: int
+    """Samples per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int
+    """Samples per process and forward pass; the number of accumulation steps follows."""
+    vision_lr: float | None = None
+    """Learning rate of the vision tower; null: `lr`."""
+    projector_lr: float | None = None
+    """Learning rate of the projector; null: `lr`."""
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = 0.03
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule is laid out for them. null: `epochs` decides."""
+    max_grad_norm: float = 0.0
+    """Clip gradients to this norm; 0: do not clip, as in the released training."""
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """On what, and in which precision, the run computes."""
+
+    deepspeed: str | None = None
+    """DeepSpeed JSON file; null: plain PyTorch (one process, or data parallel)."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    tf32: bool = True
+    device: Literal["auto", "cpu"] = "auto"
+    gradient_checkpointing: bool = True
+    """Recompute activations of tower and language model in the backward pass: less memory, more time."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel of the language model; null: what transformers picks."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """What is recorded while training; `log_history.jsonl` in the output folder always is."""
+
+    every: int = 1
+    """Optimizer steps between two lines of the log."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    run_name: str | None = None
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where the results go."""
+
+    dir: str
+    """Folder of the run: checkpoints while it trains, the stage's model at the end."""
+    save_every: int = 0
+    """Optimizer steps between two checkpoints that a killed run continues from; 0: none."""
+    keep: int = 1
+    """Checkpoints to keep while training."""
+    overwrite: bool = False
+    """Discard what the folder holds of an earlier run and train from the beginning."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run of one stage is told."""
+
+    stage: Literal[1, 2, 3, 4]
+    model: ModelSettings
+    data: DataSettings
+    optim: OptimSettings
+    output: OutputSettings
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+        _check_numbers(self)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step and process, so that the global batch size is what the file says."""
+        per_pass = self.optim.micro_batch_size * world_size
+        steps, rest = divmod(self.optim.global_batch_size, per_pass)
+        if rest or steps == 0:
+            raise ConfigError(
+                f"optim.global_batch_size {self.optim.global_batch_size} is not a multiple of "
+                f"optim.micro_batch_size {self.optim.micro_batch_size} x {world_size} processes = {per_pass}; "
+                "change one of the three"
+            )
+        return steps
+
+    def architecture(self) -> dict[str, Any]:
+        """Fields of the model's configuration that stage 1 decides; what is null keeps the model's default."""
+        model = self.model
+        fields = {
+            "granularities": None if model.granularities is None else list(model.granularities),
+            "behavior": model.behavior,
+            "image_grid_pinpoints": model.image_grid_pinpoints and [list(pair) for pair in model.image_grid_pinpoints],
+            "router_config": None if model.router is None else dataclasses.asdict(model.router),
+            "max_sequence_length": model.max_length,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as YAML and JSON hold them."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a stage's YAML file and put `--key.subkey value` overrides over it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, value of the wrong type, or values that contradict one another.
+    """
+    spelled_out = ["--model.force_start" if argument == "--force-start" else argument for argument in overrides]
+    return build(TrainConfig, apply_overrides(read_yaml(path), spelled_out))
+
+
+def _check_model(config: TrainConfig) -> None:
+    model = config.model
+    if config.stage == 1:
+        if model.vision is None or model.language is None or model.start is not None:
+            raise ConfigError("stage 1 starts from model.vision and model.language (and has no model.start)")
+        return
+    if model.start is None or model.vision is not None or model.language is not None:
+        raise ConfigError(
+            f"stage {config.stage} starts from model.start, the folder of stage {config.stage - 1} (and has neither "
+            "model.vision nor model.language)"
+        )
+    for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
+        if getattr(model, name) is not None:
+            raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    optim = config.optim
+    positive = {
+        "optim.lr": optim.lr,
+        "optim.vision_lr": optim.vision_lr,
+        "optim.projector_lr": optim.projector_lr,
+        "optim.global_batch_size": optim.global_batch_size,
+        "optim.micro_batch_size": optim.micro_batch_size,
+        "optim.epochs": optim.epochs,
+        "optim.max_steps": optim.max_steps,
+        "model.max_length": config.model.max_length,
+        "logging.every": config.logging.every,
+        "output.keep": config.output.keep,
+    }
+    not_negative = {
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_ratio": optim.warmup_ratio,
+        "optim.max_grad_norm": optim.max_grad_norm,
+        "objective.tie_tolerance": config.objective.tie_tolerance,
+        "objective.rank_loss_weight": config.objective.rank_loss_weight,
+        "objective.cross_entropy_weight": config.objective.cross_entropy_weight,
+        "data.num_workers": config.data.num_workers,
+        "output.save_every": config.output.save_every,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key} must be above 0, got {value}")
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{key} must be at least 0, got {value}")
+    if len(optim.betas) != 2:
+        raise ConfigError(f"optim.betas must be a list of two numbers, got {list(optim.betas)}")
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty: name at least one file")
+    if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
+        raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,182 @@
+"""Typed configuration from YAML: a mapping and `--key.subkey value` overrides into nested frozen dataclasses.
+
+Nothing here knows about training. Every mistake is a `ConfigError` that names the key: an unknown key with the
+nearest known one, a value of the wrong type with the type that was expected.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and says what to do."""
+
+
+@dataclass(frozen=True)
+class RawValue:
+    """The text of a command-line override: what it means depends on the type of the key it is for."""
+
+    text: str
+
+    def parse(self, key: str) -> Any:
+        try:
+            return yaml.safe_load(self.text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: cannot read the value {self.text!r} ({error})") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(content).__name__}")
+    return content
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Put `--key.subkey value` (or `--key.subkey=value`) over the values of a file.
+
+    A key without a value means `true`, so that switches read as such. Values are YAML: `null`, `[a, b]`, `{k: v}`.
+    """
+    merged = _copy_mappings(values)
+    position = 0
+    while position < len(overrides):
+        argument = overrides[position]
+        position += 1
+        if not argument.startswith("--") or len(argument) == 2:
+            raise ConfigError(f"expected `--key.subkey value`, got {argument!r}")
+        key, has_value, text = argument[2:].partition("=")
+        if not has_value:
+            if position < len(overrides) and not overrides[position].startswith("--"):
+                text = overrides[position]
+                position += 1
+            else:
+                text = "true"
+        _set_dotted(merged, key, RawValue(text))
+    return merged
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
+    """Build the dataclass `cls` from `values`, checking every key and type.
+
+    Args:
+        cls: a dataclass whose fields are int, float, str, bool, Literal, dataclasses, tuples of one such type, or one
+            of these or None.
+        values: the mapping, as YAML gives it; leaves may be `RawValue`.
+        prefix: dotted path of `values` inside the whole configuration, for messages.
+
+    Raises:
+        ConfigError: unknown key, missing key or value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown key {_join(prefix, str(name))}{_nearest(str(name), fields)}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], _join(prefix, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(prefix, name)} is missing: it has no default")
+    return cls(**arguments)
+
+
+def _convert(expected: Any, value: Any, key: str) -> Any:
+    """`value` as the type `expected`, or a ConfigError that names `key`."""
+    origin, choices = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        present = [choice for choice in choices if choice is not type(None)]
+        assert len(present) == 1, f"{key}: only `X | None` unions are supported"
+        is_null = value is None or (isinstance(value, RawValue) and value.text.strip() in ("null", "~", ""))
+        return None if is_null else _convert(present[0], value, key)
+    if isinstance(value, RawValue):
+        value = value.text if expected is str else value.parse(key)
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(key, "a mapping of " + ", ".join(f.name for f in dataclasses.fields(expected)), value)
+        return build(typing.cast(type, expected), value, key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong_type(key, "a list", value)
+        return tuple(_convert(choices[0], item, f"{key}.{index}") for index, item in enumerate(value))
+    if origin is typing.Literal:
+        if value not in choices or isinstance(value, bool):
+            hint = _nearest(str(value), [str(choice) for choice in choices])
+            raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}{hint}")
+        return value
+    return _convert_scalar(expected, value, key)
+
+
+def _convert_scalar(expected: Any, value: Any, key: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is float:
+        # YAML 1.1 reads `1e-3` (no dot) as text, and every learning rate is written that way.
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                raise _wrong_type(key, "a number", value) from None
+        if is_number:
+            return float(value)
+        raise _wrong_type(key, "a number", value)
+    if expected is int:
+        if is_number and float(value).is_integer():
+            return int(value)
+        raise _wrong_type(key, "a whole number", value)
+    if expected is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong_type(key, "true or false", value)
+    if expected is str:
+        if isinstance(value, str):
+            return value
+        raise _wrong_type(key, "text (put quotes around it)", value)
+    raise AssertionError(f"{key}: fields of type {expected} are not supported")
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: RawValue) -> None:
+    *sections, name = key.split(".")
+    node = values
+    for depth, section in enumerate(sections):
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{key}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+        node = child
+    node[name] = value
+
+
+def _copy_mappings(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy_mappings(item) if isinstance(item, Mapping) else item for key, item in values.items()}
+
+
+def _wrong_type(key: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" - did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,278 @@
+"""Train one stage: `python -m avg_llava.training.run CONFIG [--key.subkey value ...]`.
+
+Reads as the run goes: configuration, what there is already, model, trainable parts, data, trainer, train, save. The
+same command continues a run that was killed and leaves a finished one alone.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import set_seed
+
+from avg_llava.data.collator import Collator
+from avg_llava.data.dataset import ConversationDataset, DataSource
+from avg_llava.data.sampler import ModalityLengthSampler
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.loading import build_from_backbones, load
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.manifest import (
+    StageManifest,
+    changed_keys,
+    check_start,
+    latest_checkpoint,
+    read_manifest,
+)
+from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.parsing import ConfigError
+from avg_llava.training.processes import (
+    leave,
+    prepare_deepspeed,
+    rank,
+    read_deepspeed_file,
+    set_up_logging,
+    uses_cpu,
+    world_size,
+)
+from avg_llava.training.stages import STAGES, set_trainable
+from avg_llava.training.trainer import ShuffledSampler, StageTrainer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+USAGE = """\
+usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
+
+Train one stage as a YAML file says; options go over the file's values.
+example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
+"""
+
+
+def run_stage(config: TrainConfig) -> Path:
+    """Train the stage that `config` describes, or continue, or leave alone what is finished.
+
+    Returns:
+        The folder with the stage's result.
+
+    Raises:
+        ConfigError: the configuration, the start or an earlier run in the output folder does not fit.
+        ValueError: a sample or a checkpoint cannot be used; the message names it.
+    """
+    stage = STAGES[config.stage]
+    output_dir = Path(config.output.dir)
+    parent = describe_start(config)
+    earlier = find_earlier_run(config, parent)
+    if earlier is not None and earlier.finished:
+        check_same_data(earlier.manifest, finished_fingerprint(config))
+        logger.info("stage %d is already complete in %s; nothing to do", stage.number, output_dir)
+        return output_dir
+
+    use_cpu = uses_cpu(config)
+    deepspeed = None
+    if config.runtime.deepspeed is not None:
+        deepspeed = read_deepspeed_file(config.runtime.deepspeed)
+        prepare_deepspeed(use_cpu)
+    set_seed(config.seed)
+
+    model, processor = build_model(config)
+    set_trainable(model, stage)
+    if config.runtime.gradient_checkpointing and stage.objective != "router":
+        model.activation_checkpointing_enable({"use_reentrant": deepspeed is not None})
+    objective = OBJECTIVES[stage.objective](model, config.objective)
+
+    dataset = build_dataset(config, processor, model.config)
+    manifest = StageManifest(
+        stage=stage.number,
+        finished=False,
+        step=0,
+        parent=parent,
+        data_fingerprint=dataset.fingerprint(),
+        config=config.to_dict(),
+        world_size=world_size(),
+    )
+    if earlier is not None:
+        check_same_data(earlier.manifest, manifest.data_fingerprint)
+
+    trainer = StageTrainer(
+        objective=objective,
+        config=config,
+        arguments=training_arguments(config, deepspeed, world_size(), use_cpu),
+        dataset=dataset,
+        collator=Collator(pad_token_id=processor.tokenizer.pad_token_id),
+        sampler=build_sampler(config, dataset),
+        processor=processor,
+        manifest=manifest,
+    )
+    if config.output.overwrite:
+        trainer.discard_earlier_run()
+    if earlier is not None:
+        logger.info("continuing from step %d in %s", earlier.manifest.step, earlier.folder)
+    trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier.folder))
+    trainer.save_stage()
+    logger.info("stage %d is complete in %s", stage.number, output_dir)
+    return output_dir
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What an earlier run of the same stage left in the output folder."""
+
+    folder: Path
+    """The stage's result if finished, a checkpoint otherwise."""
+    manifest: StageManifest
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.manifest.finished
+
+
+def describe_start(config: TrainConfig) -> dict[str, Any]:
+    """Where the stage starts, for the manifest; refused if that is not its parent stage."""
+    parent_stage = STAGES[config.stage].parent
+    if parent_stage is None:
+        return {"vision": config.model.vision, "language": config.model.language}
+    assert config.model.start is not None, "checked by TrainConfig"
+    return check_start(config.model.start, config.stage, parent_stage, config.model.force_start)
+
+
+def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun | None:
+    """The finished result or the latest complete checkpoint in the output folder, if there is one.
+
+    Raises:
+        ConfigError: it comes from another configuration, another start or another number of processes.
+    """
+    if config.output.overwrite:
+        return None
+    output_dir = Path(config.output.dir)
+    manifest, folder = read_manifest(output_dir), output_dir
+    if manifest is None:
+        checkpoint = latest_checkpoint(output_dir)
+        if checkpoint is None:
+            return None
+        manifest, folder = read_manifest(checkpoint), checkpoint
+    assert manifest is not None, "latest_checkpoint gives folders with a manifest"
+    changes = changed_keys(manifest.config, config.to_dict())
+    if manifest.parent != parent:
+        changes.append(f"start: {manifest.parent} -> {parent}")
+    if changes:
+        raise ConfigError(
+            f"{output_dir} holds a run with other settings ({'; '.join(changes)}). Choose another output.dir, restore "
+            "the settings to continue it, or pass --output.overwrite to discard it"
+        )
+    if not manifest.finished and manifest.world_size != world_size():
+        raise ConfigError(
+            f"{folder} was written by {manifest.world_size} processes and can only be continued by as many, not by "
+            f"{world_size()}; or pass --output.overwrite to train from the beginning"
+        )
+    return EarlierRun(folder, manifest)
+
+
+def finished_fingerprint(config: TrainConfig) -> str:
+    """Fingerprint of the data as they are now, read with the finished stage's processor."""
+    model_config = AvgLlavaConfig.from_pretrained(config.output.dir)
+    processor = AvgLlavaProcessor.from_checkpoint(config.output.dir, model_config)
+    return build_dataset(config, processor, model_config).fingerprint()
+
+
+def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
+    """Refuse to continue, or to call complete, a run whose data have changed."""
+    if manifest.data_fingerprint != fingerprint:
+        raise ConfigError(
+            "the files of data.sources have changed since this run started; pass --output.overwrite to train on the "
+            "new ones, or choose another output.dir"
+        )
+
+
+def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
+    """The model that the stage starts from, in the run's precision, and its processor.
+
+    Every process loads the whole model into memory; DeepSpeed takes its share from there.
+    """
+    dtype = torch.float32
+    if config.runtime.deepspeed is not None:
+        # DeepSpeed keeps float32 master weights itself; without it, autocast needs them in the model.
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
+    settings = config.model
+    if STAGES[config.stage].parent is not None:
+        assert settings.start is not None, "checked by TrainConfig"
+        model, processor = load(settings.start, dtype=dtype)
+        if settings.max_length is not None:
+            model.config.max_sequence_length = settings.max_length
+    else:
+        assert settings.vision is not None, "checked by TrainConfig"
+        assert settings.language is not None, "checked by TrainConfig"
+        model = build_from_backbones(settings.vision, settings.language, dtype=dtype, **config.architecture())
+        processor = AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model.config)
+    if config.runtime.attention is not None:
+        model.set_attn_implementation({"text_config": config.runtime.attention})
+    return model, processor
+
+
+def build_dataset(
+    config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig
+) -> ConversationDataset:
+    """The samples of `data.sources`."""
+    sources = [
+        DataSource(source.path, source.image_root, source.sampling, source.follow_links)
+        for source in config.data.sources
+    ]
+    return ConversationDataset(
+        sources,
+        processor,
+        config.data.template,
+        model_config,
+        on_bad_sample=config.data.on_bad_sample,
+        seed=config.seed,
+    )
+
+
+def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> Sampler[int]:
+    """The order of the samples."""
+    if not config.data.group_by_modality_length:
+        return ShuffledSampler(len(dataset), config.seed)
+    return ModalityLengthSampler(
+        dataset.modality_lengths,
+        batch_size=config.optim.micro_batch_size,
+        world_size=world_size(),
+        accumulation_steps=config.accumulation_steps(world_size()),
+        seed=config.seed,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line.
+
+    Returns:
+        Exit code: 0 fine, 1 failed, 2 wrong usage. Where processes were joined, it exits instead of returning.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
+        is_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        (sys.stdout if is_help else sys.stderr).write(USAGE)
+        return 0 if is_help else 2
+    set_up_logging()
+    code = 0
+    try:
+        run_stage(load_config(arguments[0], arguments[1:]))
+    except ConfigError as error:
+        code = 2
+        if rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+    except ValueError as error:
+        code = 1
+        logger.debug("traceback", exc_info=True)
+        sys.stderr.write(f"error (process {rank()}): {error}\n")
+    if torch.distributed.is_initialized():
+        leave(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""transformers' Trainer, told how this project optimizes, logs and saves.
+
+Loss normalisation, as in the released training: the mean over the supervised tokens of each micro-batch, then the mean
+over micro-batches and processes.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from avg_llava.data.collator import Collator
+from avg_llava.data.dataset import ConversationDataset
+from avg_llava.training.config import TrainConfig
+from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
+from avg_llava.training.objectives import Objective
+from avg_llava.training.optim import build_optimizer
+
+LOG_NAME = "log_history.jsonl"
+CONFIG_NAME = "train_config.yaml"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says where it stopped and what to look at."""
+
+
+class ShuffledSampler(Sampler[int]):
+    """A new random order every epoch, the same on every rank and in a resumed run."""
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.num_samples, generator=generator).tolist())
+
+
+class StageTrainer(Trainer):
+    """Trains one stage's objective and writes checkpoints that say what they are.
+
+    Args:
+        objective: model and loss, frozen and trainable parts already decided.
+        config: the run's configuration; dumped beside every checkpoint.
+        arguments: what transformers is told (see `training_arguments`).
+        dataset: its `samples` have a `name` each.
+        collator: samples to micro-batches with the arguments of `Objective.forward` and `index`.
+        sampler: order of the samples; its `set_epoch` is called at the start of every epoch.
+        processor: saved with the model.
+        manifest: the run's manifest; `finished` and `step` are filled in when it is written.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: TrainConfig,
+        arguments: TrainingArguments,
+        dataset: ConversationDataset,
+        collator: Collator,
+        sampler: Sampler[int],
+        processor: ProcessorMixin,
+        manifest: StageManifest,
+    ):
+        self.config = config
+        self.sampler = sampler
+        self.processor = processor
+        self.manifest = manifest
+        self._metric_totals: dict[str, tuple[Tensor, int]] = {}
+        super().__init__(model=objective, args=arguments, train_dataset=dataset, data_collator=collator)
+        self.loss_is_scaled_for_ga = False
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if config.logging.progress_bar:
+            self.add_callback(ProgressBar(f"stage {config.stage}"))
+        self.add_callback(RunFiles(Path(config.output.dir), sampler))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the learning rates of the stage's parts."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model.model, self.config.optim)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        return self.sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The objective's loss; its metrics are kept for the next line of the log.
+
+        Raises:
+            TrainingError: the loss is not finite; the micro-batch's samples are named.
+        """
+        indices = inputs.pop("index").tolist()
+        outputs = model(**inputs)
+        if not math.isfinite(outputs["loss"].item()):
+            names = "; ".join(self.train_dataset.samples[index].name for index in indices)
+            raise TrainingError(
+                f"the loss is {outputs['loss'].item()} at step {self.state.global_step + 1} on {names}. Look at these "
+                "samples, or lower optim.lr"
+            )
+        num_items = outputs["num_items"]
+        for name, value in outputs["metrics"].items():
+            total, count = self._metric_totals.get(name, (torch.zeros_like(value), 0))
+            self._metric_totals[name] = (total + value * num_items, count + num_items)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the objective's metrics, averaged over all processes, to a line of the log."""
+        if "loss" in logs:
+            mine = {name: (total.item(), count) for name, (total, count) in self._metric_totals.items()}
+            self._metric_totals = {}
+            logs |= _weighted_means(gather_object([mine]))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model itself (not the objective around it), its processor and the configuration."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is None:
+            state_dict = self.model.state_dict()
+        weights = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+        self.model.model.save_pretrained(folder, state_dict=weights)
+        self.processor.save_pretrained(folder)
+        (folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint to continue from. Its manifest is written once every rank's files are, and only then are older
+        checkpoints removed: at any moment a kill leaves one complete checkpoint behind.
+        """
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            self._write_manifest(output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}", finished=False)
+            _remove_checkpoints(output_dir, keep=self.config.output.keep)
+        self.accelerator.wait_for_everyone()
+
+    def save_stage(self) -> None:
+        """Write the stage's result, and remove the checkpoints that are no longer needed to get there."""
+        self.save_model()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            self._write_manifest(output_dir, finished=True)
+            _remove_checkpoints(output_dir, keep=0)
+        self.accelerator.wait_for_everyone()
+
+    def discard_earlier_run(self) -> None:
+        """Remove the log, the checkpoints and the manifest of an earlier run from the output folder."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            _remove_checkpoints(output_dir, keep=0)
+            for name in (MANIFEST_NAME, LOG_NAME):
+                (output_dir / name).unlink(missing_ok=True)
+            shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_manifest(self, folder: Path, finished: bool) -> None:
+        fields = {**vars(self.manifest), "finished": finished, "step": self.state.global_step}
+        write_manifest(folder, StageManifest(**fields))
+
+
+class RunFiles(TrainerCallback):
+    """Keeps `log_history.jsonl`, tells the sampler its epoch, and leaves the last save to the end of the run."""
+
+    def __init__(self, output_dir: Path, sampler: Sampler[int]):
+        self.path = output_dir / LOG_NAME
+        self.sampler = sampler
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the log file, with what a resumed checkpoint knows: lines of steps that will be repeated go."""
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+            self.path.write_text("".join(lines), encoding="utf-8")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The samplers are wrapped too deeply, in a run resumed in a later epoch, for accelerate to find them."""
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))  # type: ignore[attr-defined]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint of the last step would be superseded at once by the stage's result."""
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar, with the loss beside the time left instead of a dictionary on a line of its own."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss and the learning rate."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
+
+
+def training_arguments(
+    config: TrainConfig, deepspeed: dict[str, Any] | None, world_size: int, use_cpu: bool
+) -> TrainingArguments:
+    """What transformers' Trainer is told.
+
+    Args:
+        config: the run's configuration.
+        deepspeed: the parsed DeepSpeed file, or None.
+        world_size: number of processes.
+        use_cpu: compute on the CPU even where there is a GPU.
+    """
+    optim, output, runtime = config.optim, config.output, config.runtime
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output.dir) / TENSORBOARD_FOLDER))
+    return TrainingArguments(
+        output_dir=output.dir,
+        seed=config.seed,
+        per_device_train_batch_size=optim.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation_steps(world_size),
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        lr_scheduler_type=optim.scheduler,
+        warmup_steps=optim.warmup_ratio,
+        num_train_epochs=optim.epochs,
+        max_steps=optim.max_steps or -1,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=runtime.precision == "bf16",
+        fp16=runtime.precision == "fp16",
+        tf32=None if use_cpu else runtime.tf32,
+        use_cpu=use_cpu,
+        deepspeed=deepspeed,
+        dataloader_num_workers=config.data.num_workers,
+        dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False,
+        logging_steps=config.logging.every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if output.save_every else "no",
+        save_steps=output.save_every or 500,
+        report_to=list(config.logging.trackers) or "none",
+        run_name=config.logging.run_name or f"stage{config.stage}",
+        disable_tqdm=not config.logging.progress_bar,
+    )
+
+
+def _weighted_means(records: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over all processes of metrics given as (weighted sum, weight); metrics without any weight are left out."""
+    totals: dict[str, tuple[float, int]] = {}
+    for record in records:
+        for name, (total, count) in record.items():
+            earlier_total, earlier_count = totals.get(name, (0.0, 0))
+            totals[name] = (earlier_total + total, earlier_count + count)
+    return {name: total / count for name, (total, count) in totals.items() if count > 0}
+
+
+def _remove_checkpoints(output_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` latest complete checkpoints, and every incomplete one before them."""
+    folders = {}
+    for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
+        if folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
+            folders[int(folder.name.removeprefix(CHECKPOINT_PREFIX))] = folder
+    complete = sorted(step for step, folder in folders.items() if (folder / MANIFEST_NAME).is_file())
+    for step in folders.keys() - set(complete[max(len(complete) - keep, 0) :]):
+        shutil.rmtree(folders[step])
