@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import SizeDict, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PROCESSOR_NAME
@@ -27,8 +27,8 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# The same rendering as data/conversation.py's `vicuna_v1` (a test compares the two), from chat messages. One image leads
-# its turn, whatever its place in the message; several stay where they are.
+# The same rendering as data/conversation.py's `vicuna_v1` (a test compares the two), from chat messages. One image
+# leads its turn, whatever its place in the message; several stay where they are.
 VICUNA_CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
   {%- set preamble = messages[0]['content'] if messages[0]['content'] is string \
@@ -94,6 +94,11 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
             starts.append(cursor)
             cursor += len(IMAGE_PLACEHOLDER)
         encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if image_token_id in encoding.input_ids:
+            raise ValueError(
+                f"the text {piece!r} has a token of id {image_token_id}, which is image_token_id: the model's "
+                "image_token_id must be one that its tokenizer never gives"
+            )
         input_ids += encoding.input_ids
         starts += [cursor + start for start, _ in encoding.offset_mapping]
         cursor += len(piece)
@@ -101,7 +106,7 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
 
 
 class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
-    """Transformers' LLaVA-NeXT image processor on Pillow, whose canvas is the one that the model reckons with.
+    """Transformers' LLaVA-NeXT image processor on Pillow, with the same pixels wherever it runs.
 
     Pillow, never torchvision: its pixels are the released code's bit for bit, torchvision's differ by up to 0.015.
     Ties between canvases go to the first of `image_grid_pinpoints`, so their order matters (see `AvgLlavaConfig`).
@@ -110,9 +115,25 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
     def get_image_patches(
         self, image: Any, grid_pinpoints: list[list[int]], size: tuple[int, int], patch_size: int, resample: Any
     ) -> list[Any]:
-        """Crops of one channels-first (3, H, W) image: overview, then tiles row-major."""
+        """Crops of one channels-first (3, H, W) image on the canvas that the model reckons with: overview, then tiles."""
         canvas = select_canvas(image.shape[-2:], grid_pinpoints)
         return super().get_image_patches(image, [list(canvas)], size=size, patch_size=patch_size, resample=resample)
+
+    def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs: Any) -> Any:
+        """Resizes a channels-first (3, H, W) image one axis after the other.
+
+        Pillow rounds to whole levels between its two passes, so their order shows: by up to 12 of 255 levels in tall
+        images. Up to Pillow 12 the width always came first; Pillow 13 begins with the height where that shrinks by
+        more than twice as many pixels as the width. That rule, under which the reference pixels were recorded, is
+        spelled out here, so that pixels do not depend on the installed version.
+        """
+        if not (size.height and size.width):
+            return super().resize(image, size, resample=resample, **kwargs)
+        height, width = image.shape[-2:]
+        height_first = size.height < height and height - size.height > 2 * (width - size.width)
+        between = (size.height, width) if height_first else (height, size.width)
+        image = super().resize(image, SizeDict(height=between[0], width=between[1]), resample=resample, **kwargs)
+        return super().resize(image, size, resample=resample, **kwargs)
 
 
 class AvgLlavaProcessor(ProcessorMixin):
@@ -149,6 +170,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         padding: bool = True,
         padding_side: str = "left",
         return_tensors: str = "pt",
+        videos: None = None,
+        audio: None = None,
     ) -> BatchFeature:
         """Model inputs for prompts and the images that their `<image>` placeholders stand for, in order.
 
@@ -158,6 +181,8 @@ class AvgLlavaProcessor(ProcessorMixin):
             padding: Pad prompts to the longest. Without it, all must be of one length.
             padding_side: "left" for generation, "right" for training.
             return_tensors: Only "pt".
+            videos: Only None; here, as `audio`, because transformers' chat template passes it.
+            audio: Only None.
 
         Returns:
             `input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (N, P_max, 3, S, S) and
@@ -165,6 +190,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: a prompt is needed, with one <image> for each image")
+        if videos is not None or audio is not None:
+            raise ValueError("AVG-LLaVA takes images and text, no videos and no audio")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         if padding_side not in ("left", "right"):
