@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, ImageFeatures
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import AvgLlavaProcessor
 
 

@@ -149,9 +149,9 @@ def _page(report: Report, drawn: Mapping[str, bytes]) -> str:
         "<meta name=viewport content='width=device-width'><title>AVG-LLaVA in the mini world</title>\n"
         f"<style>{_STYLE}</style>\n<h1>AVG-LLaVA in the mini world</h1>\n"
         f"<p class=lead>{report['num_questions']:,} held-out questions, greedy answers, exact match. The router is "
-        f"judged at a token cost of {cost} nats per doubling of visual tokens (marked row). Chance is taken in expectation: "
-        "<i>random</i> picks every level equally often, <i>random@router-tokens</i> spends the router's mean number of "
-        f"tokens blindly. {report['num_verified']} answers of the routed rows were generated anew with the router in "
-        "the loop and are the same.</p>\n"
+        f"judged at a token cost of {cost} nats per doubling of visual tokens (marked row). Chance is taken in "
+        "expectation: <i>random</i> picks every level equally often, <i>random@router-tokens</i> spends the router's "
+        f"mean number of tokens blindly. {report['num_verified']} answers of the judged row were generated anew with "
+        "the router in the loop and are the same.</p>\n"
         f"{body}</html>\n"
     )

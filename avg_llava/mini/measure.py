@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.data.records import parse_record
 from avg_llava.evaluation.predictor import Predictor, Request
@@ -30,6 +31,7 @@ from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import load
+from avg_llava.model.processing import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Item:
     """A held-out question with its image and prompt."""
 
     question: Question
+    image: Path
     request: Request
 
 
@@ -85,7 +88,8 @@ def read_questions(data: Path) -> list[Item]:
             )
         asked, answered = (turn.value for turn in sample.turns)
         question = Question(sample.id, record["question_type"], record["family"], answered.strip())
-        items.append(Item(question, Request(asked.replace("<image>", "").strip(), tuple(sample.images))))
+        (image,) = sample.images
+        items.append(Item(question, image, Request(asked.replace(IMAGE_PLACEHOLDER, "").strip(), (image,))))
     if len({item.question.id for item in items}) != len(items):
         raise ClaimsError(f"{path}: ids are not unique, so answers cannot be told apart")
     return items
@@ -112,6 +116,7 @@ def _start_worker(checkpoints: dict[str, str], parent: int) -> None:
 
 def make_predictor(path: str | Path) -> Predictor:
     """A predictor on the GPU if there is one, else on the CPU."""
+    disable_progress_bar()  # of loading mini models, which takes no time
     model, processor = load(path)
     return Predictor(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
@@ -194,7 +199,7 @@ def _batches(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Ite
     """Batches of images with about as many visual tokens, so that little is padded; longest first."""
 
     def length(item: Item) -> int:
-        with Image.open(item.request.images[0]) as image:
+        with Image.open(item.image) as image:
             return num_visual_tokens((image.height, image.width), (config.granularities or [0])[-1], config)
 
     ordered = sorted(items, key=length, reverse=True)

@@ -1,0 +1,154 @@
+"""`avg-llava mini claims`: measures the trained mini models, judges the claims and writes the report."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avg_llava.evaluation.report import write_report
+from avg_llava.mini import claims, measure
+from avg_llava.training.manifest import StageManifest, library_versions, read_manifest
+
+# The price at which the router is judged, fixed before the held-out questions are looked at.
+TOKEN_COST = 0.1
+STAGES = (1, 2, 3, 4)
+
+
+def compare(
+    runs: Path, data: Path, output: Path, token_cost: float = TOKEN_COST, num_workers: int | None = None
+) -> dict[str, Any]:
+    """Compares LLaVA-NeXT, fixed levels, chance, the router and the oracle on the held-out questions.
+
+    Args:
+        runs: Folder with the checkpoints `stage1` to `stage4`.
+        data: Folder of the mini world.
+        output: Folder that the report is written to; the answers go beside it, to `<runs>/answers`.
+        token_cost: The router's price, in nats per doubling of visual tokens, at which the claims are judged.
+        num_workers: Processes that answer; None takes one per core, or one where there is a GPU.
+
+    Returns:
+        The report, as written to `report.json`.
+    """
+    if token_cost < 0:
+        raise ValueError(f"the token cost is a price and cannot be {token_cost:g}; give 0 or more")
+    measurement = measure.Measurement(
+        baseline=runs / "stage2",
+        final=runs / "stage4",
+        data=data,
+        answers=runs / "answers",
+        num_workers=num_workers or default_workers(),
+    )
+    manifests = {stage: _finished(runs / f"stage{stage}", stage) for stage in STAGES}
+    items = measure.read_questions(data)
+    questions = [item.question for item in items]
+    families = claims.family_kinds(questions)
+    granularities = measure.collect_answers(measurement, items)
+    outcomes = measure.read_outcomes(measurement.answers, questions, granularities)
+    num_verified = measure.verify_routing(measurement, items, outcomes, token_cost)
+    rows = claims.compute_rows(outcomes, token_cost)
+    judged = claims.check_claims(rows, token_cost, len(questions))
+
+    histories = {f"stage {stage}": read_history(runs / f"stage{stage}") for stage in STAGES}
+    report = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "families": families,
+        "claims": [dataclasses.asdict(claim) for claim in judged],
+        "token_cost": token_cost,
+        "granularities": list(granularities),
+        "num_questions": len(questions),
+        "num_verified": num_verified,
+        "stages": [
+            stage_facts(stage, manifests[stage], histories[f"stage {stage}"], read_times(runs)) for stage in STAGES
+        ],
+        "machine": machine_facts(manifests[STAGES[-1]]),
+    }
+    write_report(report, histories, output)
+    return report
+
+
+def default_workers() -> int:
+    """One process per core, or a single one that has the GPU."""
+    if torch.cuda.is_available():
+        return 1
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _finished(folder: Path, stage: int) -> StageManifest:
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.finished or manifest.stage != stage:
+        raise claims.ClaimsError(
+            f"{folder} is not a finished stage {stage}; run `bash scripts/train_stage{stage}.sh "
+            f"configs/mini/stage{stage}.yaml` first"
+        )
+    return manifest
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's `log_history.jsonl`; none if there is no such file."""
+    path = folder / "log_history.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_times(runs: Path) -> dict[str, float]:
+    """Step of the quickstart -> seconds, over the calls that came to their end."""
+    path = runs / "times.tsv"
+    if not path.is_file():
+        return {}
+    times: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, seconds = line.split("\t")
+        times[name] = times.get(name, 0.0) + float(seconds)
+    return times
+
+
+def stage_facts(
+    stage: int, manifest: StageManifest, history: Sequence[Mapping[str, Any]], times: Mapping[str, float]
+) -> dict[str, Any]:
+    """One line of the report's table of stages."""
+    losses = [line["loss"] for line in history if "loss" in line]
+    tail = losses[-max(1, len(losses) // 20) :]
+    seconds = times.get(f"stage{stage}")
+    optim = manifest.config["optim"]
+    return {
+        "stage": stage,
+        "time": "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}",
+        "steps": manifest.step,
+        "batch": optim["global_batch_size"],
+        "processes": manifest.world_size,
+        "first loss": f"{losses[0]:.3f}" if losses else "",
+        "last loss": f"{sum(tail) / len(tail):.3f}" if losses else "",
+        "lr": f"{optim['lr']:g}",
+        "lr (vision)": "" if optim["vision_lr"] is None else f"{optim['vision_lr']:g}",
+        "DeepSpeed": manifest.config["runtime"]["deepspeed"] or "none",
+        "precision": manifest.config["runtime"]["precision"],
+        "seed": manifest.config["seed"],
+    }
+
+
+def machine_facts(manifest: StageManifest) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "processor": _processor_name(),
+        "cores": default_workers() if device == "none" else os.cpu_count(),
+        "GPU": device,
+        "system": platform.platform(),
+        **library_versions(),
+        "trained": manifest.created,
+    }
+
+
+def _processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

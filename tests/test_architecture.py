@@ -1,0 +1,144 @@
+"""The design's rules, checked on the source: who may import whom, how long files are, what never appears."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "avg_llava"
+# Each layer imports only from those before it.
+LAYERS = ["model", "data", "training", "evaluation", "mini", "serving", "cli"]
+MAX_LINES = 400
+PURE = ["model/anyres.py", "model/scaler.py", "model/splice.py", "training/losses.py"]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Names of imported modules; `from a import b` gives both a and a.b, since b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that this test can read them"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong_imports(layer: str, source: str) -> list[str]:
+    """Imports of a module in `layer` that are not of its own or an earlier layer."""
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
+    wrong = []
+    for module in imported_modules(ast.parse(source)):
+        parts = module.split(".")
+        if parts[0] == "avg_llava" and parts[1] not in allowed:
+            wrong.append(module)
+    return wrong
+
+
+def called_name(node: ast.AST) -> str | None:
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+
+
+def prints(source: str) -> list[int]:
+    return [node.lineno for node in ast.walk(ast.parse(source)) if called_name(node) == "print"]
+
+
+def config_defaults(source: str) -> list[int]:
+    """Lines that read a configuration field with a default of their own."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if called_name(node) == "getattr" and len(node.args) == 3:
+            owner = ast.unparse(node.args[0]).lower()
+            if "config" in owner or "settings" in owner:
+                lines.append(node.lineno)
+    return lines
+
+
+def swallowed(source: str) -> list[int]:
+    """Lines of handlers that catch everything and go on, or that do nothing with what they catch."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            catches_all = node.type is None or (
+                isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            )
+            goes_on = not any(isinstance(statement, ast.Raise) for statement in ast.walk(node))
+            if (catches_all and goes_on) or all(isinstance(statement, ast.Pass) for statement in node.body):
+                lines.append(node.lineno)
+    return lines
+
+
+def effects(source: str) -> list[str]:
+    """Input, output and device logic of a module that should be pure."""
+    tree = ast.parse(source)
+    found = [
+        name for name in imported_modules(tree) if name.split(".")[0] in ("os", "pathlib", "io", "json", "logging")
+    ]
+    for node in ast.walk(tree):
+        if called_name(node) in ("open", "print"):
+            found.append(f"{called_name(node)} in line {node.lineno}")
+        if isinstance(node, ast.Attribute) and node.attr in ("cuda", "cpu"):
+            found.append(f".{node.attr} in line {node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_layers_import_only_from_earlier_ones(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    if first == "__init__.py":
+        return  # the public names, of any layer
+    layer = first.removesuffix(".py")
+    assert layer in LAYERS, f"{relative(path)} is in no layer; the design names {', '.join(LAYERS)}"
+    assert wrong_imports(layer, path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_module_is_written_as_agreed(path):
+    source = path.read_text("utf-8")
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common"), "name a module after what it holds"
+    assert len(source.splitlines()) <= MAX_LINES, "split it"
+    assert ast.get_docstring(ast.parse(source)), "say in a docstring what the module is"
+    assert config_defaults(source) == [], "a field's default is declared once, in the configuration"
+    assert swallowed(source) == [], "catch what you expect, and do something about it"
+    if relative(path) != "cli.py":
+        assert prints(source) == [], "log, or return what is to be shown"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_have_no_effects(name):
+    assert effects((PACKAGE / name).read_text("utf-8")) == []
+
+
+def test_nothing_is_left_to_do_later():
+    marks = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
+    texts = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").iterdir(), *(ROOT / "configs").rglob("*.*")]
+    found = [f"{path}: {mark}" for path in texts for mark in marks if mark in path.read_text("utf-8")]
+    assert found == []
+
+
+def test_test_files_mirror_the_package():
+    for folder in (ROOT / "tests").iterdir():
+        if folder.is_dir() and folder.name not in ("__pycache__", "data", "distributed", "parity", "configs"):
+            assert (PACKAGE / folder.name).is_dir(), f"tests/{folder.name} mirrors nothing"
+
+
+class TestTheRulesCanFail:
+    def test_imports(self):
+        assert wrong_imports("data", "from avg_llava.training import losses") == ["avg_llava.training.losses"]
+        assert wrong_imports("data", "import avg_llava.cli") == ["avg_llava.cli"]
+        assert wrong_imports("mini", "def f():\n    from avg_llava import cli") == ["avg_llava.cli"]
+        assert wrong_imports("data", "from avg_llava.model.anyres import num_crops\nimport os") == []
+
+    def test_statements(self):
+        assert prints("def f():\n    print(1)") == [2]
+        assert config_defaults("getattr(self.config, 'x', 1)\ngetattr(module, 'x', 1)\ngetattr(config, 'x')") == [1]
+        assert swallowed("try:\n    f()\nexcept ValueError:\n    pass") == [3]
+        assert swallowed("try:\n    f()\nexcept Exception as error:\n    log(error)") == [3]
+        assert swallowed("try:\n    f()\nexcept Exception as error:\n    raise KeyError from error") == []
+        found = effects("import json\nx.cuda()\nopen('a')")
+        assert sorted(found) == [".cuda in line 2", "json", "open in line 3"]
