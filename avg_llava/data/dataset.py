@@ -167,7 +167,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         parts = {
             "sources": self._contents,
-            "seed": self.seed,
+            "seed": self.seed if any("random" in sampling for _, sampling in self._contents) else None,
             "template": self.template,
             "max_length": self.max_length,
             "num_samples": len(self),

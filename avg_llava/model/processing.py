@@ -93,16 +93,33 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
             input_ids.append(image_token_id)
             starts.append(cursor)
             cursor += len(IMAGE_PLACEHOLDER)
-        encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if image_token_id in encoding.input_ids:
+        ids, piece_starts = _tokenize_piece(piece, tokenizer)
+        if image_token_id in ids:
             raise ValueError(
                 f"the text {piece!r} has a token of id {image_token_id}, which is image_token_id: the model's "
                 "image_token_id must be one that its tokenizer never gives"
             )
-        input_ids += encoding.input_ids
-        starts += [cursor + start for start, _ in encoding.offset_mapping]
+        input_ids += ids
+        starts += [cursor + start for start in piece_starts]
         cursor += len(piece)
     return TokenizedText(input_ids, starts)
+
+
+def _tokenize_piece(piece: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of a text without placeholders or BOS, and the character each begins at.
+
+    Sentencepiece puts a space before every text. The tokenizers library does so only if there is none yet, and thus
+    swallows a leading space; here it gets that space twice, for sentencepiece's ids, with which models were trained.
+    """
+    swallowed = piece.startswith((" ", "\u2581")) and _ids(tokenizer, " x") == _ids(tokenizer, "x")
+    encoding = tokenizer(
+        f" {piece}" if swallowed else piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return encoding.input_ids, [max(start - swallowed, 0) for start, _ in encoding.offset_mapping]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
