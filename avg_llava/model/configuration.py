@@ -65,7 +65,7 @@ class AvgLlavaConfig(LlavaNextConfig):
     }
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "router_config": RouterConfig}
 
-    image_grid_pinpoints: list | None = None
+    image_grid_pinpoints: Any = None
     granularities: list[int] = field(default_factory=list)
     behavior: Behavior = "paper"
     router_config: Any = None

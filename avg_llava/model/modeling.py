@@ -21,7 +21,13 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens, token_grid
-from avg_llava.model.splice import IGNORE_INDEX, PaddingSide, SplicedInputs, splice_visual_tokens
+from avg_llava.model.splice import (
+    IGNORE_INDEX,
+    PaddingSide,
+    SplicedInputs,
+    check_placeholders,
+    splice_visual_tokens,
+)
 
 Granularity = int | Sequence[int] | Tensor
 ImageSizes = Tensor | Sequence[Sequence[int]]
@@ -258,6 +264,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         text = text.gather(1, order[..., None].expand_as(text))
         if features.is_blank:
             return self.model.router(features.crops, [len(features.crops)], text[:1], instruction[:1])
+        check_placeholders(is_image & real, len(features.num_crops))
         owner = torch.nonzero(is_image & real)[:, 0]  # (N,) the sample of each image
         text, instruction = text[owner], instruction[owner]
         if self.config.behavior == "released":

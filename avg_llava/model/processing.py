@@ -132,7 +132,7 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
     def get_image_patches(
         self, image: Any, grid_pinpoints: list[list[int]], size: tuple[int, int], patch_size: int, resample: Any
     ) -> list[Any]:
-        """Crops of one channels-first (3, H, W) image on the canvas that the model reckons with: overview, then tiles."""
+        """Crops of a channels-first (3, H, W) image on the canvas that the model reckons with: overview, then tiles."""
         canvas = select_canvas(image.shape[-2:], grid_pinpoints)
         return super().get_image_patches(image, [list(canvas)], size=size, patch_size=patch_size, resample=resample)
 

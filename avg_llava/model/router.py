@@ -66,19 +66,21 @@ class GranularityRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, as the released training starts."""
         init.normal_(self.voter)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                init.uniform_(module.weight, -bound, bound)
+                init.uniform_(module.bias, -bound, bound)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+        for module in self.router:
+            if isinstance(module, nn.Linear):
+                init.kaiming_normal_(module.weight)
         attention = self.merger.self_attn
         init.xavier_uniform_(attention.in_proj_weight)
-        for linear in (self.router[0], self.router[2], self.merger.linear1, self.merger.linear2, attention.out_proj):
-            bound = linear.in_features**-0.5
-            init.uniform_(linear.weight, -bound, bound)
-            init.uniform_(linear.bias, -bound, bound)
-        for linear in (self.router[0], self.router[2]):
-            init.kaiming_normal_(linear.weight)
-        for bias in (attention.in_proj_bias, attention.out_proj.bias):
-            init.zeros_(bias)
-        for norm in (self.merger.norm1, self.merger.norm2, self.norm):
-            init.ones_(norm.weight)
-            init.zeros_(norm.bias)
+        init.zeros_(attention.in_proj_bias)
+        init.zeros_(attention.out_proj.bias)
 
     def forward(self, crops: Tensor, num_crops: list[int], text: Tensor, text_mask: Tensor) -> Tensor:
         """Scores the levels of each image.

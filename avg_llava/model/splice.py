@@ -35,6 +35,15 @@ class SplicedInputs:
     num_visual_tokens: Tensor
 
 
+def check_placeholders(is_image: Tensor, num_images: int) -> None:
+    """Raises ValueError unless the batch's placeholders, `is_image` (B, L), are as many as its images."""
+    if int(is_image.sum()) != num_images:
+        raise ValueError(
+            f"the batch has {num_images} images but its samples hold {is_image.sum(1).tolist()} image placeholders; "
+            "each image needs exactly one"
+        )
+
+
 def splice_visual_tokens(
     text_embeds: Tensor,
     is_image: Tensor,
@@ -62,12 +71,7 @@ def splice_visual_tokens(
     device = text_embeds.device
     real = attention_mask.bool()
     is_image = is_image & real
-    if int(is_image.sum()) != len(visual_tokens):
-        per_sample = is_image.sum(1).tolist()
-        raise ValueError(
-            f"the batch has {len(visual_tokens)} images but its samples hold {per_sample} image placeholders; "
-            "each image needs exactly one"
-        )
+    check_placeholders(is_image, len(visual_tokens))
     num_visual_tokens = torch.tensor([len(tokens) for tokens in visual_tokens], dtype=torch.long, device=device)
 
     # How many places each position of the old batch takes in the new one, and where they start.
@@ -114,4 +118,4 @@ def splice_visual_tokens(
     )
 
 
-__all__ = ["IGNORE_INDEX", "PaddingSide", "SplicedInputs", "splice_visual_tokens"]
+__all__ = ["IGNORE_INDEX", "PaddingSide", "SplicedInputs", "check_placeholders", "splice_visual_tokens"]
