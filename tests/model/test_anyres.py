@@ -71,7 +71,7 @@ def test_finest_window_is_transformers(size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_coarse_windows_keep_the_region_of_the_finest(size, level):
-    """Brute force over patches: a coarse token is kept if and only if one of its patches is kept at the finest level."""
+    """Brute force: a coarse token is kept if and only if one of its patches is kept at the finest level."""
     settings = config()
     rows, columns = canvas_tiles(size, settings)
     fine = torch.zeros(rows * 24, columns * 24, dtype=torch.bool)

@@ -185,14 +185,14 @@ def test_avg_llava_folder_must_be_complete(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     _edit(tmp_path, lambda weights: [weights.pop(key) for key in list(weights) if "router.voter" in key])
-    with pytest.raises(CheckpointError, match="missing    model.router.voter"):
+    with pytest.raises(CheckpointError, match=r"missing    model\.router\.voter"):
         load_model(tmp_path)
 
 
 def test_folders_that_are_no_models(tmp_path, original):
     with pytest.raises(ValueError, match="no such folder"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

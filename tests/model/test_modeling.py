@@ -7,8 +7,8 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from tests.model.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model
 
-# (height, width). In the last five a ratio falls just short of a whole number, so that the original code's truncation and
-# transformers' rounding keep other rows or columns; paper behaviour follows transformers.
+# (height, width). In the second list a ratio falls just short of a whole number, so that the original code's truncation
+# and transformers' rounding keep other rows or columns; paper behaviour follows transformers.
 SIZES = [(64, 64), (40, 100), (100, 40), (20, 30), (32, 32), (500, 90), (77, 123), (300, 301), (1, 90)]
 ROUNDED_SIZES = [(47, 376), (637, 784), (784, 637), (735, 784), (1176, 343)]
 
@@ -179,7 +179,7 @@ def test_errors_say_what_to_do(model):
         model(**inputs | {"input_ids": inputs["input_ids"].clamp(max=63)})
     with pytest.raises(ValueError, match="0 images but its samples hold"):
         model(input_ids=inputs["input_ids"])
-    with pytest.raises(ValueError, match="one .height, width. row of image_sizes"):
+    with pytest.raises(ValueError, match=r"one \(height, width\) row of image_sizes"):
         model(**inputs | {"image_sizes": None})
     with pytest.raises(ValueError, match="disagree about the pinpoints"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]})
