@@ -33,7 +33,7 @@ class StageManifest:
     """True for the stage's result, False for a checkpoint that training continues from."""
     step: int
     parent: dict[str, Any]
-    """Where the run started: `path` and `stage` of the start, or the two backbones."""
+    """Where the run started: `path`, `stage` and `created` of the start, or the two backbones."""
     data_fingerprint: str
     config: dict[str, Any]
     """The resolved configuration."""
@@ -91,8 +91,10 @@ def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[
         ConfigError: the start is something else and `force` is False.
     """
     manifest = read_manifest(Path(start))
-    found = None if manifest is None else manifest.stage
-    parent = {"path": start, "stage": found}
+    # The time tells a parent that was trained anew from the one that an earlier run started from.
+    parent: dict[str, Any] = {"path": start, "stage": None, "created": None}
+    if manifest is not None:
+        parent |= {"stage": manifest.stage, "created": manifest.created}
     if force or (manifest is not None and manifest.stage == parent_stage and manifest.finished):
         return parent
     if manifest is None:
