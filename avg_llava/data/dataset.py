@@ -1,9 +1,9 @@
 """The training data set: LLaVA records from several files, encoded one at a time.
 
 Records are read and checked when the data set is made; images are opened when a sample is asked for. What is wrong with
-a sample is an error that names it, or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed record is
-left out from the start, and a sample whose image cannot be read becomes a masked row, so that batches keep their size
-and every rank takes the same steps.
+a sample is an error that names it, or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed record
+is left out from the start, and a sample whose image cannot be read becomes a masked row, so that batches keep their
+size and every rank takes the same steps.
 """
 
 import hashlib

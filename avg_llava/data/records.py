@@ -84,7 +84,7 @@ def read_records(path: str | Path) -> RecordFile:
         return RecordFile(list(_parse_lines(path, text)), sha256)
     try:
         values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; a file with one record per line must end in .jsonl") from error
     if not isinstance(values, list):
         raise DataError(f"{path} holds a {type(values).__name__}, but a list of records is expected")
@@ -98,7 +98,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[RawRecord]:
         source = f"{path}, line {number}"
         try:
             yield RawRecord(json.loads(line), source)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield RawRecord(None, source, f"not JSON: {error}")
 
 

@@ -230,6 +230,13 @@ class AvgLlavaProcessor(ProcessorMixin):
             data.update(self.image_processor(flat_images, return_tensors="pt"))
         return BatchFeature(data)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
+        """Writes everything that `from_pretrained` needs; arguments as in transformers."""
+        if hasattr(self.tokenizer, "legacy"):
+            # Transformers 5.23 forgets to write it, and a reloaded tokenizer would give other ids after `</s>`.
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        return super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any

@@ -12,6 +12,7 @@ from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
 from avg_llava.data.collator import Collator
 from avg_llava.data.conversation import encode_conversation
 from avg_llava.data.records import Turn
+from avg_llava.model.anyres import _padding as padding
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_visual_tokens, select_canvas
 from tests.parity.golden import GOLDEN, ORIGINAL_IMAGE_TOKEN, golden
 
@@ -142,3 +143,12 @@ def test_visual_tokens_at_336_pixels(size):
         window = kept_window((height, width), granularity, config)
         assert [window.bottom - window.top, window.right - window.left] == facts["kept_hw"]
         assert num_visual_tokens((height, width), granularity, config) == facts["visual_tokens"]
+
+
+@pytest.mark.parametrize("case", FACTS["unpad_unit"], ids=lambda case: f"{case['image_wh']}-{case['canvas_hw']}")
+def test_unpadding_of_a_token_map(case):
+    (rows, columns), (width, height) = case["canvas_hw"], case["image_wh"]
+    pad_rows, pad_columns = padding((height, width), rows, columns, ndigits=None)
+    assert [rows - 2 * pad_rows, columns - 2 * pad_columns] == case["out_hw"]
+    if case["first_row_col"] is not None:
+        assert [pad_rows, pad_columns] == case["first_row_col"]

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from avg_llava.data.images import load_image
+from avg_llava.data.records import DataError
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return np.asarray(load_image(path))
+
+
+def test_rgb_is_unchanged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    read = saved(tmp_path / "a.png", Image.fromarray(pixels))
+    assert np.array_equal(read, pixels)
+
+
+def test_greyscale_and_transparency(tmp_path):
+    grey = np.stack([RAMP] * 3, -1)
+    assert np.array_equal(saved(tmp_path / "a.png", Image.fromarray(RAMP)), grey)
+    rgba = np.dstack([grey, np.zeros_like(RAMP)])
+    # Dropped, not blended: fully transparent pixels keep their colour.
+    assert np.array_equal(saved(tmp_path / "b.png", Image.fromarray(rgba)), grey)
+    assert np.array_equal(saved(tmp_path / "c.png", Image.fromarray(rgba[..., 2:])), grey)  # greyscale and alpha
+
+
+def test_palette_with_transparency(tmp_path, recwarn):
+    image = Image.fromarray(RAMP % 3, mode=None).convert("P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    read = saved(tmp_path / "a.png", image, transparency=b"\x00\x80\xff")
+    assert np.array_equal(read, np.eye(3, dtype=np.uint8)[RAMP % 3] * 255)
+    assert not recwarn.list
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    wide = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    assert np.array_equal(saved(tmp_path / "a.png", wide), np.stack([RAMP] * 3, -1))
+    whole = Image.fromarray(RAMP.astype(np.int32) * 257)
+    assert np.array_equal(saved(tmp_path / "a.tiff", whole), np.stack([RAMP] * 3, -1))
+    small = Image.fromarray(RAMP.astype(np.int32))
+    assert np.array_equal(saved(tmp_path / "b.tiff", small), np.stack([RAMP] * 3, -1))
+
+
+def test_floats(tmp_path):
+    shares = Image.fromarray(RAMP.astype(np.float32) / 255)
+    assert np.array_equal(saved(tmp_path / "a.tiff", shares), np.stack([RAMP] * 3, -1))
+    with pytest.raises(DataError, match="finite"):
+        saved(tmp_path / "b.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+
+
+def test_cmyk_and_bilevel(tmp_path):
+    red = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    assert np.array_equal(saved(tmp_path / "a.tiff", red), np.full((4, 4, 3), (255, 0, 0)))
+    assert saved(tmp_path / "b.png", Image.new("1", (4, 4), 1)).min() == 255
+
+
+def test_the_first_frame_of_an_animation_under_a_wrong_name(tmp_path):
+    """OCR-VQA holds GIF files that are named .jpg."""
+    first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.jpg")), np.full((4, 4, 3), (255, 0, 0)))
+
+
+def test_orientation_is_left_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (8, 4)
+
+
+def damaged_files() -> list:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    kinds = ("png", "jpeg", "gif", "webp", "tiff", "bmp")
+    return [pytest.param(image, kind, share, id=f"{kind}-{share}") for kind in kinds for share in (0.05, 0.5, 0.9)]
+
+
+@pytest.mark.parametrize(("image", "kind", "share"), damaged_files())
+def test_files_that_are_cut_off(tmp_path, image, kind, share):
+    path = tmp_path / "a"
+    image.save(path, format=kind)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match=r"/a: cannot be read as an image"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"])
+def test_files_that_are_no_images(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png"):
+        load_image(tmp_path / "a.png")
+
+
+def test_every_single_byte_may_be_wrong(tmp_path):
+    """Damage inside a file gives an image or a DataError, nothing else."""
+    path = tmp_path / "a.png"
+    Image.fromarray(RAMP).save(path)
+    content = path.read_bytes()
+    messages = []
+    for position in range(len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+        try:
+            load_image(path)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > len(content) / 2
+    assert all(str(path) in message for message in messages)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere.png: image file not found"):
+        load_image(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_too_many_pixels_are_refused_unread(tmp_path):
+    Image.new("1", (400, 300)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"400x300 pixels is above the limit of 119999"):
+        load_image(tmp_path / "a.png", max_pixels=119_999)
+    assert load_image(tmp_path / "a.png", max_pixels=120_000).size == (400, 300)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match=r"bomb.png"):
+        load_image(tmp_path / "bomb.png")
