@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
@@ -269,7 +270,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in names:
         try:
             tensors |= load_file(folder / name)
-        except Exception as error:  # safetensors raises its own untyped error for damaged files
+        except SafetensorError as error:
             raise CheckpointError(f"{folder / name} cannot be read ({error}); it may be cut short") from error
     return tensors
 
