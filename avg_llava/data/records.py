@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import ntpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
@@ -173,19 +175,16 @@ def _turns(conversations: Any) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _image_paths(image: Any) -> list[PurePosixPath]:
+def _image_paths(image: Any) -> list[str]:
     if image is None:
         return []
     entries = image if isinstance(image, list) else [image]
-    paths = []
     for entry in entries:
         if not isinstance(entry, str) or not entry.strip() or "\0" in entry:
             raise DataError(f"'image' must be a path or a list of paths (absent for a text-only record), got {entry!r}")
-        path = PurePosixPath(entry)
-        if path.is_absolute() or PureWindowsPath(entry).drive or ".." in path.parts:
+        if entry.startswith(("/", "\\")) or ntpath.splitdrive(entry)[0] or ".." in re.split(r"[/\\]", entry):
             raise DataError(f"image path {entry!r} leaves the image root; write it relative to the root, without '..'")
-        paths.append(path)
-    return paths
+    return entries
 
 
 def _with_placeholder(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:

@@ -144,12 +144,12 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
         more than twice as many pixels as the width. That rule, under which the reference pixels were recorded, is
         spelled out here, so that pixels do not depend on the installed version.
         """
-        if not (size.height and size.width):
-            return super().resize(image, size, resample=resample, **kwargs)
         height, width = image.shape[-2:]
-        height_first = size.height < height and height - size.height > 2 * (width - size.width)
-        between = (size.height, width) if height_first else (height, size.width)
-        image = super().resize(image, SizeDict(height=between[0], width=between[1]), resample=resample, **kwargs)
+        if (height, width) == (size.height, size.width) or height == width == size.shortest_edge:
+            return image  # every crop comes here once more, already in its size
+        if size.height and height - size.height > max(0, 2 * (width - size.width)):
+            lower = SizeDict(height=size.height, width=width)
+            image = super().resize(image, lower, resample=resample, **kwargs)
         return super().resize(image, size, resample=resample, **kwargs)
 
 

@@ -69,6 +69,7 @@ GOOD = [turn("human", "<image>\nWhat?"), turn("gpt", "A car.")]
         ({"image": "../x.jpg"}, "leaves the image root"),
         ({"image": "a/../../x.jpg"}, "leaves the image root"),
         ({"image": "C:\\x.jpg"}, "leaves the image root"),
+        ({"image": "a\\..\\x.jpg"}, "leaves the image root"),
         ({"image": ["x.jpg", "y.jpg"]}, "2 images but 1 <image> placeholders"),
         ({"image": ...}, "0 images but 1 <image> placeholders"),
         ({"image": ["x.jpg", "y.jpg"], "conversations": [turn("human", "What?"), GOOD[1]]}, "2 images but 0"),
