@@ -108,28 +108,38 @@ def _render_vicuna(turns: Sequence[Turn], eos_token: str) -> RenderedConversatio
     As in the released code, nothing of a conversation is supervised whose text cannot be taken apart again: the last
     turn is a question or empty, or a turn holds " ASSISTANT: " or `</s>`. The caller is told why.
     """
-    text = VICUNA_SYSTEM + " "
+    text, answers = VICUNA_SYSTEM + " ", []
     for turn in turns:
-        name = "USER" if turn.role == HUMAN else "ASSISTANT"
-        value = _image_first(turn.value) if turn.role == HUMAN else turn.value
-        end = " " if turn.role == HUMAN else eos_token
-        # An empty turn ends after its colon, without separator: so it is in the released code.
-        text += f"{name}: {value}{end}" if value else f"{name}:"
-    rounds = text.split(eos_token)
-    if rounds.pop():
+        if not turn.value:
+            # An empty turn ends after its colon, without separator: so it is in the released code.
+            text += "USER:" if turn.role == HUMAN else "ASSISTANT:"
+        elif turn.role == HUMAN:
+            text += f"USER: {_image_first(turn.value)} "
+        else:
+            text += "ASSISTANT:"
+            begin = len(text)  # the space before an answer is the answer's: it is part of its first token
+            text += f" {turn.value}{eos_token}"
+            answers.append((begin, len(text)))
+    if not text.endswith(eos_token):
         return RenderedConversation(text, [], "the last turn is not an answer of the model, or is an empty one")
+    if _answers_found(text, eos_token) != answers:
+        return RenderedConversation(
+            text, [], f"a turn is empty, or its text holds {eos_token!r} or ' ASSISTANT: ', which mark turns"
+        )
+    return RenderedConversation(text, answers)
+
+
+def _answers_found(text: str, eos_token: str) -> list[tuple[int, int]] | None:
+    """Spans of answers as the released code finds them in the text; None where it gives up."""
     spans, cursor = [], 0
-    for part in rounds:
+    for part in text.split(eos_token)[:-1]:
         around = part.split(" ASSISTANT: ")
         if len(around) != 2:
-            return RenderedConversation(
-                text, [], f"a turn is empty, or its text holds {eos_token!r} or ' ASSISTANT: ', which mark turns"
-            )
-        # The space before an answer is the answer's: it is part of its first token.
+            return None
         begin = cursor + len(around[0]) + len(" ASSISTANT:")
         cursor += len(part) + len(eos_token)
         spans.append((begin, cursor))
-    return RenderedConversation(text, spans)
+    return spans
 
 
 def _image_first(question: str) -> str:

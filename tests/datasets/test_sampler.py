@@ -2,6 +2,8 @@ import itertools
 import random
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from avg_llava.data.sampler import ModalityLengthSampler
 
@@ -47,6 +49,26 @@ def check_balance(chunks: list[list[int]], lengths: list[int]) -> None:
         lightest = min((chunk for chunk in dealt if len(chunk) < len(chunks[0])), key=sum)
         lightest.append(weight)
     assert sorted(map(tuple, dealt)) == sorted(map(tuple, weights))
+
+
+def test_ranks_see_one_modality_per_optimizer_step():
+    """Micro-batches as accelerate deals them to two processes that accumulate three of them."""
+    lengths = lengths_of(50, 60)
+    batches = [
+        list(
+            BatchSamplerShard(
+                BatchSampler(ModalityLengthSampler(lengths, 2, 2, 3, seed=1), 2, drop_last=False),
+                num_processes=2,
+                process_index=rank,
+            )
+        )
+        for rank in (0, 1)
+    ]
+    assert len(batches[0]) == len(batches[1])
+    for step in range((50 // 12) + (60 // 12)):
+        seen = [index for rank in batches for batch in rank[3 * step : 3 * step + 3] for index in batch]
+        assert len(seen) == len(set(seen)) == 12
+        assert len({lengths[index] > 0 for index in seen}) == 1
 
 
 def test_balance_beats_chance():
