@@ -228,7 +228,14 @@ def build_parser() -> argparse.ArgumentParser:
             _JSON,
         ],
     )
-    mini = commands.add_parser("mini", help="The drawn world of the quickstart.", allow_abbrev=False)
+    mini = commands.add_parser(
+        "mini",
+        help="The drawn world of the quickstart.",
+        description="The drawn world of the quickstart.",
+        epilog="example:\n  avg-llava mini data --output playground/data/mini",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     _add_mini(mini.add_subparsers(title="commands", metavar="<command>", required=True))
     return parser
 

@@ -35,7 +35,7 @@ def fails_in_one_line(capsys, arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", [*COMMANDS, ["mini"]], ids=" ".join)
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[in
         initargs=(checkpoints, os.getpid()),
     )
     try:
-        with pool, tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
+        with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
             # The final model answers at every level, so its batches take longest and go first.
             futures = [
                 pool.submit(_answer_batch, which, batch)
@@ -251,7 +252,13 @@ def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[in
                     files_of[name].writelines(json.dumps(line) + "\n" for line in lines)
                     files_of[name].flush()
                 progress.update(len(next(iter(batch.values()))))
+    except BrokenProcessPool as error:
+        raise ClaimsError(
+            "a process that answers was killed, perhaps for want of memory; run again with --workers 1, which keeps "
+            "the answers that are there"
+        ) from error
     finally:
+        pool.shutdown(cancel_futures=True)
         for file in files_of.values():
             file.close()
     return granularities
