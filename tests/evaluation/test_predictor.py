@@ -105,3 +105,14 @@ def test_mistakes_are_told(predictor, requests, tmp_path):
         open_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="none of these requests has one"):
         predictor.route(predictor.encode(requests[5:6]))
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_answers_of_the_cpu(predictor, requests, tmp_path):
+    model, processor = load(make_checkpoint(tmp_path))
+    on_gpu = Predictor(model.to("cuda"), processor).predict(requests, max_new_tokens=8)
+    on_cpu = predictor.predict(requests, max_new_tokens=8)
+    for first, second in zip(on_gpu, on_cpu, strict=True):
+        assert (first.text, first.granularity) == (second.text, second.granularity)
+        # Float32 on a GPU may use TF32 and sums in another order.
+        assert np.allclose(first.router_probs or (), second.router_probs or (), atol=1e-3)
