@@ -264,6 +264,8 @@ def _check_numbers(config: TrainConfig) -> None:
     for key, value in not_negative.items():
         if not value >= 0:
             raise ConfigError(f"{key} must be at least 0, got {value}")
+    if optim.warmup_ratio >= 1:
+        raise ConfigError(f"optim.warmup_ratio must be below 1, a share of all steps; got {optim.warmup_ratio}")
     if len(optim.betas) != 2:
         raise ConfigError(f"optim.betas must be a list of two numbers, got {list(optim.betas)}")
     if not config.data.sources:

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,9 @@ def set_up_logging() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("DeepSpeed", "deepspeed", "httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("avg_llava").setLevel(level)
+    # DeepSpeed calls collectives by names that newer releases of torch deprecate, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # transformers shows a bar for every file it writes; the bar of the training itself is another one.
     disable_progress_bar()
 

@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
+from avg_llava.model.loading import load_model
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.objectives import Objective
@@ -68,6 +69,8 @@ class StageTrainer(Trainer):
         processor: saved with the model.
         manifest: the run's manifest; `finished` and `step` are filled in when it is written.
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -146,6 +149,11 @@ class StageTrainer(Trainer):
         self.model.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         (folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The counterpart of `_save`, for runs without DeepSpeed (which loads its own files)."""
+        weights = load_model(resume_from_checkpoint, dtype=self.model.model.dtype).state_dict()
+        self.model.model.load_state_dict(weights)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint to continue from. Its manifest is written once every rank's files are, and only then are older

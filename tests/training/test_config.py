@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from avg_llava.training.config import ConfigError, load_config
+from avg_llava.training.parsing import read_yaml
+from tests.training.tiny_world import stage_values
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_values(stage: int = 2, **sections) -> Path:
+        values = stage_values(stage, tmp_path / "runs", tmp_path)
+        for name, section in sections.items():
+            values[name] = {**values[name], **section} if isinstance(section, dict) else section
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write_values
+
+
+def test_values_and_overrides(write):
+    config = load_config(
+        write(),
+        ["--optim.lr", "1e-4", "--data.num_workers=3", "--output.overwrite", "--logging.trackers", "[wandb]"],
+    )
+    assert config.stage == 2
+    assert config.optim.lr == 1e-4
+    assert config.optim.vision_lr == 2e-3
+    assert config.data.num_workers == 3
+    assert config.output.overwrite is True
+    assert config.logging.trackers == ("wandb",)
+    assert config.data.sources[0].path.endswith("instruct.json")
+    assert config.model.force_start is False
+
+
+def test_force_start_flag(write):
+    assert load_config(write(), ["--force-start"]).model.force_start is True
+
+
+def test_null_and_nested_overrides(write):
+    config = load_config(
+        write(),
+        [
+            "--optim.vision_lr",
+            "null",
+            "--data.sources",
+            "[{path: a.json, sampling: 'first:3'}]",
+            "--optim.betas",
+            "[0.9, 0.95]",
+        ],
+    )
+    assert config.optim.vision_lr is None
+    assert (config.data.sources[0].path, config.data.sources[0].sampling) == ("a.json", "first:3")
+    assert config.optim.betas == (0.9, 0.95)
+
+
+def test_text_stays_text(write):
+    assert load_config(write(), ["--logging.run_name", "123"]).logging.run_name == "123"
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path, write):
+    path = write()
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 1e-3"))
+    assert yaml.safe_load("lr: 1e-3")["lr"] == "1e-3", "YAML 1.1 reads it as text"
+    assert load_config(path).optim.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--optim.leaning_rate", "1"], "unknown key optim.leaning_rate"),
+        (["--optim.warmup_ration", "1"], "did you mean 'warmup_ratio'"),
+        (["--optm.lr", "1"], "unknown key optm - did you mean 'optim'"),
+        (["--optim.lr", "fast"], "optim.lr must be a number, got 'fast'"),
+        (["--optim.lr", "true"], "optim.lr must be a number"),
+        (["--optim.micro_batch_size", "1.5"], "optim.micro_batch_size must be a whole number"),
+        (["--data.template", "vicuna"], "one of plain, vicuna_v1; got 'vicuna' - did you mean 'vicuna_v1'"),
+        (["--stage", "5"], "stage must be one of 1, 2, 3, 4"),
+        (["--output.overwrite", "1"], "output.overwrite must be true or false"),
+        (["--data.sources", "x.json"], "data.sources must be a list"),
+        (["--data.sources", "[{pth: x}]"], "unknown key data.sources.0.pth - did you mean 'path'"),
+        (["--data.sources", "[{image_root: x}]"], "data.sources.0.path is missing"),
+        (["--data", "3"], "data must be a mapping"),
+        (["--seed.x", "3"], "seed is a value, not a section"),
+        (["optim.lr", "3"], "expected `--key.subkey value`"),
+        (["--optim.lr", "0"], "optim.lr must be above 0"),
+        (["--optim.weight_decay", "-1"], "optim.weight_decay must be at least 0"),
+        (["--optim.warmup_ratio", "1"], "optim.warmup_ratio must be below 1"),
+        (["--optim.betas", "[0.9]"], "list of two numbers"),
+        (["--data.sources", "[]"], "data.sources is empty"),
+        (["--model.vision", "x"], "neither model.vision nor model.language"),
+        (["--model.granularities", "[4, 8]"], "model.granularities is decided in stage 1"),
+        (["--optim.lr", "[1"], "cannot read the value"),
+    ],
+)
+def test_mistakes_are_named(write, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(), overrides)
+    assert message in str(error.value)
+
+
+def test_stage_1_needs_backbones(write):
+    with pytest.raises(ConfigError, match=r"stage 1 starts from model\.vision and model\.language"):
+        load_config(write(1), ["--model.vision", "null"])
+
+
+def test_missing_required_key(write):
+    values = read_yaml(write())
+    del values["optim"]["lr"]
+    path = write()
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"optim\.lr is missing"):
+        load_config(path)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(path)
+
+
+def test_round_trip(write, tmp_path):
+    config = load_config(write(1))
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(config.to_yaml())
+    assert load_config(dumped) == config
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 8), (2, 4), (8, 1)])
+def test_accumulation_follows_from_the_batch_sizes(write, world_size, steps):
+    config = load_config(write(optim={"global_batch_size": 16, "micro_batch_size": 2}))
+    assert config.accumulation_steps(world_size) == steps
+
+
+@pytest.mark.parametrize("world_size", [3, 16])
+def test_batch_sizes_that_do_not_fit(write, world_size):
+    config = load_config(write(optim={"global_batch_size": 16, "micro_batch_size": 2}))
+    with pytest.raises(ConfigError, match=r"global_batch_size 16 is not a multiple of .* 2 x"):
+        config.accumulation_steps(world_size)
