@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from avg_llava.data.records import ASSISTANT, HUMAN, DataError, Turn, dialogue
+from avg_llava.data.records import HUMAN, DataError, Turn, dialogue
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, VICUNA_SYSTEM, tokenize_with_images
 
 IGNORE_INDEX = -100
@@ -154,4 +154,4 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(_check_vicuna, _render_vicuna),
 }
 
-__all__ = ["ASSISTANT", "IGNORE_INDEX", "TEMPLATES", "EncodedConversation", "Template", "encode_conversation"]
+__all__ = ["IGNORE_INDEX", "TEMPLATES", "EncodedConversation", "Template", "encode_conversation"]

@@ -58,6 +58,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Transparency is dropped, not blended, as in the original code. Sixteen-bit greyscale is scaled to eight bits, which
     Pillow's own conversion would clip to white.
+
+    Raises:
+        ValueError: Colour mode LAB, or pixels that are not finite.
     """
     if image.mode == "RGB":
         image.load()
@@ -67,7 +70,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("P", "PA"):
         return image.convert("RGBA").convert("RGB")
     if image.mode == "LAB":
-        raise DataError("colour mode LAB is not supported; save the image as RGB")
+        raise ValueError("colour mode LAB is not supported; save the image as RGB")
     return image.convert("RGB")
 
 
@@ -75,7 +78,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     """Greyscale of more than eight bits per pixel: 16-bit modes, 32-bit integers, and floats in [0, 1] or [0, 255]."""
     values = np.asarray(image)
     if not np.isfinite(values).all():
-        raise DataError("pixels that are not finite numbers")
+        raise ValueError("some pixels are not finite numbers")
     values = values.astype(np.float64)
     top = values.max(initial=0)
     if image.mode == "F":

@@ -48,8 +48,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 def test_floats(tmp_path):
     shares = Image.fromarray(RAMP.astype(np.float32) / 255)
     assert np.array_equal(saved(tmp_path / "a.tiff", shares), np.stack([RAMP] * 3, -1))
-    with pytest.raises(DataError, match="finite"):
+    with pytest.raises(DataError, match=r"b\.tiff: .*finite"):
         saved(tmp_path / "b.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+
+
+def test_lab_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"a\.tiff: .*colour mode LAB"):
+        saved(tmp_path / "a.tiff", Image.new("LAB", (4, 4)))
 
 
 def test_cmyk_and_bilevel(tmp_path):
