@@ -1,0 +1,334 @@
+"""Makes the mini world's pretrained backbones: a CLIP tower that sees marks, a Llama that answers about symbols.
+
+The tower learns what covers each patch of crops of fresh scenes (dense labels). The language model learns captions and
+conversations about scenes whose patches are given as sums of symbol vectors, which are thrown away afterwards: what the
+projector must learn to write. Neither ever sees the other. Both are saved in transformers' own formats.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from avg_llava.data.conversation import encode_conversation
+from avg_llava.data.records import parse_record
+from avg_llava.mini.glyphs import PALETTE
+from avg_llava.mini.questions import caption, choose_questions
+from avg_llava.mini.scenes import GROUND_NAMES, HUES, KINDS, LABEL_FIELDS, OVERVIEW, Scene, draw_scene
+from avg_llava.mini.tokenizer import BOUNDARY, MAX_LENGTH, build_tokenizer
+from avg_llava.mini.world import conversation_record
+from avg_llava.model.anyres import select_canvas
+from avg_llava.model.processing import AvgLlavaImageProcessor
+
+SHIPPED = Path(__file__).parent / "backbones"
+PATCH = 8
+CROP = PATCH * OVERVIEW
+# (rows, columns) of tiles, in the order of AvgLlavaConfig.
+GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+IGNORED = -100
+ROPE_THETA = 1e7
+# The language model starts on pictures of few cells: the same skills from shorter sequences.
+SHORT_LAYOUTS = {(8, 16): 1, (16, 8): 1}
+SHORT_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the backbones are pretrained. Steps and batches are per backbone; a batch is a number of scenes."""
+
+    vision_steps: int = 3000
+    vision_batch: int = 12
+    vision_lr: float = 1.5e-3
+    language_steps: int = 2000
+    language_batch: int = 8
+    language_lr: float = 1.5e-3
+    seed: int = 0
+
+
+def vision_config() -> CLIPVisionConfig:
+    """The tower: one layer more than it uses, since features come from the layer before the last."""
+    return CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=CROP,
+        patch_size=PATCH,
+        hidden_act="gelu",
+    )
+
+
+def language_config(vocab_size: int) -> LlamaConfig:
+    """A Llama of under a million parameters."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        rms_norm_eps=1e-5,
+        # Slow rotations: looking a mark up by content, hundreds of tokens back, must not depend on the distance.
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        initializer_range=0.06,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def image_processor() -> AvgLlavaImageProcessor:
+    """The anyres processor of the tower's crops."""
+    return AvgLlavaImageProcessor(
+        size={"shortest_edge": CROP},
+        crop_size={"height": CROP, "width": CROP},
+        image_grid_pinpoints=[[CROP * rows, CROP * columns] for rows, columns in GRIDS],
+    )
+
+
+def scene_pixels(scene: Scene) -> np.ndarray:
+    """The picture of a scene as (H, W, 3) bytes."""
+    return np.array(PALETTE, dtype=np.uint8)[scene.pixels()]
+
+
+def crop_labels(scene: Scene, pinpoints: list[list[int]]) -> np.ndarray:
+    """Labels (crops, 64, 5) of every patch, crops as the image processor cuts them; padding is -100."""
+    canvas = select_canvas((scene.rows * scene.cell, scene.columns * scene.cell), pinpoints)
+    rows, columns = canvas[0] // PATCH, canvas[1] // PATCH
+    labels = np.full((rows, columns, len(LABEL_FIELDS)), IGNORED)
+    top, left = (rows - scene.rows) // 2, (columns - scene.columns) // 2
+    labels[top : top + scene.rows, left : left + scene.columns] = scene.labels
+    tiles = labels.reshape(rows // OVERVIEW, OVERVIEW, columns // OVERVIEW, OVERVIEW, -1).swapaxes(1, 2)
+    overview = scene.overview_labels()
+    return np.concatenate([overview[None], tiles.reshape(-1, *overview.shape)]).reshape(
+        -1, OVERVIEW**2, len(LABEL_FIELDS)
+    )
+
+
+def vision_batch(rng: random.Random, num_scenes: int, processor: AvgLlavaImageProcessor) -> tuple[Tensor, Tensor]:
+    """Crops (C, 3, S, S) of fresh scenes and labels (C, 64, 5)."""
+    scenes = [draw_scene(rng) for _ in range(num_scenes)]
+    crops = [processor(scene_pixels(scene), return_tensors="pt")["pixel_values"][0] for scene in scenes]
+    labels = [crop_labels(scene, processor.image_grid_pinpoints) for scene in scenes]
+    return torch.cat(crops), torch.from_numpy(np.concatenate(labels))
+
+
+class DenseReader(nn.Module):
+    """A tower without its unused last layer, and one linear head per label field on its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = vision_config()
+        config.num_hidden_layers -= 1
+        self.tower = CLIPVisionModel(config)
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, size) for size in LABEL_FIELDS.values())
+
+    def forward(self, crops: Tensor) -> list[Tensor]:
+        """Crops (C, 3, S, S) -> logits (C, 64, values) per field."""
+        features = self.tower(pixel_values=crops).last_hidden_state[:, 1:]
+        return [head(features) for head in self.heads]
+
+
+def dense_accuracy(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
+    """Share of right patches per field; for all but the ground, of patches that hold a mark."""
+    accuracy = {}
+    for index, (name, scores) in enumerate(zip(LABEL_FIELDS, logits, strict=True)):
+        target = labels[..., index]
+        counted = target >= 0 if name == "ground" else target > 0
+        accuracy[name] = (scores.argmax(-1) == target)[counted].float().mean().item()
+    return accuracy
+
+
+def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, DenseReader, list[float]]:
+    """Trains a tower on dense labels.
+
+    Returns:
+        The tower in its full form, the reader that was trained (for measuring), and the loss of every step.
+    """
+    torch.manual_seed(recipe.seed)
+    rng, processor = random.Random(f"vision/{recipe.seed}"), image_processor()
+    reader = DenseReader()
+    optimizer, scheduler = _optimizer(reader, recipe.vision_lr, recipe.vision_steps)
+    losses = []
+    progress = tqdm(range(recipe.vision_steps), desc="vision tower", unit="step", mininterval=2.0)
+    for _ in progress:
+        crops, labels = vision_batch(rng, recipe.vision_batch, processor)
+        with _mixed_precision():
+            fields = reader(crops)
+        loss = sum(
+            functional.cross_entropy(logits.float().flatten(0, 1), labels[..., index].flatten(), ignore_index=IGNORED)
+            for index, logits in enumerate(fields)
+        )
+        assert isinstance(loss, Tensor)
+        losses.append(_step(loss, reader, optimizer, scheduler))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    tower = CLIPVisionModel(vision_config())
+    tower.load_state_dict(reader.tower.state_dict(), strict=False)
+    return tower, reader, losses
+
+
+class SymbolReader(nn.Module):
+    """A language model and the symbol vectors that stand for image patches.
+
+    Ground, kind and colour are named by the model's own word embeddings, so that a question's words meet the symbols
+    they ask about; what is inside a frame, and sizes, have vectors of their own.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        super().__init__()
+        config = language_config(len(tokenizer))
+        self.model = LlamaForCausalLM(config)
+        self.image_token_id = len(tokenizer)
+        self.symbols = nn.ModuleList(nn.Embedding(size, config.hidden_size) for size in LABEL_FIELDS.values())
+        self.newline = nn.Parameter(torch.zeros(config.hidden_size))
+        for table in self.symbols.parameters():
+            nn.init.normal_(table, std=config.initializer_range)
+        words = [GROUND_NAMES, KINDS, HUES]
+        self.words = [torch.tensor(tokenizer.convert_tokens_to_ids([BOUNDARY + word for word in row])) for row in words]
+
+    def patches(self, labels: np.ndarray) -> Tensor:
+        """Labels (..., 5) -> symbol vectors (..., D)."""
+        indices = torch.from_numpy(labels).unbind(-1)
+        own = torch.stack([table(index) for table, index in zip(self.symbols, indices, strict=True)]).sum(0)
+        embed = self.model.get_input_embeddings()
+        named = torch.stack([embed(words[index]) for words, index in zip(self.words, indices[:3], strict=True)]).sum(0)
+        return own + named
+
+    def picture(self, scene: Scene) -> Tensor:
+        """Visual tokens (T, D) of a scene: overview, then the cells row by row, each row closed by a newline."""
+        overview = self.patches(scene.overview_labels()).flatten(0, 1)
+        rows = self.patches(scene.labels)
+        newline = self.newline.expand(scene.rows, 1, -1)
+        return torch.cat([overview, torch.cat([rows, newline], dim=1).flatten(0, 1)])
+
+    def forward(self, scenes: list[Scene], ids: list[list[int]], labels: list[list[int]]) -> Tensor:
+        """Mean loss of the supervised tokens. ids and labels hold one placeholder for the picture."""
+        rows, targets = [], []
+        for scene, sample_ids, sample_labels in zip(scenes, ids, labels, strict=True):
+            place = sample_ids.index(self.image_token_id)
+            picture = self.picture(scene)
+            embed = self.model.get_input_embeddings()
+            before, after = torch.tensor(sample_ids[:place]), torch.tensor(sample_ids[place + 1 :])
+            rows.append(torch.cat([embed(before), picture, embed(after)]))
+            hidden = [IGNORED] * len(picture)
+            targets.append(torch.tensor(sample_labels[:place] + hidden + sample_labels[place + 1 :]))
+        inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        # Padding stands at the end, where causal attention keeps it out of sight: no mask is needed.
+        states = self.model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
+        supervised = target[:, 1:] != IGNORED
+        return functional.cross_entropy(self.model.lm_head(states[supervised]).float(), target[:, 1:][supervised])
+
+
+def language_batch(
+    rng: random.Random, num_scenes: int, tokenizer: LlamaTokenizer, layouts: dict[tuple[int, int], int] | None = None
+) -> tuple[list[Scene], list[list[int]], list[list[int]]]:
+    """Fresh scenes with a caption or a conversation each: scenes, token ids, labels."""
+    scenes, ids, labels = [], [], []
+    for _ in range(num_scenes):
+        scene = draw_scene(rng, layouts)
+        if rng.random() < 0.5:
+            template, turns = "plain", [("", caption(scene, 20, rng))]
+        else:
+            template = "vicuna_v1"
+            turns = [(rng.choice(q.wordings), q.answer) for q in choose_questions(scene, 12, rng)]
+        sample = parse_record(conversation_record("symbols", "symbols.png", turns), Path("."), "symbols")
+        encoded = encode_conversation(sample.turns, tokenizer, template, len(tokenizer))
+        scenes.append(scene)
+        ids.append(encoded.input_ids)
+        labels.append(encoded.labels)
+    return scenes, ids, labels
+
+
+def pretrain_language(recipe: Recipe) -> tuple[LlamaForCausalLM, LlamaTokenizer, list[float]]:
+    """Trains a language model on symbolic pictures.
+
+    Returns:
+        The model without the symbol vectors, its tokenizer, and the loss of every step.
+    """
+    torch.manual_seed(recipe.seed)
+    rng, tokenizer = random.Random(f"language/{recipe.seed}"), build_tokenizer()
+    reader = SymbolReader(tokenizer)
+    optimizer, scheduler = _optimizer(reader, recipe.language_lr, recipe.language_steps)
+    losses = []
+    progress = tqdm(range(recipe.language_steps), desc="language model", unit="step", mininterval=2.0)
+    for number in progress:
+        layouts = SHORT_LAYOUTS if number < SHORT_SHARE * recipe.language_steps else None
+        scenes, ids, labels = language_batch(rng, recipe.language_batch, tokenizer, layouts)
+        with _mixed_precision():
+            loss = reader(scenes, ids, labels)
+        losses.append(_step(loss, reader, optimizer, scheduler))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return reader.model, tokenizer, losses
+
+
+def pretrain(output: str | Path, recipe: Recipe | None = None) -> None:
+    """Makes both backbones below `output`: vision/ and language/, ready for `model.vision` and `model.language`."""
+    output, recipe = Path(output), recipe or Recipe()
+    tower, _, vision_losses = pretrain_vision(recipe)
+    save_vision(tower, output / "vision")
+    model, tokenizer, language_losses = pretrain_language(recipe)
+    save_language(model, tokenizer, output / "language")
+    log = {"vision": vision_losses, "language": language_losses}
+    (output / "losses.json").write_text(json.dumps({name: [round(x, 4) for x in row] for name, row in log.items()}))
+
+
+def save_vision(tower: CLIPVisionModel, folder: Path) -> None:
+    """Writes the tower and its preprocessor_config.json."""
+    tower.save_pretrained(folder)
+    statistics = image_processor().to_dict()
+    kept = {name: statistics[name] for name in ("image_mean", "image_std", "rescale_factor", "resample")}
+    content = {
+        **kept,
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "size": {"shortest_edge": CROP},
+        "crop_size": {"height": CROP, "width": CROP},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_language(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, folder: Path) -> None:
+    """Writes the language model and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _mixed_precision() -> torch.autocast:
+    """bfloat16 where it is safe: a third faster on a CPU that has it."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def _optimizer(
+    module: nn.Module, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    return optimizer, scheduler
+
+
+def _step(
+    loss: Tensor,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+    return loss.item()

@@ -1,0 +1,138 @@
+"""Questions and captions about a scene, each with the family that says which granularity it needs.
+
+scene   the whole picture: any level answers
+object  large and medium things: coarse or middle levels answer
+fine    marks of one cell, dozens of them close together: pooling destroys the answer
+
+Letters and frames are asked about in the same words whatever their size: only the picture tells how fine to look.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from avg_llava.mini.glyphs import LETTERS, SHAPES
+from avg_llava.mini.scenes import Scene
+
+FAMILIES = ["scene", "object", "fine"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
+
+# question type -> (wordings, statement of a caption)
+WORDINGS = {
+    "ground": (["What is the background colour?", "Which colour is the background?"], "the background is {answer}"),
+    "ground_side": (
+        ["What is the background colour at the {key}?", "Which colour is the background at the {key}?"],
+        "the background at the {key} is {answer}",
+    ),
+    "ground_main": (["Which background colour covers most of the picture?"], "most of the picture is {answer}"),
+    "writing": (
+        ["Is there small writing in the picture?", "Does the picture show small writing?"],
+        "small writing: {answer}",
+    ),
+    "shape": (["What shape is the {key} object?", "Which shape is {key}?"], "the {key} object is a {answer}"),
+    "shape_colour": (["What colour is the {key}?", "Which colour is the {key}?"], "the {key} is {answer}"),
+    "place": (["Where is the {key}?", "In which corner is the {key}?"], "the {key} is at the {answer}"),
+    "count": (["How many shapes are there?", "Count the shapes."], "there are {answer} shapes"),
+    "letter": (
+        ["What colour is the letter {key}?", "Which colour is the letter {key}?"],
+        "the letter {key} is {answer}",
+    ),
+    "frame": (
+        ["What colour is inside the {key} frame?", "Which colour is inside the {key} frame?"],
+        "the {key} frame is {answer} inside",
+    ),
+    "code": (
+        ["Which digits follow the {key}?", "What is the code after the {key}?"],
+        "the code after the {key} is {answer}",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact of a scene. question_type is "letter_small" and the like where the size makes the difference."""
+
+    family: str
+    question_type: str
+    key: str
+    answer: str
+
+    @property
+    def wordings(self) -> list[str]:
+        return [wording.format(key=self.key) for wording in WORDINGS[self._base][0]]
+
+    @property
+    def statement(self) -> str:
+        return WORDINGS[self._base][1].format(key=self.key, answer=self.answer)
+
+    @property
+    def _base(self) -> str:
+        if self.question_type in WORDINGS:
+            return self.question_type
+        return self.question_type.rsplit("_", 1)[0]
+
+
+def _place(scene: Scene, row: int, column: int) -> str | None:
+    """The quarter that holds a large mark, or None if a middle line crosses it."""
+    y, x = row + 2, column + 2
+    if 2 * y == scene.rows or 2 * x == scene.columns:
+        return None
+    return f"{'top' if 2 * y < scene.rows else 'bottom'} {'left' if 2 * x < scene.columns else 'right'}"
+
+
+def _scene_questions(scene: Scene) -> list[Question]:
+    questions = [Question("scene", "writing", "", "yes" if scene.has_writing else "no")]
+    if scene.split == "none":
+        questions.append(Question("scene", "ground", "", scene.grounds[0]))
+    else:
+        sides = ["left", "right"] if scene.split == "columns" else ["top", "bottom"]
+        length = scene.columns if scene.split == "columns" else scene.rows
+        questions += [
+            Question("scene", "ground_side", side, ground) for side, ground in zip(sides, scene.grounds, strict=True)
+        ]
+        questions.append(Question("scene", "ground_main", "", scene.grounds[0 if 2 * scene.share > length else 1]))
+    return questions
+
+
+def all_questions(scene: Scene) -> list[Question]:
+    """Every question that the scene answers, in drawing order."""
+    questions = _scene_questions(scene)
+    shapes = [mark for mark in scene.marks if mark.kind in SHAPES]
+    if shapes:
+        questions.append(Question("object", "count", "", NUMBERS[len(shapes)]))
+    for mark in shapes:
+        questions.append(Question("object", "shape", mark.colour, mark.kind))
+        questions.append(Question("object", "shape_colour", mark.kind, mark.colour))
+        place = _place(scene, mark.row, mark.column)
+        if place is not None:
+            questions.append(Question("object", "place", mark.kind, place))
+    for mark in scene.marks:
+        family = "fine" if mark.size == "small" else "object"
+        if mark.kind in LETTERS:
+            questions.append(Question(family, f"letter_{mark.size}", mark.kind, mark.colour))
+        elif mark.kind == "frame":
+            questions.append(Question(family, f"frame_{mark.size}", mark.colour, mark.inside))
+    questions += [Question("fine", "code", code.sign, " ".join(code.digits)) for code in scene.codes]
+    return questions
+
+
+def choose_questions(scene: Scene, num_questions: int, rng: random.Random) -> list[Question]:
+    """Up to `num_questions` different questions: family first, then type, then question."""
+    left = all_questions(scene)
+    chosen: list[Question] = []
+    while left and len(chosen) < num_questions:
+        family = rng.choice([name for name in FAMILIES if any(q.family == name for q in left)])
+        kinds = sorted({q.question_type for q in left if q.family == family})
+        # Twice as many questions about letters and frames: their wording does not tell how fine to look.
+        kind = rng.choices(kinds, weights=[2 if name.startswith(("letter_", "frame_")) else 1 for name in kinds])[0]
+        question = rng.choice([q for q in left if q.question_type == kind])
+        left.remove(question)
+        chosen.append(question)
+    return chosen
+
+
+def caption(scene: Scene, num_statements: int, rng: random.Random) -> str:
+    """Statements about the scene in random order, as one sentence each."""
+    chosen = choose_questions(scene, num_statements, rng)
+    return " . ".join(question.statement for question in chosen) + " ."

@@ -1,0 +1,213 @@
+"""Scenes of the mini world: what is drawn where, at which size, and what covers every cell.
+
+A scene is a lattice of cells. One cell becomes one patch of a tile after anyres preprocessing, so a mark of one cell
+is readable only where every patch keeps a token of its own; medium marks fill 2x2 cells and large ones 4x4 cells (a
+"site", what one token of the coarsest level covers).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from avg_llava.mini.glyphs import (
+    COLOURS,
+    DIGITS,
+    GROUNDS,
+    LETTERS,
+    MASTER_CELL,
+    PALETTE_INDEX,
+    SHAPES,
+    SIGNS,
+    shape_mask,
+)
+
+SITE = 4  # cells per side of a site
+OVERVIEW = 8  # patches per side of one crop
+SIZES = ["none", "small", "medium", "large"]
+CELLS_OF_SIZE = {"small": 1, "medium": 2, "large": 4}
+# "writing": small marks that the overview shows, but cannot spell out.
+KINDS = ["nothing", "writing", "frame", *SHAPES, *LETTERS, *DIGITS, *SIGNS]
+HUES = ["none", *COLOURS]
+GROUND_NAMES = list(GROUNDS)
+# What is known of a patch, with the number of values of each field.
+LABEL_FIELDS = {
+    "ground": len(GROUND_NAMES),
+    "kind": len(KINDS),
+    "colour": len(HUES),
+    "inside": len(HUES),
+    "size": len(SIZES),
+}
+
+# (rows, columns) in cells: weight. Multiples of a site; each fits one anyres grid of two or more tiles exactly,
+# except 8x8 (two tiles, half of them padding) and 12x16 and 16x12 (2x2 tiles with padding).
+LAYOUTS = {(16, 16): 3, (12, 16): 2, (16, 12): 2, (8, 16): 2, (16, 8): 2, (8, 24): 1, (24, 8): 1, (8, 8): 1}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One drawn thing: kind is a name of KINDS, (row, column) its upper left cell."""
+
+    kind: str
+    colour: str
+    size: str
+    row: int
+    column: int
+    inside: str = "none"
+
+
+@dataclass(frozen=True)
+class Code:
+    """A sign and the digits right of it, all of one cell."""
+
+    sign: str
+    digits: str
+
+
+@dataclass
+class Scene:
+    """One picture: its marks, the master drawing (palette indices) and the labels of its cells (rows, columns, 5)."""
+
+    rows: int
+    columns: int
+    cell: int
+    grounds: list[str]
+    split: str
+    share: int
+    drawing: np.ndarray
+    labels: np.ndarray
+    marks: list[Mark] = field(default_factory=list)
+    codes: list[Code] = field(default_factory=list)
+
+    @property
+    def has_writing(self) -> bool:
+        return any(mark.size == "small" for mark in self.marks)
+
+    def pixels(self) -> np.ndarray:
+        """Palette indices (rows * cell, columns * cell), the master drawing at this scene's scale."""
+        y = np.arange(self.rows * self.cell) * MASTER_CELL // self.cell
+        x = np.arange(self.columns * self.cell) * MASTER_CELL // self.cell
+        return self.drawing[y[:, None], x[None, :]]
+
+    def add(self, mark: Mark) -> None:
+        """Draws a mark and labels its cells."""
+        cells = CELLS_OF_SIZE[mark.size]
+        side = cells * MASTER_CELL
+        y, x = mark.row * MASTER_CELL, mark.column * MASTER_CELL
+        area = self.drawing[y : y + side, x : x + side]
+        colour = PALETTE_INDEX[mark.colour]
+        if mark.kind == "frame":
+            gap, border = (cells // 2, 2 * cells) if cells > 1 else (0, 2)
+            area[gap : side - gap, gap : side - gap] = colour
+            area[border : side - border, border : side - border] = PALETTE_INDEX[mark.inside]
+        elif mark.kind in SHAPES:
+            area[shape_mask(mark.kind, side)] = colour
+        else:
+            mask = next(table[mark.kind] for table in (LETTERS, DIGITS, SIGNS) if mark.kind in table)
+            area[mask.repeat(cells, axis=0).repeat(cells, axis=1)] = colour
+        self.labels[mark.row : mark.row + cells, mark.column : mark.column + cells, 1:] = (
+            KINDS.index(mark.kind),
+            HUES.index(mark.colour),
+            HUES.index(mark.inside),
+            SIZES.index(mark.size),
+        )
+        self.marks.append(mark)
+
+    def overview_labels(self) -> np.ndarray:
+        """Labels (8, 8, 5) of the overview: the cell under its middle; "writing" if too small."""
+        middles = 2 * np.arange(OVERVIEW) + 1
+        row = middles * self.rows // (2 * OVERVIEW)
+        column = middles * self.columns // (2 * OVERVIEW)
+        labels = self.labels[row[:, None], column[None, :]].copy()
+        largest = max(self.rows, self.columns) // OVERVIEW
+        unreadable = (labels[..., 4] > 0) & (2 ** (labels[..., 4] - 1.0) < largest)
+        labels[unreadable, 1:4] = (KINDS.index("writing"), 0, 0)
+        return labels
+
+
+def _empty(rng: random.Random, layouts: dict[tuple[int, int], int]) -> Scene:
+    """A ground of one colour, or of two unequal parts."""
+    rows, columns = rng.choices(list(layouts), weights=list(layouts.values()))[0]
+    small_picture = rows * columns == SITE * SITE * 4
+    cell = rng.choice([4, 6, 8]) if small_picture else rng.choice([8, 8, 10, 12])
+    first, second = rng.sample(GROUND_NAMES, 2)
+    split = rng.choice(["none", "none", "columns", "rows"])
+    length = {"none": 0, "columns": columns, "rows": rows}[split] // SITE
+    shares = [share for share in range(1, length) if 2 * share != length]
+    if not shares:
+        split = "none"
+    scene = Scene(
+        rows=rows,
+        columns=columns,
+        cell=cell,
+        grounds=[first] if split == "none" else [first, second],
+        split=split,
+        share=rng.choice(shares) * SITE if shares else 0,
+        drawing=np.full((rows * MASTER_CELL, columns * MASTER_CELL), PALETTE_INDEX[first], dtype=np.uint8),
+        labels=np.zeros((rows, columns, len(LABEL_FIELDS)), dtype=np.int64),
+    )
+    scene.labels[..., 0] = GROUND_NAMES.index(first)
+    part = {"columns": np.s_[:, scene.share :], "rows": np.s_[scene.share :, :]}.get(split)
+    if part is not None:
+        scene.labels[(*part, 0)] = GROUND_NAMES.index(second)
+        pixel = scene.share * MASTER_CELL
+        pixels = np.s_[:, pixel:] if split == "columns" else np.s_[pixel:, :]
+        scene.drawing[pixels] = PALETTE_INDEX[second]
+    return scene
+
+
+def draw_scene(rng: random.Random, layouts: dict[tuple[int, int], int] | None = None) -> Scene:
+    """One random picture, of any of the `layouts` (default: LAYOUTS).
+
+    Letters and frames of a picture are of one size (large, medium or small), so the same question is asked about
+    marks of any size. Codes and shapes may stand beside them.
+    """
+    scene = _empty(rng, layouts or LAYOUTS)
+    sites = [(row, column) for row in range(0, scene.rows, SITE) for column in range(0, scene.columns, SITE)]
+    rng.shuffle(sites)
+    if len(sites) > 1:
+        sites.pop()  # at least one site shows the ground
+    # Marks of one cell would not survive in the small pictures of the shipped layouts.
+    coarse_only = layouts is None and len(sites) < 4
+    size = rng.choice(["large", "medium"] if coarse_only else ["large", "large", "medium", "small", "small"])
+    if len(sites) == 1:
+        size = "small"
+    wide = len(sites) > 8
+    letters = list(LETTERS)
+    frames = list(COLOURS)
+    rng.shuffle(letters)
+    rng.shuffle(frames)
+
+    num_codes = 0 if coarse_only else rng.choice([0, 1, 1, 2] if wide else [0, 0, 1])
+    signs = list(SIGNS)
+    rng.shuffle(signs)
+    for _ in range(num_codes):
+        row, column = sites.pop()
+        for line in range(SITE):
+            sign, colour = signs.pop(), rng.choice(list(COLOURS))
+            digits = "".join(rng.choice(list(DIGITS)) for _ in range(SITE - 1))
+            scene.codes.append(Code(sign, digits))
+            for offset, kind in enumerate([sign, *digits]):
+                scene.add(Mark(kind, colour, "small", row + line, column + offset))
+
+    cells = CELLS_OF_SIZE[size]
+    most = {"large": rng.randint(2, 5 if wide else 3), "medium": rng.randint(1, 2), "small": 2 if wide else 1}
+    for _ in range(min(most[size], max(len(sites) - 1, 1), len(sites))):
+        row, column = sites.pop()
+        spots = [(row + y, column + x) for y in range(0, SITE, cells) for x in range(0, SITE, cells)]
+        for spot in spots:
+            if frames and (rng.random() < 0.4 or not letters):
+                frame = frames.pop()
+                inside = rng.choice([colour for colour in COLOURS if colour != frame])
+                scene.add(Mark("frame", frame, size, *spot, inside=inside))
+            elif letters:
+                scene.add(Mark(letters.pop(), rng.choice(list(COLOURS)), size, *spot))
+
+    shapes, colours = list(SHAPES), list(COLOURS)
+    rng.shuffle(shapes)
+    rng.shuffle(colours)
+    for _ in range(min(rng.randint(1, 5 if wide else 3), len(sites))):
+        scene.add(Mark(shapes.pop(), colours.pop(), "large", *sites.pop()))
+    return scene

@@ -1,0 +1,178 @@
+"""Writes the mini world: images and LLaVA JSON, the same bytes for the same seed on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from avg_llava.mini.glyphs import PALETTE
+from avg_llava.mini.questions import Question, caption, choose_questions
+from avg_llava.mini.scenes import Scene, draw_scene
+
+MANIFEST = "manifest.json"
+
+
+class WorldError(ValueError):
+    """The output folder cannot hold the world that was asked for."""
+
+
+@dataclass(frozen=True)
+class WorldSize:
+    """Number of images per split, and of questions per image."""
+
+    num_captions: int = 4000
+    num_instruct: int = 8000
+    num_router: int = 3000
+    num_eval: int = 500
+    instruct_questions: int = 8
+    router_questions: int = 2
+    caption_statements: int = 8
+
+
+def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
+    """The scene of one image and the generator that goes on to draw its questions."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    return draw_scene(rng), rng
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Palette indices (H, W) below 16 -> PNG bytes, 4 bits per pixel.
+
+    Stored without compression: compressed bytes differ between zlib builds, and the same seed must give the same files.
+    """
+    height, width = pixels.shape
+    packed = np.zeros((height, (width + 1) // 2), dtype=np.uint8)
+    packed[:] = pixels[:, 0::2] << 4
+    packed[:, : width // 2] |= pixels[:, 1::2]
+    raw = np.concatenate([np.zeros((height, 1), dtype=np.uint8), packed], axis=1).tobytes()
+    limit = 0xFFFF
+    blocks = [raw[start : start + limit] for start in range(0, len(raw), limit)]
+    stored = b"".join(
+        struct.pack("<BHH", index == len(blocks) - 1, len(block), len(block) ^ limit) + block
+        for index, block in enumerate(blocks)
+    )
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 4, 3, 0, 0, 0),
+        b"PLTE": bytes(value for colour in PALETTE for value in colour),
+        b"IDAT": b"\x78\x01" + stored + struct.pack(">I", zlib.adler32(raw)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+
+
+def conversation_record(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A LLaVA record; the image stands before the first turn."""
+    conversations = []
+    for index, (asked, answered) in enumerate(turns):
+        head = "<image>\n" if index == 0 and asked else "<image>" if index == 0 else ""
+        conversations += [{"from": "human", "value": head + asked}, {"from": "gpt", "value": answered}]
+    return {"id": name, "image": image, "conversations": conversations}
+
+
+def _worded(questions: list[Question], rng: random.Random) -> list[tuple[str, str]]:
+    return [(rng.choice(question.wordings), question.answer) for question in questions]
+
+
+def _single_turns(name: str, image: str, questions: list[Question], rng: random.Random) -> list[dict[str, Any]]:
+    """One record per question, with its family and type."""
+    return [
+        {
+            **conversation_record(f"{name}-{number}", image, [turn]),
+            "family": question.family,
+            "question_type": question.question_type,
+        }
+        for number, (question, turn) in enumerate(zip(questions, _worded(questions, rng), strict=True))
+    ]
+
+
+def _one_per_family(scene: Scene, rng: random.Random) -> list[Question]:
+    questions = choose_questions(scene, 1000, rng)
+    return [next(q for q in questions if q.family == family) for family in sorted({q.family for q in questions})]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, so that a killed run leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _draw_split(
+    output: Path, seed: int, split: str, num_images: int, digest: Any
+) -> Iterator[tuple[str, str, Scene, random.Random]]:
+    """Writes the images of a split and yields (name, relative path, scene, generator)."""
+    for index in tqdm(range(num_images), desc=f"drawing {split}", unit="image", mininterval=1.0):
+        scene, rng = scene_of(seed, split, index)
+        name = f"{split}-{index:05d}"
+        relative = f"images/{split}/{index // 1000:02d}/{name}.png"
+        content = encode_png(scene.pixels())
+        digest.update(content)
+        path = output / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+        yield name, relative, scene, rng
+
+
+def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None) -> dict[str, Any]:
+    """Draws the world below `output`: stage1.json, instruct.json, router.json, eval.json and images/.
+
+    A finished world of the same seed and size is left as it is; an unfinished one is drawn again to the same bytes.
+
+    Returns:
+        The manifest: seed, size, number of records and the SHA-256 of all image bytes and of each JSON file.
+
+    Raises:
+        WorldError: `output` holds a world of another seed or size.
+    """
+    output, size = Path(output), size or WorldSize()
+    wanted = {"seed": seed, "size": asdict(size)}
+    manifest_path = output / MANIFEST
+    if manifest_path.exists():
+        found: dict[str, Any] = json.loads(manifest_path.read_text())
+        if {key: found.get(key) for key in wanted} == wanted:
+            return found
+        raise WorldError(
+            f"{output} already holds a mini world drawn with {found.get('seed')=} and {found.get('size')=}: "
+            "choose another --output, or delete it."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    records: dict[str, list[dict[str, Any]]] = {"stage1": [], "instruct": [], "router": [], "eval": []}
+
+    for number, (name, image, scene, rng) in enumerate(
+        _draw_split(output, seed, "instruct", max(size.num_instruct, size.num_captions), digest)
+    ):
+        if number < size.num_captions:
+            text = caption(scene, size.caption_statements, rng)
+            records["stage1"].append(conversation_record(f"caption-{number:05d}", image, [("", text)]))
+        if number < size.num_instruct:
+            questions = choose_questions(scene, size.instruct_questions, rng)
+            records["instruct"].append(conversation_record(name, image, _worded(questions, rng)))
+    for name, image, scene, rng in _draw_split(output, seed, "router", size.num_router, digest):
+        questions = choose_questions(scene, size.router_questions, rng)
+        records["router"] += _single_turns(name, image, questions, rng)
+    for name, image, scene, rng in _draw_split(output, seed, "eval", size.num_eval, digest):
+        records["eval"] += _single_turns(name, image, _one_per_family(scene, rng), rng)
+
+    sums = {"images": digest.hexdigest()}
+    for split, rows in records.items():
+        content = (json.dumps(rows, indent=1) + "\n").encode()
+        sums[f"{split}.json"] = hashlib.sha256(content).hexdigest()
+        _write(output / f"{split}.json", content)
+    manifest = {**wanted, "num_records": {split: len(rows) for split, rows in records.items()}, "sha256": sums}
+    _write(manifest_path, (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
