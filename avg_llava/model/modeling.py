@@ -6,6 +6,7 @@ D language-model width, S crop size in pixels.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.model.splice import (
     IGNORE_INDEX,
+    JoinGradients,
     PaddingSide,
     SplicedInputs,
     check_placeholders,
@@ -304,12 +306,17 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: placeholders and images differ in number, or a prompt without labels is too long.
         """
+        text_embeds = self._embed(input_ids)
         visual_tokens: list[Tensor] = []
-        if features is not None and not features.is_blank:
-            visual_tokens = self._visual_tokens(features, self._levels_of(granularity, len(features.num_crops)))
+        if features is not None:
+            # Also where the blank crop's tokens go nowhere: its tower and projector then get gradients of zero.
+            text_embeds, crops, newline = JoinGradients.apply(text_embeds, features.crops, self.model.image_newline)
+            if not features.is_blank:
+                levels = self._levels_of(granularity, len(features.num_crops))
+                visual_tokens = self._visual_tokens(replace(features, crops=crops), newline, levels)
         longest = self.config.max_sequence_length
         spliced = splice_visual_tokens(
-            self._embed(input_ids),
+            text_embeds,
             self._is_image(input_ids),
             attention_mask,
             visual_tokens,
@@ -322,9 +329,6 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
                 f"a prompt has {spliced.inputs_embeds.shape[1]} tokens with its visual tokens, more than "
                 f"config.max_sequence_length {longest}; shorten it, or use a coarser granularity"
             )
-        if features is not None and features.is_blank:
-            # Keeps tower, projector and newline in the graph of a batch without images, at weight 0.
-            spliced.inputs_embeds = spliced.inputs_embeds + 0 * (features.crops[0, 0] + self.model.image_newline)
         return spliced
 
     def language_logits(self, spliced: SplicedInputs) -> Tensor:
@@ -337,7 +341,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         )
         return self.lm_head(outputs.last_hidden_state)
 
-    def _visual_tokens(self, features: ImageFeatures, levels: list[int]) -> list[Tensor]:
+    def _visual_tokens(self, features: ImageFeatures, newline: Tensor, levels: list[int]) -> list[Tensor]:
         """The tokens of each image at its level: overview, then the unpadded map of tiles with newlines."""
         side, visual_tokens = self.config.num_patches_per_side, []
         crops_of_images = features.crops.split(features.num_crops)
@@ -349,8 +353,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             token_map = token_map.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (map rows, map columns, D)
             window = kept_window(size, level, self.config)
             token_map = token_map[window.top : window.bottom, window.left : window.right]
-            newline = self.model.image_newline.to(token_map).expand(len(token_map), 1, -1)
-            visual_tokens.append(torch.cat([overview[0], torch.cat([token_map, newline], 1).flatten(0, 1)]))
+            row_ends = newline.to(token_map).expand(len(token_map), 1, -1)
+            visual_tokens.append(torch.cat([overview[0], torch.cat([token_map, row_ends], 1).flatten(0, 1)]))
         return visual_tokens
 
     def _levels_of(self, granularity: Granularity, num_images: int) -> list[int]:

@@ -6,7 +6,7 @@ tokens of image n, D width, L' tokens after splicing. Pure functions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,25 @@ def check_placeholders(is_image: Tensor, num_images: int) -> None:
             f"the batch has {num_images} images but its samples hold {is_image.sum(1).tolist()} image placeholders; "
             "each image needs exactly one"
         )
+
+
+class JoinGradients(torch.autograd.Function):
+    """Identity on several tensors whose gradients leave together, those of unused ones as zeros.
+
+    ZeRO averages gradients over the ranks in the order in which the backward pass makes them. Without this, that order
+    would depend on where a batch's images enter its prompts and on whether there are any, and ranks with different
+    batches would add up gradients of different parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """(...) each, returned as they are."""
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """One gradient per tensor; PyTorch makes the zeros."""
+        return gradients
 
 
 def splice_visual_tokens(
@@ -118,4 +137,11 @@ def splice_visual_tokens(
     )
 
 
-__all__ = ["IGNORE_INDEX", "PaddingSide", "SplicedInputs", "check_placeholders", "splice_visual_tokens"]
+__all__ = [
+    "IGNORE_INDEX",
+    "JoinGradients",
+    "PaddingSide",
+    "SplicedInputs",
+    "check_placeholders",
+    "splice_visual_tokens",
+]
