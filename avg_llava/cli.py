@@ -103,11 +103,10 @@ def mini_pretrain(arguments: argparse.Namespace) -> int:
 def mini_claims(arguments: argparse.Namespace) -> int:
     """Compares all ways of choosing a level, and writes the report."""
     from avg_llava.evaluation.report import table_lines
-    from avg_llava.mini.comparison import TOKEN_COST, compare
+    from avg_llava.mini.comparison import compare
 
-    token_cost = TOKEN_COST if arguments.token_cost is None else arguments.token_cost
     output = arguments.output or arguments.runs / "report"
-    report = compare(arguments.runs, arguments.data, output, token_cost, arguments.workers)
+    report = compare(arguments.runs, arguments.data, output, arguments.token_cost, arguments.workers)
     _tell(arguments, report, "\n".join([*table_lines(report), "", f"report: {output / 'index.html'}"]))
     held = all(claim["held"] for claim in report["claims"])
     return FINE if held or not arguments.check else FAILED
@@ -262,7 +261,11 @@ def _add_mini(commands: Any) -> None:
             (("--output",), {"type": Path, "metavar": "DIR", "help": "the report (default <runs>/report)"}),
             (
                 ("--token-cost",),
-                {"type": float, "metavar": "X", "help": "the router's price at which the claims are judged"},
+                {
+                    "type": float,
+                    "metavar": "X",
+                    "help": "the price at which the router is judged (default: chosen on training data)",
+                },
             ),
             (("--workers",), {"type": int, "metavar": "N", "help": "processes (default: one per core, one per GPU)"}),
             (("--check",), {"action": "store_true", "help": "fail if a claim does not hold"}),

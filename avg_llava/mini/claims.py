@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 KINDS = ("scene", "object", "fine")
-TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5, 2.0)
 MIN_QUESTIONS = 1000
 
 
@@ -52,7 +52,8 @@ class Outcomes:
         correct: (Q, G) whether the final model's answer is right when the level is forced.
         tokens: (Q, G) visual tokens that the language model saw.
         router_log_probs: (Q, G) the router's log-probabilities.
-        baseline_correct: (Q,) whether LLaVA-NeXT (the stage-2 model at the finest level) is right.
+        baseline_correct: (Q,) whether LLaVA-NeXT (the stage-2 model at the finest level) is right; None where it was
+            not asked, as on the questions by which a price is chosen.
         baseline_tokens: (Q,) its visual tokens.
     """
 
@@ -61,8 +62,8 @@ class Outcomes:
     correct: BoolArray
     tokens: FloatArray
     router_log_probs: FloatArray
-    baseline_correct: BoolArray
-    baseline_tokens: FloatArray
+    baseline_correct: BoolArray | None = None
+    baseline_tokens: FloatArray | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.questions), len(self.granularities))
@@ -70,7 +71,7 @@ class Outcomes:
             if getattr(self, name).shape != shape:
                 raise ClaimsError(f"{name} has shape {getattr(self, name).shape}, but {shape} are needed")
         for name in ("baseline_correct", "baseline_tokens"):
-            if getattr(self, name).shape != shape[:1]:
+            if getattr(self, name) is not None and getattr(self, name).shape != shape[:1]:
                 raise ClaimsError(f"{name} has shape {getattr(self, name).shape}, but {shape[:1]} are needed")
         if list(self.granularities) != sorted(set(self.granularities)):
             raise ClaimsError(f"levels must go from coarse to fine, not {self.granularities}")
@@ -210,6 +211,8 @@ def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float |
 
 def _baseline_row(outcomes: Outcomes) -> Row:
     """The row of LLaVA-NeXT: as if its answers were those of the finest level."""
+    if outcomes.baseline_correct is None or outcomes.baseline_tokens is None:
+        raise ClaimsError("the answers of LLaVA-NeXT are missing, without which there is no row of it")
     num_levels = len(outcomes.granularities)
     finest = np.full(len(outcomes.questions), num_levels - 1)
     baseline = Outcomes(
@@ -222,6 +225,29 @@ def _baseline_row(outcomes: Outcomes) -> Row:
         baseline_tokens=outcomes.baseline_tokens,
     )
     return _row("llava-next", baseline, one_hot(finest, num_levels))
+
+
+def choose_token_cost(
+    outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, tolerance: float = 0.0025
+) -> float:
+    """The highest price at which the router still answers as well as the best fixed level.
+
+    To be chosen on questions other than those that the claims are judged on.
+
+    Args:
+        outcomes: The answers to those questions.
+        token_costs: The prices to choose from.
+        tolerance: Accuracy that may be lost against the best fixed level, or against the router's own best price
+            where no price reaches that level.
+    """
+    levels = range(len(outcomes.granularities))
+    accuracy = {}
+    for cost in token_costs:
+        choice = router_choice(outcomes.router_log_probs, outcomes.granularities, cost)
+        accuracy[cost] = float(outcomes.correct[np.arange(len(choice)), choice].mean())
+    best_fixed = max(float(outcomes.correct[:, level].mean()) for level in levels)
+    wanted = min(best_fixed, max(accuracy.values())) - tolerance
+    return max(cost for cost in token_costs if accuracy[cost] >= wanted)
 
 
 def router_name(token_cost: float) -> str:

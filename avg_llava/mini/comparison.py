@@ -14,13 +14,11 @@ from avg_llava.evaluation.report import write_report
 from avg_llava.mini import claims, measure
 from avg_llava.training.manifest import StageManifest, library_versions, read_manifest
 
-# The price at which the router is judged, fixed before the held-out questions are looked at.
-TOKEN_COST = 0.1
 STAGES = (1, 2, 3, 4)
 
 
 def compare(
-    runs: Path, data: Path, output: Path, token_cost: float = TOKEN_COST, num_workers: int | None = None
+    runs: Path, data: Path, output: Path, token_cost: float | None = None, num_workers: int | None = None
 ) -> dict[str, Any]:
     """Compares LLaVA-NeXT, fixed levels, chance, the router and the oracle on the held-out questions.
 
@@ -28,13 +26,14 @@ def compare(
         runs: Folder with the checkpoints `stage1` to `stage4`.
         data: Folder of the mini world.
         output: Folder that the report is written to; the answers go beside it, to `<runs>/answers`.
-        token_cost: The router's price, in nats per doubling of visual tokens, at which the claims are judged.
+        token_cost: The router's price, in nats per doubling of visual tokens, at which the claims are judged. None
+            chooses it on questions of stage 4's data, without a look at the held-out ones.
         num_workers: Processes that answer; None takes one per core, or one where there is a GPU.
 
     Returns:
         The report, as written to `report.json`.
     """
-    if token_cost < 0:
+    if token_cost is not None and token_cost < 0:
         raise ValueError(f"the token cost is a price and cannot be {token_cost:g}; give 0 or more")
     measurement = measure.Measurement(
         baseline=runs / "stage2",
@@ -47,7 +46,18 @@ def compare(
     items = measure.read_questions(data)
     questions = [item.question for item in items]
     families = claims.family_kinds(questions)
-    granularities = measure.collect_answers(measurement, items)
+    calibration = measure.calibration_items(data) if token_cost is None else []
+    granularities = measure.collect_answers(measurement, items, calibration)
+    token_cost_choice = "given by the user"
+    if token_cost is None:
+        others = [item.question for item in calibration]
+        token_cost = claims.choose_token_cost(
+            measure.read_outcomes(measurement.answers, others, granularities, with_baseline=False)
+        )
+        token_cost_choice = (
+            f"the highest that costs no accuracy on {len(others)} questions of {measure.CALIBRATION}, "
+            "none of them held out"
+        )
     outcomes = measure.read_outcomes(measurement.answers, questions, granularities)
     num_verified = measure.verify_routing(measurement, items, outcomes, token_cost)
     rows = claims.compute_rows(outcomes, token_cost)
@@ -59,6 +69,7 @@ def compare(
         "families": families,
         "claims": [dataclasses.asdict(claim) for claim in judged],
         "token_cost": token_cost,
+        "token_cost_choice": token_cost_choice,
         "granularities": list(granularities),
         "num_questions": len(questions),
         "num_verified": num_verified,

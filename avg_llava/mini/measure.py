@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 16
 BASELINE, ROUTER = "llava-next", "router"
+HELD_OUT, CALIBRATION = "eval.json", "router.json"
+NUM_CALIBRATION = 800
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Measurement:
     Attributes:
         baseline: Checkpoint of the stage-2 model.
         final: Checkpoint of the stage-4 model.
-        data: Folder of the mini world; its `eval.json` holds the questions.
+        data: Folder of the mini world, with `eval.json` (the held-out questions) and `router.json`.
         answers: Folder that the answers are written to.
         num_workers: Processes that answer.
     """
@@ -69,13 +71,13 @@ class Measurement:
     num_workers: int
 
 
-def read_questions(data: Path) -> list[Item]:
-    """The single-turn questions of `eval.json`.
+def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
+    """The single-turn questions of a file of the mini world.
 
     Raises:
         ClaimsError: If a record is not one question with one answer, or lacks its family.
     """
-    path = data / "eval.json"
+    path = data / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with `avg-llava mini data --output {data}`")
     items = []
@@ -162,7 +164,8 @@ def _identity(measurement: Measurement) -> dict[str, str]:
     files = {
         BASELINE: measurement.baseline / "model.safetensors",
         "final": measurement.final / "model.safetensors",
-        "questions": measurement.data / "eval.json",
+        "questions": measurement.data / HELD_OUT,
+        "calibration": measurement.data / CALIBRATION,
     }
     for name, path in files.items():
         if not path.is_file():
@@ -208,8 +211,21 @@ def _batches(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Ite
         yield ordered[start : start + BATCH_SIZE]
 
 
-def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[int, ...]:
+def calibration_items(data: Path) -> list[Item]:
+    """Questions by which the router's price is chosen: some of stage 4's, none of which is held out."""
+    items = read_questions(data, CALIBRATION)
+    return random.Random(0).sample(items, min(NUM_CALIBRATION, len(items)))
+
+
+def collect_answers(
+    measurement: Measurement, items: Sequence[Item], calibration: Sequence[Item] = ()
+) -> tuple[int, ...]:
     """Answers whatever is not answered yet.
+
+    Args:
+        measurement: The models and where their answers are kept.
+        items: The held-out questions, for both models.
+        calibration: Further questions, for the final model alone.
 
     Returns:
         The levels of the final model in visual tokens per crop, coarse to fine.
@@ -218,10 +234,11 @@ def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[in
     config = AvgLlavaConfig.from_pretrained(measurement.final)
     granularities = tuple(config.granularities or ())
     names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
+    asked = {BASELINE: items, "final": [*items, *calibration]}
     todo = {}
     for which, files in names.items():
         answered = [_read_answers(measurement.answers / f"{name}.jsonl") for name in files]
-        todo[which] = [item for item in items if not all(item.question.id in lines for lines in answered)]
+        todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
     total = sum(map(len, todo.values()))
     if not total:
         return granularities
@@ -264,8 +281,16 @@ def collect_answers(measurement: Measurement, items: Sequence[Item]) -> tuple[in
     return granularities
 
 
-def read_outcomes(answers: Path, questions: Sequence[Question], granularities: Sequence[int]) -> Outcomes:
+def read_outcomes(
+    answers: Path, questions: Sequence[Question], granularities: Sequence[int], with_baseline: bool = True
+) -> Outcomes:
     """The collected answers as arrays.
+
+    Args:
+        answers: The folder of the answers.
+        questions: The questions, in the order of the arrays.
+        granularities: The levels, coarse to fine.
+        with_baseline: Whether LLaVA-NeXT was asked too.
 
     Raises:
         ClaimsError: If an answer is missing.
@@ -287,8 +312,8 @@ def read_outcomes(answers: Path, questions: Sequence[Question], granularities: S
         correct=per_level("correct"),
         tokens=per_level("num_visual_tokens").astype(np.float64),
         router_log_probs=np.array(column(ROUTER, "log_probs"), dtype=np.float64),
-        baseline_correct=np.array(column(BASELINE, "correct")),
-        baseline_tokens=np.array(column(BASELINE, "num_visual_tokens"), dtype=np.float64),
+        baseline_correct=np.array(column(BASELINE, "correct")) if with_baseline else None,
+        baseline_tokens=np.array(column(BASELINE, "num_visual_tokens"), dtype=np.float64) if with_baseline else None,
     )
 
 

@@ -147,6 +147,20 @@ def test_arrays_of_the_wrong_shape_are_refused():
         dataclasses.replace(OUTCOMES, granularities=(16, 8, 4))
 
 
+def test_price_is_the_highest_that_costs_nothing():
+    # Router at each price, worked by hand: 0 and 0.4 answer all (as level 16 does); from 0.6 on all take level 4: half.
+    assert claims.choose_token_cost(OUTCOMES, (0.0, 0.4, 0.6), tolerance=0) == 0.4
+    assert claims.choose_token_cost(OUTCOMES, (0.0, 0.4, 0.6), tolerance=0.5) == 0.6
+    # A router that never finds the right level: its own best price is the mark, not the best fixed level.
+    blind = dataclasses.replace(OUTCOMES, router_log_probs=np.tile([-1.0, -3.0, -3.0], (4, 1)))
+    assert claims.choose_token_cost(blind, (0.0, 0.4), tolerance=0) == 0.4
+
+
+def test_no_row_of_llava_next_without_its_answers():
+    with pytest.raises(ClaimsError, match="answers of LLaVA-NeXT are missing"):
+        claims.compute_rows(dataclasses.replace(OUTCOMES, baseline_correct=None), 0.0)
+
+
 def test_unknown_row_is_named():
     with pytest.raises(ClaimsError, match="no row is named 'router@3'; there are llava-next"):
         claims.find_row(claims.compute_rows(OUTCOMES, 0.0, ()), "router@3")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avg_llava.mini import comparison, measure
+from avg_llava.mini import claims, comparison, measure
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.training.manifest import StageManifest, write_manifest
@@ -124,6 +124,19 @@ def test_outcomes_are_in_the_order_of_the_questions(trained, report):
     assert (np.diff(forward.tokens, axis=1) > 0).all()
     with pytest.raises(ClaimsError, match=r"fixed-3\.jsonl lacks \d+ answers"):
         measure.read_outcomes(answers, questions, (3,))
+
+
+def test_price_is_chosen_on_questions_that_are_not_held_out(trained, report, tmp_path):
+    held_out = {item.question.id for item in measure.read_questions(trained / "data")}
+    calibration = measure.calibration_items(trained / "data")
+    assert calibration
+    assert not held_out & {item.question.id for item in calibration}
+    chosen = comparison.compare(trained / "runs", trained / "data", tmp_path / "report", num_workers=1)
+    questions = [item.question for item in calibration]
+    outcomes = measure.read_outcomes(trained / "runs/answers", questions, (1, 2, 4, 8, 16), with_baseline=False)
+    assert chosen["token_cost"] == claims.choose_token_cost(outcomes)
+    assert chosen["token_cost_choice"].endswith("questions of router.json, none of them held out")
+    assert report["token_cost_choice"] == "given by the user"
 
 
 def test_records_without_family_are_named(trained, tmp_path):
