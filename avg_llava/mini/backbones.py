@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from avg_llava.data.conversation import encode_conversation
 from avg_llava.data.records import parse_record
 from avg_llava.mini.glyphs import PALETTE
 from avg_llava.mini.questions import caption, choose_questions
-from avg_llava.mini.scenes import GROUND_NAMES, HUES, KINDS, LABEL_FIELDS, OVERVIEW, Scene, draw_scene
+from avg_llava.mini.scenes import GROUND_NAMES, HUES, KINDS, LABEL_FIELDS, OVERVIEW, SITE, Scene, draw_scene
 from avg_llava.mini.tokenizer import BOUNDARY, MAX_LENGTH, build_tokenizer
 from avg_llava.mini.world import conversation_record
 from avg_llava.model.anyres import select_canvas
@@ -36,22 +37,53 @@ CROP = PATCH * OVERVIEW
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 IGNORED = -100
 ROPE_THETA = 1e7
-# The language model starts on pictures of few cells: the same skills from shorter sequences.
-SHORT_LAYOUTS = {(8, 16): 1, (16, 8): 1}
-SHORT_SHARE = 0.6
+CAPTION_STATEMENTS, CONVERSATION_QUESTIONS = 24, 12
+
+
+@dataclass(frozen=True)
+class VisionPhase:
+    """One phase of the tower's pretraining; each has its own warm-up and decay."""
+
+    steps: int
+    lr: float
+    plain_weight: float
+    """Weight in the loss of a patch without a mark; one with a mark has 1."""
+    num_scenes: int = 12
+
+
+@dataclass(frozen=True)
+class LanguagePhase:
+    """One phase of the language model's pretraining; each has its own warm-up and decay."""
+
+    steps: int
+    lr: float
+    num_scenes: int
+    single_site: bool
+    """Pictures of 4x4 cells without an overview, instead of whole ones: short sequences full of marks."""
+    caption_share: float
+    """Share of scenes with a caption; the others have a conversation."""
+    code_share: float = 0.5
+    """Share of scenes that are drawn again until they hold a code, the slowest skill to learn."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the backbones are pretrained. Steps and batches are per backbone; a batch is a number of scenes."""
+    """How the backbones are pretrained: what was run to make the shipped ones."""
 
-    vision_steps: int = 3000
-    vision_batch: int = 12
-    vision_lr: float = 1.5e-3
-    language_steps: int = 2000
-    language_batch: int = 8
-    language_lr: float = 1.5e-3
     seed: int = 0
+    vision: tuple[VisionPhase, ...] = (VisionPhase(1600, 1.5e-3, 1.0), VisionPhase(1500, 1.2e-3, 0.1))
+    language: tuple[LanguagePhase, ...] = (
+        LanguagePhase(800, 2e-3, 24, single_site=True, caption_share=1.0),
+        LanguagePhase(900, 1.5e-3, 8, single_site=False, caption_share=0.5),
+    )
+
+    def shortened(self, share: float) -> Recipe:
+        """The same recipe with `share` of the steps, to try it out."""
+
+        def shorter(phase: Any) -> Any:
+            return replace(phase, steps=max(2, round(share * phase.steps)))
+
+        return replace(self, vision=tuple(map(shorter, self.vision)), language=tuple(map(shorter, self.language)))
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -139,6 +171,18 @@ class DenseReader(nn.Module):
         return [head(features) for head in self.heads]
 
 
+def dense_loss(logits: list[Tensor], labels: Tensor, plain_weight: float) -> Tensor:
+    """Sum over the fields of the mean cross-entropy, patches without a mark weighted by `plain_weight`."""
+    weight = torch.where(labels[..., 1] > 0, 1.0, plain_weight).flatten()
+    loss = torch.zeros(())
+    for index, scores in enumerate(logits):
+        target = labels[..., index].flatten()
+        error = functional.cross_entropy(scores.float().flatten(0, 1), target, ignore_index=IGNORED, reduction="none")
+        counted = weight * (target >= 0)
+        loss = loss + (error * counted).sum() / counted.sum()
+    return loss
+
+
 def dense_accuracy(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
     """Share of right patches per field; for all but the ground, of patches that hold a mark."""
     accuracy = {}
@@ -156,22 +200,17 @@ def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, DenseReader, list[
         The tower in its full form, the reader that was trained (for measuring), and the loss of every step.
     """
     torch.manual_seed(recipe.seed)
-    rng, processor = random.Random(f"vision/{recipe.seed}"), image_processor()
-    reader = DenseReader()
-    optimizer, scheduler = _optimizer(reader, recipe.vision_lr, recipe.vision_steps)
-    losses = []
-    progress = tqdm(range(recipe.vision_steps), desc="vision tower", unit="step", mininterval=2.0)
-    for _ in progress:
-        crops, labels = vision_batch(rng, recipe.vision_batch, processor)
-        with _mixed_precision():
-            fields = reader(crops)
-        loss = sum(
-            functional.cross_entropy(logits.float().flatten(0, 1), labels[..., index].flatten(), ignore_index=IGNORED)
-            for index, logits in enumerate(fields)
-        )
-        assert isinstance(loss, Tensor)
-        losses.append(_step(loss, reader, optimizer, scheduler))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    processor, reader, losses = image_processor(), DenseReader(), []
+    for number, phase in enumerate(recipe.vision):
+        rng = random.Random(f"vision/{recipe.seed}" + (f"/{number}" if number else ""))
+        optimizer, scheduler = _optimizer(reader, phase.lr, phase.steps)
+        progress = tqdm(range(phase.steps), desc=f"vision tower, phase {number + 1}", unit="step", mininterval=2.0)
+        for _ in progress:
+            crops, labels = vision_batch(rng, phase.num_scenes, processor)
+            with _mixed_precision():
+                fields = reader(crops)
+            losses.append(_step(dense_loss(fields, labels, phase.plain_weight), reader, optimizer, scheduler))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
     tower = CLIPVisionModel(vision_config())
     tower.load_state_dict(reader.tower.state_dict(), strict=False)
     return tower, reader, losses
@@ -193,6 +232,9 @@ class SymbolReader(nn.Module):
         self.newline = nn.Parameter(torch.zeros(config.hidden_size))
         for table in self.symbols.parameters():
             nn.init.normal_(table, std=config.initializer_range)
+        for layer in self.model.model.layers:
+            # Equal queries and keys: attention starts out looking for what is alike.
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
         words = [GROUND_NAMES, KINDS, HUES]
         self.words = [torch.tensor(tokenizer.convert_tokens_to_ids([BOUNDARY + word for word in row])) for row in words]
 
@@ -205,11 +247,16 @@ class SymbolReader(nn.Module):
         return own + named
 
     def picture(self, scene: Scene) -> Tensor:
-        """Visual tokens (T, D) of a scene: overview, then the cells row by row, each row closed by a newline."""
-        overview = self.patches(scene.overview_labels()).flatten(0, 1)
+        """Visual tokens (T, D) of a scene: overview, then the cells row by row, each row closed by a newline.
+
+        A picture of a single site has no overview.
+        """
         rows = self.patches(scene.labels)
         newline = self.newline.expand(scene.rows, 1, -1)
-        return torch.cat([overview, torch.cat([rows, newline], dim=1).flatten(0, 1)])
+        cells = torch.cat([rows, newline], dim=1).flatten(0, 1)
+        if scene.rows * scene.columns == SITE * SITE:
+            return cells
+        return torch.cat([self.patches(scene.overview_labels()).flatten(0, 1), cells])
 
     def forward(self, scenes: list[Scene], ids: list[list[int]], labels: list[list[int]]) -> Tensor:
         """Mean loss of the supervised tokens. ids and labels hold one placeholder for the picture."""
@@ -231,17 +278,22 @@ class SymbolReader(nn.Module):
 
 
 def language_batch(
-    rng: random.Random, num_scenes: int, tokenizer: LlamaTokenizer, layouts: dict[tuple[int, int], int] | None = None
+    rng: random.Random, phase: LanguagePhase, tokenizer: LlamaTokenizer
 ) -> tuple[list[Scene], list[list[int]], list[list[int]]]:
     """Fresh scenes with a caption or a conversation each: scenes, token ids, labels."""
     scenes, ids, labels = [], [], []
-    for _ in range(num_scenes):
+    layouts = {(SITE, SITE): 1} if phase.single_site else None
+    for _ in range(phase.num_scenes):
         scene = draw_scene(rng, layouts)
-        if rng.random() < 0.5:
-            template, turns = "plain", [("", caption(scene, 20, rng))]
+        if rng.random() < phase.code_share:
+            while not scene.codes:
+                scene = draw_scene(rng, layouts)
+        if rng.random() < phase.caption_share:
+            template, turns = "plain", [("", caption(scene, CAPTION_STATEMENTS, rng))]
         else:
             template = "vicuna_v1"
-            turns = [(rng.choice(q.wordings), q.answer) for q in choose_questions(scene, 12, rng)]
+            questions = choose_questions(scene, CONVERSATION_QUESTIONS, rng)
+            turns = [(rng.choice(question.wordings), question.answer) for question in questions]
         sample = parse_record(conversation_record("symbols", "symbols.png", turns), Path("."), "symbols")
         encoded = encode_conversation(sample.turns, tokenizer, template, len(tokenizer))
         scenes.append(scene)
@@ -257,18 +309,18 @@ def pretrain_language(recipe: Recipe) -> tuple[LlamaForCausalLM, LlamaTokenizer,
         The model without the symbol vectors, its tokenizer, and the loss of every step.
     """
     torch.manual_seed(recipe.seed)
-    rng, tokenizer = random.Random(f"language/{recipe.seed}"), build_tokenizer()
+    tokenizer, losses = build_tokenizer(), []
     reader = SymbolReader(tokenizer)
-    optimizer, scheduler = _optimizer(reader, recipe.language_lr, recipe.language_steps)
-    losses = []
-    progress = tqdm(range(recipe.language_steps), desc="language model", unit="step", mininterval=2.0)
-    for number in progress:
-        layouts = SHORT_LAYOUTS if number < SHORT_SHARE * recipe.language_steps else None
-        scenes, ids, labels = language_batch(rng, recipe.language_batch, tokenizer, layouts)
-        with _mixed_precision():
-            loss = reader(scenes, ids, labels)
-        losses.append(_step(loss, reader, optimizer, scheduler))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    for number, phase in enumerate(recipe.language):
+        rng = random.Random(f"language/{recipe.seed}/{number}")
+        optimizer, scheduler = _optimizer(reader, phase.lr, phase.steps)
+        progress = tqdm(range(phase.steps), desc=f"language model, phase {number + 1}", unit="step", mininterval=2.0)
+        for _ in progress:
+            batch = language_batch(rng, phase, tokenizer)
+            with _mixed_precision():
+                loss = reader(*batch)
+            losses.append(_step(loss, reader, optimizer, scheduler))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return reader.model, tokenizer, losses
 
 

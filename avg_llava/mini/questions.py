@@ -20,31 +20,31 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
 # question type -> (wordings, statement of a caption)
 WORDINGS = {
-    "ground": (["What is the background colour?", "Which colour is the background?"], "the background is {answer}"),
+    "ground": (["What is the background colour?", "Which colour is the background?"], "background {answer}"),
     "ground_side": (
         ["What is the background colour at the {key}?", "Which colour is the background at the {key}?"],
-        "the background at the {key} is {answer}",
+        "{key} background {answer}",
     ),
-    "ground_main": (["Which background colour covers most of the picture?"], "most of the picture is {answer}"),
+    "ground_main": (["Which background colour covers most of the picture?"], "mostly {answer}"),
     "writing": (
         ["Is there small writing in the picture?", "Does the picture show small writing?"],
-        "small writing: {answer}",
+        "small writing {answer}",
     ),
-    "shape": (["What shape is the {key} object?", "Which shape is {key}?"], "the {key} object is a {answer}"),
-    "shape_colour": (["What colour is the {key}?", "Which colour is the {key}?"], "the {key} is {answer}"),
-    "place": (["Where is the {key}?", "In which corner is the {key}?"], "the {key} is at the {answer}"),
-    "count": (["How many shapes are there?", "Count the shapes."], "there are {answer} shapes"),
+    "shape": (["What shape is the {key} object?", "Which shape is {key}?"], "shape {key} {answer}"),
+    "shape_colour": (["What colour is the {key}?", "Which colour is the {key}?"], "{key} {answer}"),
+    "place": (["Where is the {key}?", "In which corner is the {key}?"], "{key} at {answer}"),
+    "count": (["How many shapes are there?", "Count the shapes."], "shapes {answer}"),
     "letter": (
         ["What colour is the letter {key}?", "Which colour is the letter {key}?"],
-        "the letter {key} is {answer}",
+        "{key} {answer}",
     ),
     "frame": (
         ["What colour is inside the {key} frame?", "Which colour is inside the {key} frame?"],
-        "the {key} frame is {answer} inside",
+        "frame {key} {answer}",
     ),
     "code": (
         ["Which digits follow the {key}?", "What is the code after the {key}?"],
-        "the code after the {key} is {answer}",
+        "{key} {answer}",
     ),
 }
 
@@ -133,6 +133,6 @@ def choose_questions(scene: Scene, num_questions: int, rng: random.Random) -> li
 
 
 def caption(scene: Scene, num_statements: int, rng: random.Random) -> str:
-    """Statements about the scene in random order, as one sentence each."""
+    """Facts about the scene in random order, each in a few words: "K red, star 4 7 1, circle at top left."."""
     chosen = choose_questions(scene, num_statements, rng)
-    return " . ".join(question.statement for question in chosen) + " ."
+    return ", ".join(question.statement for question in chosen) + "."
