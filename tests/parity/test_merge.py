@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.parity.golden import SIZES, golden
+from avg_llava import AvgLlavaProcessor
+from tests.parity.golden import GOLDEN, SIZES, golden, golden_image
 
 D, D_JSON = golden("D_merge")
 
@@ -70,3 +71,22 @@ def test_batch_cut_to_longest_sequence(released_model, batch_inputs, monkeypatch
     spliced = _splice(released_model, inputs, 36)
     assert torch.equal(spliced.labels, D["batch2_maxlen180/36/labels"])
     _assert_embeds(spliced.inputs_embeds, "batch2_maxlen180/36")
+
+
+def test_two_images_in_one_sample(released_model, batch_inputs):
+    """Routed as the released code does it: the first image by the prompt, the second without text."""
+    processor = AvgLlavaProcessor.from_backbones(
+        GOLDEN / "checkpoint" / "clip_tiny", GOLDEN / "tokenizer_tiny", released_model.config
+    )
+    images = [golden_image(192, 96, 6), golden_image(100, 60, 5)]
+    inputs = batch_inputs(D["two_images/input_ids"], []) | processor.image_processor(images, return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"][0], D["two_images/pixel0"], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        output = released_model(**inputs)
+        without_text = released_model.route(
+            released_model.encode_images(inputs["pixel_values"], inputs["image_sizes"]),
+            inputs["input_ids"],
+            torch.where(inputs["input_ids"] == released_model.config.image_token_id, 1, 0),
+        )
+    assert output.logits.shape[1] == D_JSON["two_images"]["seq_len"]
+    torch.testing.assert_close(output.router_logits[1], without_text[1])

@@ -2,10 +2,8 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
@@ -14,7 +12,7 @@ from avg_llava.data.conversation import encode_conversation
 from avg_llava.data.records import Turn
 from avg_llava.model.anyres import _padding as padding
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_visual_tokens, select_canvas
-from tests.parity.golden import GOLDEN, ORIGINAL_IMAGE_TOKEN, golden
+from tests.parity.golden import GOLDEN, ORIGINAL_IMAGE_TOKEN, golden, golden_image
 
 TENSORS, FACTS = golden("H_preprocess")
 TOKENIZER = GOLDEN / "tokenizer_tiny"
@@ -32,16 +30,6 @@ def config_of(crop: int) -> AvgLlavaConfig:
 def processors() -> dict[int, AvgLlavaProcessor]:
     tower = GOLDEN / "checkpoint" / "clip_tiny"
     return {crop: AvgLlavaProcessor.from_backbones(tower, TOKENIZER, config_of(crop)) for crop in (96, 336)}
-
-
-def golden_image(width: int, height: int, index: int) -> Image.Image:
-    """The synthetic image of the golden data: integer arithmetic on columns x, rows y and the image's index."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    red = (255 * x // max(width - 1, 1) + 37 * index) % 256
-    green = (255 * y // max(height - 1, 1) + 91 * index) % 256
-    blue = (x * x // 16 + y * y // 9 + x * y // 25 + 13 * index) % 256
-    red = np.minimum(255, red + 60 * ((x // 7 + y // 5) % 2))
-    return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8))
 
 
 @pytest.mark.parametrize("name", FACTS["images"])
