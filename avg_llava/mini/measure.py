@@ -113,8 +113,40 @@ def _start_worker(checkpoints: dict[str, str], parent: int) -> None:
     # A killed parent leaves its workers waiting for ever; they watch for that themselves.
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+    _load_predictors(checkpoints)
+
+
+def _load_predictors(checkpoints: dict[str, str]) -> None:
+    _predictors.clear()
     for name, path in checkpoints.items():
         _predictors[name] = make_predictor(path)
+
+
+def _answer_batches(
+    checkpoints: dict[str, str], batches: list[tuple[str, list[Item]]], num_workers: int
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """The lines of each batch as soon as it is answered: in this process, or in several."""
+    if num_workers == 1:
+        _load_predictors(checkpoints)
+        yield from (_answer_batch(which, items) for which, items in batches)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),  # a forked torch may hang
+        initializer=_start_worker,
+        initargs=(checkpoints, os.getpid()),
+    )
+    try:
+        futures = [pool.submit(_answer_batch, which, items) for which, items in batches]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ClaimsError(
+            "a process that answers was killed, perhaps for want of memory; run again with --workers 1, which keeps "
+            "the answers that are there"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make_predictor(path: str | Path) -> Predictor:
@@ -249,33 +281,16 @@ def collect_answers(
         for group in names.values()
         for name in group
     }
-    pool = ProcessPoolExecutor(
-        measurement.num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a forked torch may hang
-        initializer=_start_worker,
-        initargs=(checkpoints, os.getpid()),
-    )
+    # The final model answers at every level, so its batches take longest and go first.
+    batches = [(which, batch) for which in ("final", BASELINE) for batch in _batches(todo[which], config)]
     try:
         with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
-            # The final model answers at every level, so its batches take longest and go first.
-            futures = [
-                pool.submit(_answer_batch, which, batch)
-                for which in ("final", BASELINE)
-                for batch in _batches(todo[which], config)
-            ]
-            for future in as_completed(futures):
-                batch = future.result()
-                for name, lines in batch.items():
+            for answered_batch in _answer_batches(checkpoints, batches, measurement.num_workers):
+                for name, lines in answered_batch.items():
                     files_of[name].writelines(json.dumps(line) + "\n" for line in lines)
                     files_of[name].flush()
-                progress.update(len(next(iter(batch.values()))))
-    except BrokenProcessPool as error:
-        raise ClaimsError(
-            "a process that answers was killed, perhaps for want of memory; run again with --workers 1, which keeps "
-            "the answers that are there"
-        ) from error
+                progress.update(len(next(iter(answered_batch.values()))))
     finally:
-        pool.shutdown(cancel_futures=True)
         for file in files_of.values():
             file.close()
     return granularities

@@ -1,5 +1,6 @@
 """Collecting answers: resumed, dropped when stale, verified by routed generation; and the report at the end."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_a_killed_run_goes_on_where_it_stopped(trained, report, tmp_path):
     by_id = lambda lines: sorted(lines, key=lambda line: line["id"])  # noqa: E731
     assert by_id(again) == by_id(map(json.loads, whole))
     assert (answers / "llava-next.jsonl").read_text() == kept  # what was there is not answered again
+
+
+def test_two_processes_give_the_answers_of_one(trained, report, tmp_path):
+    items = measure.read_questions(trained / "data")
+    alone, together = trained / "runs" / "answers", tmp_path / "answers"
+    measure.collect_answers(dataclasses.replace(measurement_of(trained, together), num_workers=2), items)
+    for name in ("llava-next", "fixed-1", "fixed-16"):
+        lines = [[json.loads(line) for line in (folder / f"{name}.jsonl").open()] for folder in (alone, together)]
+        one, two = ({line["id"]: line for line in of if line["id"].startswith("eval")} for of in lines)
+        assert one == two
 
 
 def test_answers_of_other_questions_are_dropped(trained, report, tmp_path):
