@@ -1,0 +1,182 @@
+"""Two DeepSpeed processes against one process without DeepSpeed, all four stages on tiny models.
+
+Micro-batches hold one sample each and every second sample is text only, so that in some steps one rank has an image and
+the other has none. Starting processes costs most of the time, hence one launch for all stages of a ZeRO stage.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from avg_llava import load_model
+from avg_llava.training.config import load_config
+from avg_llava.training.manifest import read_manifest
+from avg_llava.training.run import build_model, run_stage
+from avg_llava.training.stages import STAGES, part_of
+from avg_llava.training.trainer import ShuffledSampler
+from tests.training.tiny_world import stage_values, write_backbones, write_data
+
+ROOT = Path(__file__).parents[2]
+STEPS = {1: 3, 2: 3, 3: 7, 4: 3}  # four steps see all 16 samples: stage 3 runs into a second epoch
+NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES = 8, 8
+PATIENCE = 300  # seconds for a launch; a rank that waits for another one for ever fails the test
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_backbones(folder)
+    write_data(folder, NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(world, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("one")
+    for stage in STAGES:
+        run_stage(load_config(_write_config(stage, root, world, deepspeed=None)))
+    return root
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
+def two_processes(request, world, tmp_path_factory) -> Path:
+    """All stages of a chain of their own, in one launch; the chain's folder."""
+    root = tmp_path_factory.mktemp(f"zero{request.param}")
+    shipped = ROOT / f"configs/deepspeed/zero{request.param}.json"
+    configs = [_write_config(stage, root, world, shipped) for stage in STAGES]
+    if request.param == 3:
+        # Once with every parameter sharded, also the smallest such as the newline, which usually stay whole.
+        settings = json.loads(shipped.read_text())
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (root / "deepspeed.json").write_text(json.dumps(settings))
+        configs[1] = _write_config(2, root, world, root / "deepspeed.json")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*launch, "-m", "tests.distributed.worker", *map(str, configs)],
+        cwd=ROOT,
+        env=_environment(root),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return root
+
+
+def _write_config(stage: int, root: Path, world: Path, deepspeed: Path | None) -> Path:
+    values = stage_values(stage, root, world)
+    values["data"]["group_by_modality_length"] = False
+    values["optim"] |= {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS[stage]}
+    values["runtime"]["deepspeed"] = None if deepspeed is None else str(deepspeed)
+    if stage == 1:
+        values["model"]["router"]["dropout"] = 0.0  # its masks would depend on the number of processes
+    if stage == 3:
+        values["output"]["save_every"] = 1
+    path = root / f"stage{stage}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """One thread for each process, and a folder of its own for compiled extensions, of which there must be none."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "NPROC_PER_NODE": "2",
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log_history.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]
+
+
+def test_some_step_has_an_image_on_one_rank_only(world):
+    """What the comparison below relies on, from the order that all runs share."""
+    records = json.loads((world / "instruct.json").read_text())
+    order = list(ShuffledSampler(len(records), seed=stage_values(2, world, world)["seed"]))
+    has_image = ["image" in records[index] for index in order]
+    assert any(first != second for first, second in zip(has_image[::2], has_image[1::2], strict=True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_equal_one_process(two_processes, one_process, stage):
+    expected, found = _losses(one_process / f"stage{stage}"), _losses(two_processes / f"stage{stage}")
+    assert len(found) == STEPS[stage]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_stage_s_parts_change(two_processes, world, stage):
+    """On the saved weights: gathered from all ranks, complete, and loaded by the public loader."""
+    after = dict(load_model(two_processes / f"stage{stage}").named_parameters())
+    if stage == 1:
+        torch.manual_seed(0)
+        before = build_model(load_config(two_processes / "stage1.yaml"))[0]
+        fresh = {"projector", "newline", "router"}  # another seed: only the backbones can be compared
+    else:
+        before, fresh = load_model(two_processes / f"stage{stage - 1}"), set()
+    changed = {name for name, weight in before.named_parameters() if not torch.equal(weight, after[name])}
+    assert {part_of(name) for name in changed} - fresh == set(STAGES[stage].trains) - fresh
+    if stage == 3:
+        layers = [name for name in changed if name.startswith("model.vision_tower.encoder.layers.")]
+        assert {name.split(".")[4] for name in layers} == {"0", "1"}, "of three layers, features come from the second"
+        moved = max((weight - after[name]).abs().max().item() for name, weight in before.named_parameters())
+        assert moved > 1e-3
+
+
+def test_nothing_was_compiled(two_processes):
+    assert not list((two_processes / "extensions").rglob("*"))
+
+
+def test_manifests(two_processes):
+    for stage in STAGES:
+        manifest = read_manifest(two_processes / f"stage{stage}")
+        assert (manifest.finished, manifest.step, manifest.world_size) == (True, STEPS[stage], 2)
+
+
+def test_killed_and_resumed(two_processes, tmp_path):
+    """Kill -9 of all ranks in the second epoch, then the same command: the curve goes on as if nothing had happened."""
+    output = tmp_path / "run"
+    command = ["bash", "scripts/train_stage3.sh", str(two_processes / "stage3.yaml"), "--output.dir", str(output)]
+    settings = {"cwd": ROOT, "env": _environment(tmp_path), "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **settings) as launched:
+        _wait_for(output / "checkpoint-5" / "stage.json", launched)
+        processes = psutil.Process(launched.pid).children(recursive=True)
+        ranks = [process for process in processes if "avg_llava.training.run" in process.cmdline()]
+        assert len(ranks) >= 2
+        for process in [*ranks, *processes, psutil.Process(launched.pid)]:
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)
+        launched.communicate(timeout=60)
+    assert launched.returncode != 0
+    assert read_manifest(output) is None, "killed before it was finished"
+
+    resumed = subprocess.run(command, stderr=subprocess.PIPE, timeout=PATIENCE, check=False, **settings)
+    assert resumed.returncode == 0, resumed.stderr[-5000:]
+    assert "continuing from step" in resumed.stderr
+    assert _losses(output) == pytest.approx(_losses(two_processes / "stage3"), abs=1e-5)
+    assert read_manifest(output).finished
+    assert not list(output.glob("checkpoint-*"))
+
+
+def _wait_for(path: Path, launched: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert launched.poll() is None, "the run ended too early: " + launched.communicate()[1][-5000:]
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.01)
