@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from avg_llava import cli
+from avg_llava.data.records import DataError
 from tests.tiny import make_checkpoint
 
 COMMANDS = [["train"], ["generate"], ["convert"], ["mini", "data"], ["mini", "pretrain"], ["mini", "claims"]]
@@ -109,13 +110,13 @@ def test_generate_tells_mistakes_in_one_line(capsys, checkpoint, image, tmp_path
     assert "absent.png" in fails_in_one_line(capsys, [*start, tmp_path / "absent.png"])
     text = tmp_path / "text.png"
     text.write_text("not an image")
-    assert "text.png cannot be read as an image" in fails_in_one_line(capsys, [*start, text])
+    assert "text.png: cannot be read as an image" in fails_in_one_line(capsys, [*start, text])
     assert str(tmp_path) in fails_in_one_line(capsys, ["generate", "--model", tmp_path, "--prompt", "hello"])
 
 
 def test_debug_shows_the_traceback(checkpoint, tmp_path):
     arguments = ["generate", "--model", str(checkpoint), "--prompt", "hello", "--image", str(tmp_path / "absent.png")]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError):
         cli.main([*arguments, "--debug"])
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from avg_llava.data.images import load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import AvgLlavaProcessor
@@ -100,24 +101,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter() * 1000
 
 
-def open_image(image: Image.Image | Path) -> Image.Image:
-    """The image in RGB, read from its file if it is a path.
-
-    Raises:
-        ValueError: If the file holds no image that can be read.
-        FileNotFoundError: If there is no such file.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # an unknown format, a truncated file
-        raise ValueError(f"{image} cannot be read as an image: {error}") from error
-
-
 class Predictor:
     """Answers requests with a model, routed or at a forced level.
 
@@ -163,7 +146,11 @@ class Predictor:
     def encode(self, requests: Sequence[Request]) -> Encoded:
         """Tokenises the prompts, and sends all images through the vision tower and the projector."""
         texts = [self._prompt(request) for request in requests]
-        images = [open_image(image) for request in requests for image in request.images]
+        images = [
+            to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+            for request in requests
+            for image in request.images
+        ]
         inputs = self.processor(images=images or None, text=texts, padding=True, padding_side="left")
         device = self.model.device
         began = _now(device)

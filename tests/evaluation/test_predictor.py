@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from avg_llava.evaluation.predictor import PhaseTimes, Predictor, Request, open_image
+from avg_llava.data.records import DataError
+from avg_llava.evaluation.predictor import PhaseTimes, Predictor, Request
 from avg_llava.model.loading import load
 from tests.tiny import make_checkpoint
 
@@ -99,10 +100,10 @@ def test_mistakes_are_told(predictor, requests, tmp_path):
         predictor.predict(requests[:1], 7)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
-        open_image(broken)
-    with pytest.raises(FileNotFoundError):
-        open_image(tmp_path / "absent.png")
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
+        predictor.predict([Request("what?", (broken,))])
+    with pytest.raises(DataError, match=r"absent\.png: image file not found"):
+        predictor.predict([Request("what?", (tmp_path / "absent.png",))])
     with pytest.raises(ValueError, match="none of these requests has one"):
         predictor.route(predictor.encode(requests[5:6]))
 
