@@ -9,10 +9,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import random
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +30,7 @@ from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import load
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
+from avg_llava.training.watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +101,8 @@ def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
 _predictors: dict[str, Predictor] = {}
 
 
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _start_worker(checkpoints: dict[str, str], parent: int) -> None:
-    # A killed parent leaves its workers waiting for ever; they watch for that themselves.
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+def _start_worker(checkpoints: dict[str, str]) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     _load_predictors(checkpoints)
 
@@ -134,7 +125,7 @@ def _answer_batches(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),  # a forked torch may hang
         initializer=_start_worker,
-        initargs=(checkpoints, os.getpid()),
+        initargs=(checkpoints,),
     )
     try:
         futures = [pool.submit(_answer_batch, which, items) for which, items in batches]

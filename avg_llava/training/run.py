@@ -43,6 +43,7 @@ from avg_llava.training.processes import (
 )
 from avg_llava.training.stages import STAGES, set_trainable
 from avg_llava.training.trainer import ShuffledSampler, StageTrainer, training_arguments
+from avg_llava.training.watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (sys.stdout if is_help else sys.stderr).write(USAGE)
         return 0 if is_help else 2
     set_up_logging()
+    if world_size() > 1:
+        end_with_parent()
     code = 0
     try:
         run_stage(load_config(arguments[0], arguments[1:]))
