@@ -16,7 +16,7 @@ configuration are relative to the root of the project. Run again, it continues a
 
 Where it runs is said by the environment:
   NPROC_PER_NODE   processes on this machine      (default: one for each GPU, one on a CPU)
-  NNODES           machines                       (default: 1); run the same command on each, with its
+  NNODES           machines that share a file system (default: 1); run the same command on each, with its
   NODE_RANK        number, from 0,
   MASTER_ADDR      the address of machine 0, and
   MASTER_PORT      a free port there              (default: 29500; a free one on a single machine)

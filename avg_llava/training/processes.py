@@ -39,6 +39,8 @@ def set_up_logging() -> None:
     for noisy in ("DeepSpeed", "deepspeed", "httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("avg_llava").setLevel(level)
+    # accelerate warns that DeepSpeed, and not it, accumulates gradients: so transformers' Trainer wants it.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that newer releases of torch deprecate, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # transformers shows a bar for every file it writes; the bar of the training itself is another one.

@@ -59,6 +59,9 @@ def two_processes(request, world, tmp_path_factory) -> Path:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         (root / "deepspeed.json").write_text(json.dumps(settings))
         configs[1] = _write_config(2, root, world, root / "deepspeed.json")
+    # What the 7B configurations use, beside the plain runs: recomputed activations, and bfloat16.
+    configs.append(_vary(configs[2], "checkpointed", gradient_checkpointing=True))
+    configs.append(_vary(configs[2], "bf16", precision="bf16"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*launch, "-m", "tests.distributed.worker", *map(str, configs)],
@@ -85,6 +88,17 @@ def _write_config(stage: int, root: Path, world: Path, deepspeed: Path | None) -
     path = root / f"stage{stage}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def _vary(path: Path, name: str, **runtime: object) -> Path:
+    """A short run of the same stage with another way of computing."""
+    values = yaml.safe_load(path.read_text())
+    values["runtime"] |= runtime
+    values["optim"]["max_steps"] = 3
+    values["output"] = {"dir": str(path.parent / name)}
+    varied = path.with_name(f"{name}.yaml")
+    varied.write_text(yaml.safe_dump(values))
+    return varied
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -137,6 +151,13 @@ def test_only_the_stage_s_parts_change(two_processes, world, stage):
         assert {name.split(".")[4] for name in layers} == {"0", "1"}, "of three layers, features come from the second"
         moved = max((weight - after[name]).abs().max().item() for name, weight in before.named_parameters())
         assert moved > 1e-3
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("checkpointed", 1e-4), ("bf16", 3e-2)])
+def test_other_ways_to_compute_learn_the_same(two_processes, one_process, name, tolerance):
+    assert _losses(two_processes / name) == pytest.approx(_losses(one_process / "stage3")[:3], abs=tolerance)
+    expected = torch.bfloat16 if name == "bf16" else torch.float32
+    assert load_model(two_processes / name).dtype == expected
 
 
 def test_nothing_was_compiled(two_processes):
