@@ -235,8 +235,8 @@ class SymbolReader(nn.Module):
         for layer in self.model.model.layers:
             # Equal queries and keys: attention starts out looking for what is alike.
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
-        words = [GROUND_NAMES, KINDS, HUES]
-        self.words = [torch.tensor(tokenizer.convert_tokens_to_ids([BOUNDARY + word for word in row])) for row in words]
+        self.words = [_word_ids(tokenizer, names) for names in (GROUND_NAMES, KINDS, HUES)]
+        self.halves = torch.stack([_word_ids(tokenizer, names) for names in (["top", "bottom"], ["left", "right"])])
 
     def patches(self, labels: np.ndarray) -> Tensor:
         """Labels (..., 5) -> symbol vectors (..., D)."""
@@ -256,7 +256,11 @@ class SymbolReader(nn.Module):
         cells = torch.cat([rows, newline], dim=1).flatten(0, 1)
         if scene.rows * scene.columns == SITE * SITE:
             return cells
-        return torch.cat([self.patches(scene.overview_labels()).flatten(0, 1), cells])
+        # A tower's features keep where in the crop a patch lies; of the overview, that says where in the picture.
+        halves = self.model.get_input_embeddings()(self.halves)  # (2, 2, D): top and bottom, left and right
+        vertical, horizontal = halves.repeat_interleave(OVERVIEW // 2, dim=1)  # (8, D) each
+        overview = self.patches(scene.overview_labels()) + vertical[:, None] + horizontal[None]
+        return torch.cat([overview.flatten(0, 1), cells])
 
     def forward(self, scenes: list[Scene], ids: list[list[int]], labels: list[list[int]]) -> Tensor:
         """Mean loss of the supervised tokens. ids and labels hold one placeholder for the picture."""
@@ -275,6 +279,11 @@ class SymbolReader(nn.Module):
         states = self.model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
         supervised = target[:, 1:] != IGNORED
         return functional.cross_entropy(self.model.lm_head(states[supervised]).float(), target[:, 1:][supervised])
+
+
+def _word_ids(tokenizer: LlamaTokenizer, names: list[str]) -> Tensor:
+    """Ids of words as they stand after a space; of no thing at all, the unknown token's, whose embedding is zero."""
+    return torch.tensor(tokenizer.convert_tokens_to_ids([BOUNDARY + name for name in names]))
 
 
 def language_batch(

@@ -130,7 +130,8 @@ class Scene:
 def _empty(rng: random.Random, layouts: dict[tuple[int, int], int]) -> Scene:
     """A ground of one colour, or of two unequal parts."""
     rows, columns = rng.choices(list(layouts), weights=list(layouts.values()))[0]
-    small_picture = rows * columns == SITE * SITE * 4
+    # Pictures smaller than a crop hold no marks of one cell, unless `layouts` asks for pictures of that shape.
+    small_picture = layouts is LAYOUTS and rows * columns == SITE * SITE * 4
     cell = rng.choice([4, 6, 8]) if small_picture else rng.choice([8, 8, 10, 12])
     first, second = rng.sample(GROUND_NAMES, 2)
     split = rng.choice(["none", "none", "columns", "rows"])
