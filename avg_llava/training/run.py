@@ -84,8 +84,8 @@ def run_stage(config: TrainConfig) -> Path:
     model, processor = build_model(config)
     set_trainable(model, stage)
     if config.runtime.gradient_checkpointing and stage.objective != "router":
-        # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses and ZeRO-3
-        # takes, and gets wrong.
+        # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
+        # ZeRO-3 takes and gets wrong.
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective = OBJECTIVES[stage.objective](model, config.objective)
 
