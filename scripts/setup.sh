@@ -49,9 +49,10 @@ fi
 touch $started
 rm -f $stamp
 echo "setup: installing the pinned dependencies (a few minutes the first time)"
+options=(--disable-pip-version-check)
+[[ -t 1 ]] || options+=(--quiet)  # a person sees the progress, a log only what went wrong
 # Build environments take the same pins as the environment itself, so that one pin of torch holds everywhere.
-PIP_CONSTRAINT=$PWD/constraints.txt $venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --editable '.[train,eval,dev]'
+PIP_CONSTRAINT=$PWD/constraints.txt $venv/bin/python -m pip install "${options[@]}" --editable '.[train,eval,dev]'
 echo "$wanted" >$stamp
 rm -f $started
 echo "setup: done in $((SECONDS - began)) s"
