@@ -37,6 +37,7 @@ CROP = PATCH * OVERVIEW
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 IGNORED = -100
 ROPE_THETA = 1e7
+FEATURE_SCALE = 0.1
 CAPTION_STATEMENTS, CONVERSATION_QUESTIONS = 24, 12
 
 
@@ -75,6 +76,7 @@ class Recipe:
     language: tuple[LanguagePhase, ...] = (
         LanguagePhase(800, 2e-3, 24, single_site=True, caption_share=1.0),
         LanguagePhase(900, 1.5e-3, 8, single_site=False, caption_share=0.5),
+        LanguagePhase(500, 1.5e-3, 8, single_site=False, caption_share=0.15, code_share=0.2),
     )
 
     def shortened(self, share: float) -> Recipe:
@@ -213,7 +215,20 @@ def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, DenseReader, list[
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     tower = CLIPVisionModel(vision_config())
     tower.load_state_dict(reader.tower.state_dict(), strict=False)
+    scale_features(tower, FEATURE_SCALE)
     return tower, reader, losses
+
+
+@torch.no_grad()
+def scale_features(tower: CLIPVisionModel, factor: float) -> None:
+    """Multiplies a tower's hidden states by `factor`, and changes nothing else: its layers see them normalised.
+
+    Word embeddings are small; a projector that starts from large features begins with visual tokens that drown out
+    what the language model's layers add to them.
+    """
+    for name, parameter in tower.named_parameters():
+        if "pre_layrnorm" in name or "out_proj" in name or "fc2" in name:
+            parameter.mul_(factor)
 
 
 class SymbolReader(nn.Module):

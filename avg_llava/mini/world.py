@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from avg_llava.mini.glyphs import PALETTE
 from avg_llava.mini.questions import Question, caption, choose_questions
-from avg_llava.mini.scenes import Scene, draw_scene
+from avg_llava.mini.scenes import LAYOUTS, Scene, draw_scene
 
 MANIFEST = "manifest.json"
-CAPTIONED_LAYOUTS = {(8, 8): 1}
-"""Captioned pictures are of one crop, full of marks: the projector finds out sooner which patch a word stands for."""
+CAPTIONED_LAYOUTS = {layout: weight for layout, weight in LAYOUTS.items() if layout != (8, 8)} | {(8, 8): 18}
+"""Most captioned pictures are of one crop, full of marks: the projector finds out sooner what each patch is called."""
 
 
 class WorldError(ValueError):
