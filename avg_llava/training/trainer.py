@@ -141,6 +141,8 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write the model itself (not the objective around it), its processor and the configuration."""
+        if not self.args.should_save:  # rank 0 alone holds the gathered weights
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if state_dict is None:
@@ -274,7 +276,8 @@ def training_arguments(
         use_cpu: compute on the CPU even where there is a GPU.
     """
     optim, output, runtime = config.optim, config.output, config.runtime
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output.dir) / TENSORBOARD_FOLDER))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(output.dir) / TENSORBOARD_FOLDER)
+    os.environ.setdefault("WANDB_PROJECT", "avg-llava")
     return TrainingArguments(
         output_dir=output.dir,
         seed=config.seed,

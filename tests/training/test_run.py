@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from avg_llava import load
 from avg_llava.training import run
@@ -195,6 +195,21 @@ def test_a_loss_that_is_not_finite_names_its_samples(stages, world, tmp_path, mo
     monkeypatch.setattr(run.OBJECTIVES["instruction"], "forward", broken)
     with pytest.raises(TrainingError, match=r"loss is nan at step 1 on sample '.*instruct\.json"):
         run.run_stage(config)
+
+
+def test_only_the_first_rank_writes(stages, world, tmp_path, monkeypatch):
+    """The others hold no gathered weights: theirs would overwrite the model."""
+    config = _config(2, stages, world, ("--output.dir", str(tmp_path / "run"), "--optim.max_steps", "1"))
+    monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
+    run.run_stage(config)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert read_manifest(tmp_path / "run") is None
+
+
+def test_tensorboard(stages, world, tmp_path):
+    arguments = ("--output.dir", str(tmp_path / "run"), "--optim.max_steps", "1", "--logging.trackers", "[tensorboard]")
+    run.run_stage(_config(3, stages, world, arguments))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
 def test_command_line(stages, world, capsys):
