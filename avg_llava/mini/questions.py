@@ -10,6 +10,7 @@ Letters and frames are asked about in the same words whatever their size: only t
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from avg_llava.mini.glyphs import LETTERS, SHAPES
@@ -117,9 +118,11 @@ def all_questions(scene: Scene) -> list[Question]:
     return questions
 
 
-def choose_questions(scene: Scene, num_questions: int, rng: random.Random) -> list[Question]:
-    """Up to `num_questions` different questions: family first, then type, then question."""
-    left = all_questions(scene)
+def choose_questions(
+    scene: Scene, num_questions: int, rng: random.Random, without: Collection[str] = ()
+) -> list[Question]:
+    """Up to `num_questions` different questions, none of the types in `without`: family first, then type."""
+    left = [question for question in all_questions(scene) if question.question_type not in without]
     chosen: list[Question] = []
     while left and len(chosen) < num_questions:
         family = rng.choice([name for name in FAMILIES if any(q.family == name for q in left)])
@@ -132,7 +135,7 @@ def choose_questions(scene: Scene, num_questions: int, rng: random.Random) -> li
     return chosen
 
 
-def caption(scene: Scene, num_statements: int, rng: random.Random) -> str:
+def caption(scene: Scene, num_statements: int, rng: random.Random, without: Collection[str] = ()) -> str:
     """Facts about the scene in random order, each in a few words: "K red, star 4 7 1, circle at top left."."""
-    chosen = choose_questions(scene, num_statements, rng)
+    chosen = choose_questions(scene, num_statements, rng, without)
     return ", ".join(question.statement for question in chosen) + "."
