@@ -38,7 +38,7 @@ class WorldError(ValueError):
 class WorldSize:
     """Number of images per split, and of questions per image."""
 
-    num_captions: int = 8000
+    num_captions: int = 6000
     num_instruct: int = 4000
     num_router: int = 3000
     num_eval: int = 500
