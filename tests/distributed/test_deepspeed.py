@@ -28,7 +28,9 @@ from tests.training.tiny_world import stage_values, write_backbones, write_data
 ROOT = Path(__file__).parents[2]
 STEPS = {1: 3, 2: 3, 3: 7, 4: 3}  # four steps see all 16 samples: stage 3 runs into a second epoch
 NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES = 8, 8
-PATIENCE = 300  # seconds for a launch; a rank that waits for another one for ever fails the test
+PATIENCE = 500  # seconds for a launch (20 where nothing else runs); a rank that waits for ever fails the test
+
+pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
 
 @pytest.fixture(scope="module")

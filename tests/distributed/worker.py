@@ -11,9 +11,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from avg_llava.training.config import load_config
 from avg_llava.training.processes import leave, set_up_logging
 from avg_llava.training.run import run_stage
+from avg_llava.training.watchdog import end_with_parent
 
 if __name__ == "__main__":
     set_up_logging()
+    end_with_parent()
     for path in sys.argv[1:]:
         run_stage(load_config(path))
         # A real run ends here; what transformers and DeepSpeed keep of it must not reach the next one.
