@@ -19,6 +19,9 @@ from avg_llava.training.trainer import ShuffledSampler, TrainingError, _weighted
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 
+pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
