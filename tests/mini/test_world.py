@@ -18,8 +18,8 @@ from avg_llava.mini.world import WorldError, WorldSize, encode_png, scene_of, wr
 
 SIZE = WorldSize(num_captions=10, num_instruct=30, num_router=10, num_eval=40)
 # Of the small world above with seed 0. A change of the world changes it, and asks for new backbones.
-IMAGES_SHA256 = "@IMAGES@"
-EVAL_SHA256 = "@EVAL@"
+IMAGES_SHA256 = "e19ded3b166f79c0535a03ad1ac5ff87a44be54dbd965dbe17929473f943ba1a"
+EVAL_SHA256 = "1c2e28575fa4cf8b730f33d77d1044b7481054a443de99a4c13e1b56a41c88fd"
 
 
 @pytest.fixture(scope="module")
