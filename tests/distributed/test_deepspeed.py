@@ -27,8 +27,8 @@ from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
 STEPS = {1: 3, 2: 3, 3: 7, 4: 3}  # four steps see all 16 samples: stage 3 runs into a second epoch
-# Under ZeRO-3, parameters of at most so many elements stay whole. Stage 2 shards all, also the newline. The others shard
-# less, because gathering a tiny parameter takes as long as gathering a large one.
+# Under ZeRO-3, parameters of at most so many elements stay whole. Stage 2 shards all, also the newline. Others
+# shard less, because gathering a tiny parameter takes as long as gathering a large one.
 PERSISTENCE = {1: 320, 2: 0, 3: 1200, 4: 320}
 NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES = 8, 8
 PATIENCE = 500  # seconds for a launch (20 where nothing else runs); a rank that waits for ever fails the test

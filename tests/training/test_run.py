@@ -18,7 +18,6 @@ from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import ShuffledSampler, TrainingError, _weighted_means
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
-
 pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
 
 
