@@ -12,16 +12,14 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, Lla
 from avg_llava.mini.backbones import (
     IGNORED,
     SHIPPED,
-    Recipe,
-    VisionPhase,
     crop_labels,
-    image_processor,
     language_batch,
     pretrain_language,
     pretrain_vision,
     vision_batch,
 )
 from avg_llava.mini.glyphs import COLOURS, LETTERS, SHAPES
+from avg_llava.mini.recipe import Recipe, VisionPhase, image_processor
 from avg_llava.mini.scenes import KINDS, LABEL_FIELDS, draw_scene
 from avg_llava.mini.tokenizer import build_tokenizer
 from avg_llava.model.loading import build_from_backbones
@@ -111,8 +109,8 @@ def test_shipped_tower_sees_marks():
         marked = kinds > 1
         return states[marked], kinds[marked]
 
-    train, kinds = features("probe", 120)
-    test, expected = features("held out", 40)
+    train, kinds = features("probe", 80)
+    test, expected = features("held out", 30)
     probe = torch.nn.Linear(train.shape[1], len(KINDS))
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=60)
 
@@ -129,7 +127,7 @@ def test_shipped_tower_sees_marks():
 
 def test_a_short_run_of_the_vision_recipe_learns():
     torch.set_num_threads(2)
-    _, _, losses = pretrain_vision(Recipe(vision=(VisionPhase(60, 1.5e-3, 1.0, num_scenes=6),)))
+    _, _, losses = pretrain_vision(Recipe(vision=(VisionPhase(50, 1.5e-3, 1.0, num_scenes=6),)))
     chance = sum(np.log(size) for size in LABEL_FIELDS.values())
     assert losses[0] > 0.7 * chance
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
@@ -137,7 +135,7 @@ def test_a_short_run_of_the_vision_recipe_learns():
 
 def test_a_short_run_of_the_language_recipe_learns():
     torch.set_num_threads(2)
-    phase = replace(Recipe().language[0], steps=60)
+    phase = replace(Recipe().language[0], steps=50)
     model, tokenizer, losses = pretrain_language(Recipe(language=(phase,)))
     assert losses[0] > np.log(len(tokenizer)) - 1.0, "does not start at chance"
     assert np.mean(losses[-5:]) < 2.5
