@@ -93,7 +93,8 @@ def mini_data(arguments: argparse.Namespace) -> int:
 
 def mini_pretrain(arguments: argparse.Namespace) -> int:
     """Makes the mini backbones anew."""
-    from avg_llava.mini.backbones import Recipe, pretrain
+    from avg_llava.mini.backbones import pretrain
+    from avg_llava.mini.recipe import Recipe
 
     pretrain(arguments.output, Recipe(seed=arguments.seed))
     _tell(arguments, {"output": str(arguments.output)}, f"the backbones are in {arguments.output}")
