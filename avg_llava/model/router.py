@@ -64,8 +64,15 @@ class GranularityRouter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, as the released training starts."""
-        init.normal_(self.voter)
+        """Kaiming-normal MLP, PyTorch's defaults elsewhere, as the released training starts.
+
+        The released voter starts normal, so that half of the tokens vote against what the MLP says of them, which short
+        training cannot undo. The paper does not say; there all votes start equal.
+        """
+        if self.config.behavior == "released":
+            init.normal_(self.voter)
+        else:
+            init.constant_(self.voter, 1 / len(self.voter))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5

@@ -101,7 +101,7 @@ def test_transformers_llava_next_folder(tmp_path, layout):
     model = load_model(tmp_path)
     for name, tensor in weights.items():
         assert torch.equal(model.get_parameter(name), tensor), name
-    assert model.model.router.voter.std().item() == pytest.approx(1, abs=0.2)
+    assert model.model.router.router[0].weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
     assert model.config.behavior == "paper"
 
 
@@ -172,7 +172,7 @@ def test_original_checkpoint_without_router_gets_a_fresh_one(original):
     _edit(original, lambda weights: [weights.pop(key) for key in list(weights) if ".router." in key])
     model = load_model(original)
     assert model.config.behavior == "paper"
-    assert model.model.router.voter.std().item() == pytest.approx(1, abs=0.1)
+    assert model.model.router.router[0].weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
 
 
 def test_tower_missing_from_the_checkpoint_comes_from_its_own_folder(original):

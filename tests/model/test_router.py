@@ -99,7 +99,7 @@ def test_router_gradients_are_finite_with_masked_slots(router):
 def test_fresh_router_is_initialised_as_published():
     """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, also when the model is built around it."""
     torch.manual_seed(0)
-    router = AvgLlavaForConditionalGeneration(tiny_config()).model.router
+    router = AvgLlavaForConditionalGeneration(tiny_config(behavior="released")).model.router
     std = {name: parameter.std().item() for name, parameter in router.named_parameters()}
     assert std["voter"] == pytest.approx(1, abs=0.15)
     assert std["router.0.weight"] == pytest.approx((2 / 64) ** 0.5, rel=0.1)
@@ -107,6 +107,8 @@ def test_fresh_router_is_initialised_as_published():
     assert std["merger.linear1.weight"] == pytest.approx(64**-0.5 / 3**0.5, rel=0.1)
     assert std["merger.self_attn.in_proj_weight"] == pytest.approx((2 / 256) ** 0.5, rel=0.1)
     assert router.norm.weight.tolist() == [1] * 5
+    votes = AvgLlavaForConditionalGeneration(tiny_config()).model.router.voter  # paper: equal votes
+    assert torch.equal(votes, torch.full_like(votes, 1 / len(votes)))
 
 
 def test_token_cost_buys_coarser_levels():
