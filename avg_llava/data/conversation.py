@@ -14,8 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from avg_llava.data.records import HUMAN, DataError, Turn, dialogue
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, VICUNA_SYSTEM, tokenize_with_images
-
-IGNORE_INDEX = -100
+from avg_llava.model.splice import IGNORE_INDEX
 
 
 class RenderedConversation(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE_INDEX = -100
+from avg_llava.model.splice import IGNORE_INDEX
 
 RankingVariant = Literal["paper", "released"]
 Reduction = Literal["mean", "sum"]
