@@ -36,7 +36,10 @@ def _plain(router, crops, counts, text, mask):
         of_crops = []
         for crop in crops[start : start + count]:
             levels = [pool_tokens(crop[None], 8, granularity)[0] for granularity in router.config.granularities]
-            scores = router.router(router.merger(torch.cat([*levels, words])[None]))[0]
+            tokens = torch.cat([*levels, words])
+            deviation = tokens - tokens.mean(1, keepdim=True)
+            tokens = deviation / (deviation.square().mean(1, keepdim=True) + 1e-5).sqrt()
+            scores = router.router(router.merger(tokens[None]))[0]
             of_crops.append((votes * scores).sum(0))
         logits.append(router.norm(torch.stack(of_crops).mean(0)))
         start += count
