@@ -38,10 +38,12 @@ step() {
 }
 
 step data "$data/manifest.json" "pyproject.toml" avg-llava mini data --output "$data"
+start=$data/manifest.json # what a stage starts from: its data, and the stage before it
 for stage in 1 2 3 4; do
     config=configs/mini/stage$stage.yaml
-    step "stage$stage" "$runs/stage$stage/stage.json" "$config $data/manifest.json" \
-        bash "scripts/train_stage$stage.sh" "$config"
+    result=$runs/stage$stage/stage.json
+    step "stage$stage" "$result" "$config $start" bash "scripts/train_stage$stage.sh" "$config"
+    start="$data/manifest.json $result"
 done
 # Cheap when all questions are answered, so it is always run: it prints the table.
 echo "quickstart: evaluation and report"

@@ -6,6 +6,7 @@ encodes one blank crop, whose tokens count with weight 0, and levels are run one
 Shapes: B samples, L positions, N images of the batch (sample after sample), P crops, G levels coarse to fine.
 """
 
+from abc import ABC, abstractmethod
 from typing import TypedDict
 
 import torch
@@ -42,7 +43,7 @@ class ObjectiveOutput(TypedDict):
     num_items: int
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Common part: encodes a micro-batch once, and runs the language model at a level."""
 
     def __init__(self, model: AvgLlavaForConditionalGeneration, settings: ObjectiveSettings):
@@ -72,13 +73,17 @@ class Objective(nn.Module):
             pixel_values: (N, P, 3, S, S), or None for a micro-batch without images.
             image_sizes: (N, 2) as (height, width), or None.
         """
-        raise NotImplementedError
-
-    def encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None) -> ImageFeatures:
-        """The micro-batch's images, or the blank crop that stands for none."""
         if pixel_values is None:
-            return self.model.encode_blank_image()
-        return self.model.encode_images(pixel_values, image_sizes)
+            features = self.model.encode_blank_image()
+        else:
+            features = self.model.encode_images(pixel_values, image_sizes)
+        return self.loss(features, input_ids, attention_mask, labels)
+
+    @abstractmethod
+    def loss(
+        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> ObjectiveOutput:
+        """The objective, of a micro-batch whose images are encoded; arguments as in `forward`."""
 
     def run_level(
         self, features: ImageFeatures, granularity: int, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
@@ -93,16 +98,9 @@ class Objective(nn.Module):
 class InstructionObjective(Objective):
     """Stages 1 and 2: next-token loss on supervised tokens, images at the finest level."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
+    def loss(
+        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> ObjectiveOutput:
-        """See `Objective.forward`."""
-        features = self.encode(pixel_values, image_sizes)
         finest = self.config.granularities[-1]
         logits, _, spliced_labels = self.run_level(features, finest, input_ids, attention_mask, labels)
         return {
@@ -115,16 +113,10 @@ class InstructionObjective(Objective):
 class MultiGranularityObjective(Objective):
     """Stage 3: the mean, over the levels, of stage 2's loss, all from one encoding of the images (paper equation 3)."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
+    def loss(
+        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> ObjectiveOutput:
-        """See `Objective.forward`. The metrics are the loss of each level."""
-        features = self.encode(pixel_values, image_sizes)
+        """The metrics are the loss of each level."""
         losses = {}
         for granularity in self.config.granularities:
             logits, _, spliced_labels = self.run_level(features, granularity, input_ids, attention_mask, labels)
@@ -149,17 +141,10 @@ class RouterObjective(Objective):
         self.model.model.router.train(mode)
         return self
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
+    def loss(
+        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> ObjectiveOutput:
-        """See `Objective.forward`."""
         with torch.no_grad():
-            features = self.encode(pixel_values, image_sizes)
             log_probs, comparable = self.feedback(features, input_ids, attention_mask, labels)
         router_logits = self.model.route(features, input_ids, attention_mask, labels)  # (N, G), or (1, G) if blank
         # A blank crop's logits are selected by no index: they stay in the graph without a say in the loss.
