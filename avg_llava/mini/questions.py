@@ -13,11 +13,20 @@ import random
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from avg_llava.mini.glyphs import LETTERS, SHAPES
+from avg_llava.mini.glyphs import COLOURS, GROUNDS, LETTERS, SHAPES
 from avg_llava.mini.scenes import Scene
 
 FAMILIES = ["scene", "object", "fine"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
+
+# What instruction data and benchmarks append to a question to say which form the answer shall have.
+SHORT_ANSWER = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer the question with a single word.",
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+    "Answer the question using a single word or phrase.",
+)
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 # question type -> (wordings, statement of a caption)
 WORDINGS = {
@@ -72,6 +81,15 @@ class Question:
         if self.question_type in WORDINGS:
             return self.question_type
         return self.question_type.rsplit("_", 1)[0]
+
+
+def multiple_choice(question: Question, wording: str, rng: random.Random) -> tuple[str, str]:
+    """A question with up to four lettered options, and the letter of the right one."""
+    answers = next(group for group in (["yes", "no"], NUMBERS, SHAPES, GROUNDS, COLOURS) if question.answer in group)
+    others = rng.sample([answer for answer in answers if answer != question.answer], min(3, len(answers) - 1))
+    options = rng.sample([question.answer, *others], len(others) + 1)
+    lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+    return f"{wording}{lines}{OPTION_LETTER}", "ABCD"[options.index(question.answer)]
 
 
 def _place(scene: Scene, row: int, column: int) -> str | None:

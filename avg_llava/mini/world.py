@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from avg_llava.mini.glyphs import PALETTE
-from avg_llava.mini.questions import Question, caption, choose_questions
+from avg_llava.mini.questions import SHORT_ANSWER, Question, caption, choose_questions, multiple_choice
 from avg_llava.mini.scenes import Scene, draw_scene
 
 MANIFEST = "manifest.json"
@@ -45,6 +45,10 @@ class WorldSize:
     instruct_questions: int = 16
     router_questions: int = 2
     caption_statements: int = 24
+    short_answer_share: float = 0.3
+    """Share of conversations whose first turn asks for a short answer, in the words of instruction data."""
+    multiple_choice_share: float = 0.15
+    """Share of conversations that end with three questions of multiple choice."""
 
 
 def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
@@ -92,6 +96,19 @@ def conversation_record(name: str, image: str, turns: list[tuple[str, str]]) -> 
 
 def _worded(questions: list[Question], rng: random.Random) -> list[tuple[str, str]]:
     return [(rng.choice(question.wordings), question.answer) for question in questions]
+
+
+def _instructed(questions: list[Question], size: WorldSize, rng: random.Random) -> list[tuple[str, str]]:
+    """The turns of a conversation, some in the formats that benchmarks ask for."""
+    turns = _worded(questions, rng)
+    form = rng.random()
+    if form < size.short_answer_share:
+        turns[0] = (turns[0][0] + rng.choice(SHORT_ANSWER), turns[0][1])
+    elif form < size.short_answer_share + size.multiple_choice_share:
+        for index in range(max(0, len(turns) - 3), len(turns)):
+            if questions[index].question_type != "code":
+                turns[index] = multiple_choice(questions[index], turns[index][0], rng)
+    return turns
 
 
 def _single_turns(name: str, image: str, questions: list[Question], rng: random.Random) -> list[dict[str, Any]]:
@@ -165,7 +182,7 @@ def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None
         records["stage1"].append(conversation_record(name, image, [("", text)]))
     for name, image, scene, rng in _draw_split(output, seed, "instruct", size.num_instruct, digest):
         questions = choose_questions(scene, size.instruct_questions, rng, NOT_ASKED)
-        records["instruct"].append(conversation_record(name, image, _worded(questions, rng)))
+        records["instruct"].append(conversation_record(name, image, _instructed(questions, size, rng)))
     for name, image, scene, rng in _draw_split(output, seed, "router", size.num_router, digest):
         questions = choose_questions(scene, size.router_questions, rng, NOT_ASKED)
         records["router"] += _single_turns(name, image, questions, rng)
