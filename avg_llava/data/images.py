@@ -3,6 +3,7 @@
 import struct
 import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +34,33 @@ def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
     Raises:
         DataError: The file is missing, no image, damaged, cut off, or too large.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path), str(path), max_pixels)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: image file not found; check image_root and the record's path") from error
+
+
+def decode_image(content: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """As `load_image`, of the bytes of a file; `name` is what an error calls it."""
+    return _read(BytesIO(content), name, max_pixels)
+
+
+def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(
-                        f"{path}: image of {width}x{height} pixels is above the limit of {max_pixels} pixels; make it "
+                        f"{name}: image of {width}x{height} pixels is above the limit of {max_pixels} pixels; make it "
                         "smaller or raise the limit"
                     )
                 return to_rgb(image)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: image file not found; check image_root and the record's path") from error
-    except DataError:
+    except (FileNotFoundError, DataError):
         raise
     except _DECODING_ERRORS as error:
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+        raise DataError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -90,4 +100,4 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "load_image", "to_rgb"]
+__all__ = ["MAX_IMAGE_PIXELS", "decode_image", "load_image", "to_rgb"]

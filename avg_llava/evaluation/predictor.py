@@ -17,7 +17,7 @@ from transformers import StoppingCriteria
 from avg_llava.data.images import load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
-from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Request:
     """A question about images.
 
     Attributes:
-        prompt: What the user says, without image placeholders: images come before the text.
+        prompt: What the user says. With one `<image>` per image, these are where the images stand; with none, the images
+            come before the text.
         images: The images, or the paths of their files. None for a text-only question.
     """
 
@@ -238,8 +239,9 @@ class Predictor:
         return [granularity] * num_images
 
     def _prompt(self, request: Request) -> str:
-        content: list[dict[str, str]] = [{"type": "image"} for _ in request.images]
-        content.append({"type": "text", "text": request.prompt})
+        content = request.prompt
+        if IMAGE_PLACEHOLDER not in content:
+            content = f"{IMAGE_PLACEHOLDER}\n" * len(request.images) + content
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
