@@ -76,8 +76,8 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> Co
     """Build the dataclass `cls` from `values`, checking every key and type.
 
     Args:
-        cls: a dataclass whose fields are int, float, str, bool, Literal, dataclasses, tuples of one such type, or one
-            of these or None.
+        cls: a dataclass whose fields are int, float, str, bool, Any, Literal, dataclasses, tuples of or mappings to one
+            such type, or a union of these; of the types of a union, the first that fits is taken.
         values: the mapping, as YAML gives it; leaves may be `RawValue`.
         prefix: dotted path of `values` inside the whole configuration, for messages.
 
@@ -102,12 +102,14 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
     """`value` as the type `expected`, or a ConfigError that names `key`."""
     origin, choices = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
-        present = [choice for choice in choices if choice is not type(None)]
-        assert len(present) == 1, f"{key}: only `X | None` unions are supported"
         is_null = value is None or (isinstance(value, RawValue) and value.text.strip() in ("null", "~", ""))
-        return None if is_null else _convert(present[0], value, key)
+        if is_null and type(None) in choices:
+            return None
+        return _convert_first([choice for choice in choices if choice is not type(None)], value, key)
     if isinstance(value, RawValue):
         value = value.text if expected is str else value.parse(key)
+    if expected is Any:
+        return value
     if dataclasses.is_dataclass(expected):
         if not isinstance(value, Mapping):
             raise _wrong_type(key, "a mapping of " + ", ".join(f.name for f in dataclasses.fields(expected)), value)
@@ -116,12 +118,27 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list | tuple):
             raise _wrong_type(key, "a list", value)
         return tuple(_convert(choices[0], item, f"{key}.{index}") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong_type(key, "a mapping", value)
+        return {str(name): _convert(choices[1], item, _join(key, str(name))) for name, item in value.items()}
     if origin is typing.Literal:
         if value not in choices or isinstance(value, bool):
             hint = _nearest(str(value), [str(choice) for choice in choices])
             raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}{hint}")
         return value
     return _convert_scalar(expected, value, key)
+
+
+def _convert_first(types_: Sequence[Any], value: Any, key: str) -> Any:
+    """`value` as the first of several types that fits."""
+    messages = []
+    for expected in types_:
+        try:
+            return _convert(expected, value, key)
+        except ConfigError as error:
+            messages.append(str(error))
+    raise ConfigError("; or ".join(messages))
 
 
 def _convert_scalar(expected: Any, value: Any, key: str) -> Any:

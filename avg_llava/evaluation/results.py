@@ -1,0 +1,336 @@
+"""The result of one benchmark in one setting: what `avg-llava evaluate` writes and `avg-llava report` reads.
+
+A result is a JSON file. It holds the score of every unit (a question, an image pair), not only the mean, so that
+confidence intervals and paired tests need nothing else. The answers are in a JSON-lines file beside it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from avg_llava.evaluation.statistics import MetricKind, UnitError, compute_value
+from avg_llava.training.parsing import ConfigError, build
+
+FORMAT = 1
+VALUE_TOLERANCE = 1e-3  # of the maximum: some harnesses round to three decimals
+
+Benchmark = Literal[
+    "gqa",
+    "scienceqa",
+    "vizwiz",
+    "textvqa",
+    "chartqa",
+    "docvqa",
+    "ai2d",
+    "mme",
+    "mmbench",
+    "mmbench_cn",
+    "pope",
+    "mmmu",
+]
+Protocol = Literal["current", "paper"]
+Granularity = Literal["auto", "random", "all"] | int
+
+
+class ResultError(ValueError):
+    """A result file that cannot be used; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that answered."""
+
+    path: str
+    fingerprint: str
+    dtype: str
+    granularities: tuple[int, ...]
+    """Visual tokens per crop at each level, coarse to fine."""
+    ablation: Literal["c", "e", "f", "g"] | None = None
+    """What was left out in training, by the letter of the paper's table 4; null: nothing. The others (a, b, d) follow
+    from the setting and the levels."""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """The questions."""
+
+    path: str
+    config: str | None
+    split: str
+    num_questions: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class HarnessFacts:
+    """Whose task code made the prompts and the scores."""
+
+    name: str
+    version: str
+    task: str
+
+
+@dataclass(frozen=True)
+class GenerationFacts:
+    """How the answers were generated; always greedily."""
+
+    max_new_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A question that got no answer."""
+
+    id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score with the units it is made of.
+
+    `units` maps a unit's id to its part in the score; what that is depends on `kind` (see
+    `avg_llava.evaluation.statistics.compute_value`).
+    """
+
+    value: float
+    kind: MetricKind
+    maximum: float
+    """The highest possible value."""
+    label: str
+    """What a table calls it, such as `accuracy`."""
+    units: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and mean over questions."""
+
+    median: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for the same questions, medians of alternating runs (the paper's table 3)."""
+
+    num_questions: int
+    routed_seconds: float
+    finest_seconds: float
+    llava_next_seconds: float | None
+    """transformers' LLaVA-NeXT; null where it was not timed."""
+    speedup_over_finest: float
+    speedup_over_llava_next: float | None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Tokens and times, measured while evaluating; means are over questions."""
+
+    mean_visual_tokens: float
+    token_share: float
+    """Visual tokens as a share of those of the finest level."""
+    grid_share: float
+    """Tokens per crop as a share of the finest level's: "token per grid" of the paper's table 3."""
+    time_to_first_token_ms: Spread | None
+    seconds_per_question: Spread | None
+    router_share: float | None
+    """Of the time; null where no router ran."""
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The best level for each question, in hindsight."""
+
+    value: float
+    regret: float
+    """The oracle's value minus the router's."""
+    agreement: float
+    """Share of questions for which the router picked the oracle's level."""
+    mean_visual_tokens: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The router at one price."""
+
+    token_cost: float
+    value: float
+    token_share: float
+    mean_visual_tokens: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the images were sent."""
+
+    levels: dict[str, float]
+    """Tokens per crop -> share of the images (figure 5); empty where there was no image."""
+    oracle: Oracle | None
+    curve: tuple[CurvePoint, ...] | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One benchmark, one protocol, one setting. Field by field as in the file."""
+
+    format: int
+    benchmark: Benchmark
+    protocol: Protocol
+    model: ModelFacts
+    granularity: Granularity
+    """Who chose the level: the router (`auto`), chance (`random`), or the user (tokens per crop). `all`: the router,
+    and every level was answered as well, for the oracle and the curve."""
+    token_cost: float
+    dataset: DatasetFacts
+    harness: HarnessFacts
+    generation: GenerationFacts
+    prompt: str
+    """The first question's, in full."""
+    complete: bool
+    num_failed: int
+    failures: tuple[Failure, ...]
+    metrics: dict[str, Metric]
+    """The first one is the benchmark's headline."""
+    efficiency: Efficiency
+    routing: Routing
+    machine: dict[str, Any]
+    answers: str
+    """The file of answers, beside this one."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def headline(self) -> Metric:
+        """The benchmark's first metric."""
+        return next(iter(self.metrics.values()))
+
+
+def parse_result(content: Any, source: str) -> Result:
+    """A result from the content of its file.
+
+    Args:
+        content: What the JSON holds.
+        source: The file's name, for messages.
+
+    Raises:
+        ResultError: If a field is missing, unknown, of the wrong type or contradicts another.
+    """
+    if not isinstance(content, Mapping):
+        raise ResultError(f"{source} holds {type(content).__name__}, not a result of `avg-llava evaluate`")
+    if content.get("format") != FORMAT:
+        raise ResultError(
+            f"{source}: format is {content.get('format')!r}, and this version reads {FORMAT}; "
+            "it is no result of `avg-llava evaluate`, or of another version: evaluate again"
+        )
+    try:
+        return build(Result, content)
+    except ConfigError as error:
+        raise ResultError(f"{source}: {error}") from error
+    except ResultError as error:
+        raise ResultError(f"{source}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ResultError: If there is no such file or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ResultError(f"{path} is no file; name the JSON file of a result") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path} is not valid JSON ({error}); was it cut short? evaluate again") from error
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file.
+
+    Raises:
+        ResultError: If it is none.
+    """
+    return parse_result(read_json(path), str(path))
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Writes a result in one step: whoever finds the file finds it whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    content = json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
+    partial.write_text(content + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+# ---- what must agree ----------------------------------------------------------------------------------------------
+
+
+def _check(result: Result) -> None:
+    if not result.metrics:
+        raise ResultError("metrics is empty: there is no score")
+    for name, metric in result.metrics.items():
+        _check_metric(f"metrics.{name}", metric)
+    for field, value in _numbers(dataclasses.asdict(result.efficiency), "efficiency"):
+        _finite(field, value)
+    if result.dataset.num_questions < 1:
+        raise ResultError("dataset.num_questions must be at least 1")
+    if result.num_failed < len(result.failures):
+        raise ResultError(f"num_failed is {result.num_failed}, but failures names {len(result.failures)}")
+    if result.token_cost < 0:
+        raise ResultError(f"token_cost is a price and cannot be {result.token_cost:g}")
+    levels = result.model.granularities
+    if not levels or list(levels) != sorted(set(levels)):
+        raise ResultError(f"model.granularities must go from coarse to fine, got {list(levels)}")
+    if isinstance(result.granularity, int) and result.granularity not in levels:
+        raise ResultError(f"granularity {result.granularity} is none of the model's levels {list(levels)}")
+    _check_shares("routing.levels", result.routing.levels, levels)
+
+
+def _check_metric(field: str, metric: Metric) -> None:
+    _finite(f"{field}.value", metric.value)
+    _finite(f"{field}.maximum", metric.maximum)
+    if metric.maximum <= 0:
+        raise ResultError(f"{field}.maximum must be above 0, got {metric.maximum:g}")
+    try:
+        computed = compute_value(metric.kind, metric.units)
+    except UnitError as error:
+        raise ResultError(f"{field}.units: {error}") from error
+    if abs(computed - metric.value) > VALUE_TOLERANCE * metric.maximum:
+        raise ResultError(
+            f"{field}.value is {metric.value:g}, but its units give {computed:g}; the file was changed after it was "
+            "written, or evaluate did not write it"
+        )
+    if not 0 <= metric.value <= metric.maximum * (1 + 1e-9):
+        raise ResultError(f"{field}.value {metric.value:g} is not between 0 and the maximum {metric.maximum:g}")
+
+
+def _check_shares(field: str, shares: Mapping[str, float], levels: tuple[int, ...]) -> None:
+    unknown = [name for name in shares if name not in map(str, levels)]
+    if unknown:
+        raise ResultError(f"{field}: {unknown[0]!r} is none of the model's levels {list(levels)}")
+    if shares and not (min(shares.values()) >= 0 and math.isclose(sum(shares.values()), 1, abs_tol=1e-3)):
+        raise ResultError(f"{field}: shares must be 0 or more and add up to 1, got {sum(shares.values()):g}")
+
+
+def _numbers(content: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """The dotted names and values of all numbers in nested mappings."""
+    found = []
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}.{name}")
+        elif isinstance(value, float):
+            found.append((f"{prefix}.{name}", value))
+    return found
+
+
+def _finite(field: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ResultError(f"{field} is {value}; a finite number is needed")
