@@ -91,6 +91,15 @@ def mini_data(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def mini_benchmarks(arguments: argparse.Namespace) -> int:
+    """Draws twelve small benchmarks in the published formats."""
+    from avg_llava.mini.benchmarks import write_benchmarks
+
+    manifest = write_benchmarks(arguments.output, seed=arguments.seed)
+    _tell(arguments, manifest, f"the benchmarks are in {arguments.output}")
+    return FINE
+
+
 def mini_pretrain(arguments: argparse.Namespace) -> int:
     """Makes the mini backbones anew."""
     from avg_llava.mini.backbones import pretrain
@@ -244,6 +253,8 @@ def _add_mini(commands: Any) -> None:
     seed = (("--seed",), {"type": int, "default": 0, "metavar": "N", "help": "of everything random (default 0)"})
     output = (("--output",), {"type": Path, "required": True, "metavar": "DIR", "help": "folder to write"})
     _add(commands, "data", mini_data, "avg-llava mini data --output playground/data/mini", [output, seed, _JSON])
+    example = "avg-llava mini benchmarks --output playground/data/benchmarks"
+    _add(commands, "benchmarks", mini_benchmarks, example, [output, seed, _JSON])
     _add(commands, "pretrain", mini_pretrain, "avg-llava mini pretrain --output backbones", [output, seed, _JSON])
     _add(
         commands,

@@ -83,11 +83,17 @@ class Question:
         return self.question_type.rsplit("_", 1)[0]
 
 
+def choices(question: Question, num_choices: int, rng: random.Random) -> list[str]:
+    """The answer among other answers of its kind, shuffled; fewer than `num_choices` if there are no more."""
+    answers = next(group for group in (["yes", "no"], NUMBERS, SHAPES, GROUNDS, COLOURS) if question.answer in group)
+    others = [answer for answer in answers if answer != question.answer]
+    others = rng.sample(others, min(num_choices - 1, len(others)))
+    return rng.sample([question.answer, *others], len(others) + 1)
+
+
 def multiple_choice(question: Question, wording: str, rng: random.Random) -> tuple[str, str]:
     """A question with up to four lettered options, and the letter of the right one."""
-    answers = next(group for group in (["yes", "no"], NUMBERS, SHAPES, GROUNDS, COLOURS) if question.answer in group)
-    others = rng.sample([answer for answer in answers if answer != question.answer], min(3, len(answers) - 1))
-    options = rng.sample([question.answer, *others], len(others) + 1)
+    options = choices(question, 4, rng)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
     return f"{wording}{lines}{OPTION_LETTER}", "ABCD"[options.index(question.answer)]
 
