@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import BatchFeature, StoppingCriteria
 
 from avg_llava.data.images import load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -25,8 +25,8 @@ class Request:
     """A question about images.
 
     Attributes:
-        prompt: What the user says. With one `<image>` per image, these are where the images stand; with none, the images
-            come before the text.
+        prompt: What the user says. With one `<image>` per image, these are where the images stand; with none, the
+            images come before the text.
         images: The images, or the paths of their files. None for a text-only question.
     """
 
@@ -79,6 +79,21 @@ class Encoded:
     attention_mask: Tensor
     features: ImageFeatures | None
     images_of_request: tuple[int, ...]
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the router makes of an encoded batch.
+
+    Attributes:
+        levels: (N,) visual tokens per crop.
+        log_probs: (N, G) the router's log-probabilities.
+        milliseconds: What the routing took.
+    """
+
+    levels: Tensor
+    log_probs: Tensor
     milliseconds: float
 
 
@@ -137,26 +152,26 @@ class Predictor:
         encoded = self.encode(requests)
         if granularity is not None or encoded.features is None:
             return self.answer(encoded, granularity, max_new_tokens)
-        began = _now(self.model.device)
-        logits = self.route(encoded)
-        levels = self.model.choose_granularity(logits, token_cost)
-        routing = _now(self.model.device) - began
-        return self.answer(encoded, levels, max_new_tokens, logits.softmax(-1), routing)
+        return self.answer(encoded, self.choose(encoded, token_cost), max_new_tokens)
 
-    @torch.inference_mode()
-    def encode(self, requests: Sequence[Request]) -> Encoded:
-        """Tokenises the prompts, and sends all images through the vision tower and the projector."""
+    def inputs(self, requests: Sequence[Request]) -> BatchFeature:
+        """What the model takes of a batch: prompts padded on the left, and the pixels of all images."""
         texts = [self._prompt(request) for request in requests]
         images = [
             to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
             for request in requests
             for image in request.images
         ]
-        inputs = self.processor(images=images or None, text=texts, padding=True, padding_side="left")
+        return self.processor(images=images or None, text=texts, padding=True, padding_side="left")
+
+    @torch.inference_mode()
+    def encode(self, requests: Sequence[Request]) -> Encoded:
+        """Tokenises the prompts, and sends all images through the vision tower and the projector."""
+        inputs = self.inputs(requests)
         device = self.model.device
         began = _now(device)
         features = None
-        if images:
+        if "pixel_values" in inputs:
             features = self.model.encode_images(inputs["pixel_values"].to(device), inputs["image_sizes"])
         return Encoded(
             input_ids=inputs["input_ids"].to(device),
@@ -167,31 +182,32 @@ class Predictor:
         )
 
     @torch.inference_mode()
-    def route(self, encoded: Encoded) -> Tensor:
-        """The router's logits (N, G) for an encoded batch that has images, in float32."""
+    def choose(self, encoded: Encoded, token_cost: float = 0.0) -> Choice:
+        """Lets the router choose the level of each image of a batch that has images."""
         if encoded.features is None:
             raise ValueError("the router chooses a level for images, and none of these requests has one")
-        return self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
+        began = _now(self.model.device)
+        logits = self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
+        levels = self.model.choose_granularity(logits, token_cost)
+        return Choice(levels, logits.log_softmax(-1), _now(self.model.device) - began)
 
     @torch.inference_mode()
     def answer(
         self,
         encoded: Encoded,
-        granularity: int | Tensor | None,
+        granularity: int | Sequence[int] | Choice | None,
         max_new_tokens: int = 128,
-        router_probs: Tensor | None = None,
-        route_milliseconds: float = 0.0,
     ) -> list[Prediction]:
         """Answers an encoded batch at given levels.
 
         Args:
             encoded: The batch.
-            granularity: Visual tokens per crop: one number, or one per image (N,). May be None for text-only requests.
+            granularity: Visual tokens per crop: one number, one per image, or the router's choice. May be None for
+                text-only requests.
             max_new_tokens: Longest answer in tokens.
-            router_probs: (N, G) where the router chose the levels, to be told in the predictions.
-            route_milliseconds: What the routing took.
         """
         device = self.model.device
+        choice = granularity if isinstance(granularity, Choice) else None
         levels = self._levels(granularity, sum(encoded.images_of_request))
         began = _now(device)
         spliced = self.model.splice(
@@ -208,7 +224,7 @@ class Predictor:
         )
         ended = _now(device)
         first = clock.first if clock.first is not None else ended
-        timings = PhaseTimes(encoded.milliseconds, route_milliseconds, first - began, ended - first)
+        timings = PhaseTimes(encoded.milliseconds, choice.milliseconds if choice else 0.0, first - began, ended - first)
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
         predictions, start = [], 0
@@ -219,24 +235,26 @@ class Predictor:
                 Prediction(
                     text=text.strip(),
                     granularity=tuple(levels[own]),
-                    router_probs=None if router_probs is None else tuple(map(tuple, router_probs[own].tolist())),
+                    router_probs=tuple(map(tuple, choice.log_probs[own].exp().tolist())) if choice else None,
                     num_visual_tokens=int(spliced.num_visual_tokens[own].sum()),
                     timings=timings,
                 )
             )
         return predictions
 
-    def _levels(self, granularity: int | Tensor | None, num_images: int) -> list[int]:
-        if isinstance(granularity, Tensor):
-            return [int(level) for level in granularity]
+    def _levels(self, granularity: int | Sequence[int] | Choice | None, num_images: int) -> list[int]:
+        if isinstance(granularity, Choice):
+            return [int(level) for level in granularity.levels]
         if granularity is None:
             if num_images:
                 raise ValueError("a level is needed for each image: give one, or the router's choice")
             return []
-        if granularity not in self.granularities:
-            known = ", ".join(map(str, self.granularities))
-            raise ValueError(f"granularity {granularity} is not one of this model's levels: {known}")
-        return [granularity] * num_images
+        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
+        for level in levels:
+            if level not in self.granularities:
+                known = ", ".join(map(str, self.granularities))
+                raise ValueError(f"granularity {level} is not one of this model's levels: {known}")
+        return levels
 
     def _prompt(self, request: Request) -> str:
         content = request.prompt

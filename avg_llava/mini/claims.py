@@ -228,7 +228,7 @@ def _baseline_row(outcomes: Outcomes) -> Row:
 
 
 def choose_token_cost(
-    outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, tolerance: float = 0.0025
+    outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, tolerance: float = 0.005
 ) -> float:
     """The highest price at which the router still answers as well as the best fixed level.
 

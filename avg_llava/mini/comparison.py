@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from avg_llava.evaluation.report import write_report
+from avg_llava.evaluation.workers import default_workers
 from avg_llava.mini import claims, measure
-from avg_llava.training.manifest import StageManifest, library_versions, read_manifest
+from avg_llava.training.machine import machine_facts
+from avg_llava.training.manifest import StageManifest, read_manifest
 
 STAGES = (1, 2, 3, 4)
 
@@ -76,17 +74,10 @@ def compare(
         "stages": [
             stage_facts(stage, manifests[stage], histories[f"stage {stage}"], read_times(runs)) for stage in STAGES
         ],
-        "machine": machine_facts(manifests[STAGES[-1]]),
+        "machine": machine_facts() | {"trained": manifests[STAGES[-1]].created},
     }
     write_report(report, histories, output)
     return report
-
-
-def default_workers() -> int:
-    """One process per core, or a single one that has the GPU."""
-    if torch.cuda.is_available():
-        return 1
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _finished(folder: Path, stage: int) -> StageManifest:
@@ -141,25 +132,3 @@ def stage_facts(
         "precision": manifest.config["runtime"]["precision"],
         "seed": manifest.config["seed"],
     }
-
-
-def machine_facts(manifest: StageManifest) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "processor": _processor_name(),
-        "cores": default_workers() if device == "none" else os.cpu_count(),
-        "GPU": device,
-        "system": platform.platform(),
-        **library_versions(),
-        "trained": manifest.created,
-    }
-
-
-def _processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

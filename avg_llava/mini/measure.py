@@ -5,15 +5,11 @@ finest level), `fixed-<tokens per crop>.jsonl` (the final model) and `router.jso
 call answers only what is missing. Answers of other weights or other questions are dropped.
 """
 
-import hashlib
 import json
-import logging
-import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +21,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.data.records import parse_record
 from avg_llava.evaluation.predictor import Predictor, Request
+from avg_llava.evaluation.workers import hash_file, map_batches, open_store, read_answers
 from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import load
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
-from avg_llava.training.watchdog import end_with_parent
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 16
 BASELINE, ROUTER = "llava-next", "router"
 HELD_OUT, CALIBRATION = "eval.json", "router.json"
-NUM_CALIBRATION = 800
+NUM_CALIBRATION = 2000
 
 
 @dataclass(frozen=True)
@@ -101,54 +95,22 @@ def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
 _predictors: dict[str, Predictor] = {}
 
 
-def _start_worker(checkpoints: dict[str, str]) -> None:
-    end_with_parent()
-    torch.set_num_threads(1)
-    _load_predictors(checkpoints)
-
-
-def _load_predictors(checkpoints: dict[str, str]) -> None:
+def _load_predictors(checkpoints: dict[str, str], device: str) -> None:
     _predictors.clear()
     for name, path in checkpoints.items():
-        _predictors[name] = make_predictor(path)
+        _predictors[name] = make_predictor(path, device)
 
 
-def _answer_batches(
-    checkpoints: dict[str, str], batches: list[tuple[str, list[Item]]], num_workers: int
-) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """The lines of each batch as soon as it is answered: in this process, or in several."""
-    if num_workers == 1:
-        _load_predictors(checkpoints)
-        yield from (_answer_batch(which, items) for which, items in batches)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a forked torch may hang
-        initializer=_start_worker,
-        initargs=(checkpoints,),
-    )
-    try:
-        futures = [pool.submit(_answer_batch, which, items) for which, items in batches]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise ClaimsError(
-            "a process that answers was killed, perhaps for want of memory; run again with --workers 1, which keeps "
-            "the answers that are there"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def make_predictor(path: str | Path) -> Predictor:
-    """A predictor on the GPU if there is one, else on the CPU."""
+def make_predictor(path: str | Path, device: str) -> Predictor:
+    """A predictor of a checkpoint."""
     disable_progress_bar()  # of loading mini models, which takes no time
-    model, processor = load(path)
-    return Predictor(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+    model, processor = load(path, device=device)
+    return Predictor(model, processor)
 
 
-def _answer_batch(which: str, items: list[Item]) -> dict[str, list[dict[str, Any]]]:
+def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
     """Answers a batch with one of the two models: file name -> lines."""
+    which, items = batch
     predictor = _predictors[which]
     encoded = predictor.encode([item.request for item in items])
     finest = predictor.granularities[-1]
@@ -169,17 +131,12 @@ def _answer_batch(which: str, items: list[Item]) -> dict[str, list[dict[str, Any
             for item, prediction in zip(items, predictions, strict=True)
         ]
     if which != BASELINE:
-        log_probs = predictor.route(encoded).log_softmax(-1).tolist()
+        log_probs = predictor.choose(encoded).log_probs.tolist()
         lines[ROUTER] = [{"id": item.question.id, "log_probs": row} for item, row in zip(items, log_probs, strict=True)]
     return lines
 
 
 # ---- the store of answers -----------------------------------------------------------------------------------------
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(measurement: Measurement) -> dict[str, str]:
@@ -193,33 +150,7 @@ def _identity(measurement: Measurement) -> dict[str, str]:
     for name, path in files.items():
         if not path.is_file():
             raise FileNotFoundError(f"{path} ({name}) is missing; run the stage that writes it first")
-    return {name: _file_hash(path) for name, path in files.items()}
-
-
-def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of one file by question; a last line cut short by a kill is dropped from the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-    return {line["id"]: line for line in lines}
-
-
-def _open_store(measurement: Measurement) -> None:
-    """Makes the folder of the answers, and empties it where they belong to other weights or questions."""
-    measurement.answers.mkdir(parents=True, exist_ok=True)
-    identity, known = _identity(measurement), measurement.answers / "identity.json"
-    if known.exists() and json.loads(known.read_text()) == identity:
-        return
-    stale = sorted(measurement.answers.glob("*.jsonl"))
-    if stale:
-        logger.warning("weights or questions have changed: %d files of answers are made anew", len(stale))
-    for path in stale:
-        path.unlink()
-    known.write_text(json.dumps(identity, indent=2) + "\n")
+    return {name: hash_file(path) for name, path in files.items()}
 
 
 def _batches(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
@@ -253,14 +184,14 @@ def collect_answers(
     Returns:
         The levels of the final model in visual tokens per crop, coarse to fine.
     """
-    _open_store(measurement)
+    open_store(measurement.answers, _identity(measurement))
     config = AvgLlavaConfig.from_pretrained(measurement.final)
     granularities = tuple(config.granularities or ())
     names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
     asked = {BASELINE: items, "final": [*items, *calibration]}
     todo = {}
     for which, files in names.items():
-        answered = [_read_answers(measurement.answers / f"{name}.jsonl") for name in files]
+        answered = [read_answers(measurement.answers / f"{name}.jsonl") for name in files]
         todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
     total = sum(map(len, todo.values()))
     if not total:
@@ -276,7 +207,9 @@ def collect_answers(
     batches = [(which, batch) for which in ("final", BASELINE) for batch in _batches(todo[which], config)]
     try:
         with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
-            for answered_batch in _answer_batches(checkpoints, batches, measurement.num_workers):
+            for answered_batch in map_batches(
+                partial(_load_predictors, checkpoints), _answer_batch, batches, measurement.num_workers
+            ):
                 for name, lines in answered_batch.items():
                     files_of[name].writelines(json.dumps(line) + "\n" for line in lines)
                     files_of[name].flush()
@@ -303,7 +236,7 @@ def read_outcomes(
     """
 
     def column(name: str, key: str) -> list[Any]:
-        lines = _read_answers(answers / f"{name}.jsonl")
+        lines = read_answers(answers / f"{name}.jsonl")
         missing = [question.id for question in questions if question.id not in lines]
         if missing:
             raise ClaimsError(f"{answers / name}.jsonl lacks {len(missing)} answers, the first to {missing[0]}")
@@ -336,8 +269,8 @@ def verify_routing(
     """
     chosen = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
     sample = sorted(random.Random(0).sample(range(len(items)), min(num_verified, len(items))))
-    predictor = make_predictor(measurement.final)
-    forced = {level: _read_answers(measurement.answers / f"fixed-{level}.jsonl") for level in outcomes.granularities}
+    predictor = make_predictor(measurement.final, "cuda" if torch.cuda.is_available() else "cpu")
+    forced = {level: read_answers(measurement.answers / f"fixed-{level}.jsonl") for level in outcomes.granularities}
     for start in range(0, len(sample), BATCH_SIZE):
         batch = sample[start : start + BATCH_SIZE]
         routed = predictor.predict(

@@ -40,7 +40,7 @@ class WorldSize:
 
     num_captions: int = 6000
     num_instruct: int = 4000
-    num_router: int = 3000
+    num_router: int = 4000
     num_eval: int = 500
     instruct_questions: int = 16
     router_questions: int = 2

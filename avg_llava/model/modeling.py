@@ -35,6 +35,10 @@ Granularity = int | Sequence[int] | Tensor
 ImageSizes = Tensor | Sequence[Sequence[int]]
 
 
+class PromptTooLongError(ValueError):
+    """A prompt does not fit into the model with its visual tokens."""
+
+
 class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
     """Weight initialisation and loading shared by the classes below."""
 
@@ -304,7 +308,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Arguments as in :meth:`forward`. Training sequences (with labels) are cut to `config.max_sequence_length`.
 
         Raises:
-            ValueError: placeholders and images differ in number, or a prompt without labels is too long.
+            ValueError: placeholders and images differ in number.
+            PromptTooLongError: a prompt without labels is longer than `config.max_sequence_length`.
         """
         text_embeds = self._embed(input_ids)
         visual_tokens: list[Tensor] = []
@@ -325,7 +330,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             max_length=None if labels is None else longest,
         )
         if spliced.inputs_embeds.shape[1] > longest:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"a prompt has {spliced.inputs_embeds.shape[1]} tokens with its visual tokens, more than "
                 f"config.max_sequence_length {longest}; shorten it, or use a coarser granularity"
             )
@@ -386,4 +391,5 @@ __all__ = [
     "AvgLlavaForConditionalGeneration",
     "AvgLlavaModel",
     "AvgLlavaPreTrainedModel",
+    "PromptTooLongError",
 ]

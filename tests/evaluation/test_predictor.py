@@ -105,7 +105,7 @@ def test_mistakes_are_told(predictor, requests, tmp_path):
     with pytest.raises(DataError, match=r"absent\.png: image file not found"):
         predictor.predict([Request("what?", (tmp_path / "absent.png",))])
     with pytest.raises(ValueError, match="none of these requests has one"):
-        predictor.route(predictor.encode(requests[5:6]))
+        predictor.choose(predictor.encode(requests[5:6]))
 
 
 @pytest.mark.gpu

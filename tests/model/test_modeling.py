@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
+from avg_llava.evaluation.baseline import as_llava_next
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from tests.model.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model
 
@@ -21,16 +21,7 @@ def model():
 @pytest.fixture(scope="module")
 def llava_next(model):
     """Transformers' own model with the same weights, all but the router's."""
-    fields = model.config.to_dict()
-    names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index", "vision_feature_layer")
-    config = LlavaNextConfig(**{name: fields[name] for name in names})
-    config.text_config.vocab_size += 1  # transformers embeds its placeholder, so it needs a row
-    reference = LlavaNextForConditionalGeneration(config).eval()
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.cat([weights[name], torch.zeros(1, weights[name].shape[1])])
-    reference.load_state_dict(weights)
-    return reference
+    return as_llava_next(model)
 
 
 def test_rounding_matters_for_some_sizes(model):

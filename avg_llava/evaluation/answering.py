@@ -1,0 +1,229 @@
+"""Answers a benchmark's questions, in several processes, and remembers them.
+
+A question is answered under one or more keys: "auto" (the router chose), "random", or a level in visual tokens per crop.
+Batches are made once, of all questions, so that a killed run that goes on makes the same answers.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from avg_llava.data.records import DataError
+from avg_llava.evaluation.benchmarks import Protocol
+from avg_llava.evaluation.predictor import Choice, Encoded, Prediction, Predictor, Request
+from avg_llava.evaluation.results import Failure, Granularity
+from avg_llava.evaluation.tasks import BenchmarkQuestions
+from avg_llava.evaluation.workers import map_batches, open_store, read_answers
+from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.loading import load
+from avg_llava.model.modeling import PromptTooLongError
+
+AUTO, RANDOM, ALL = "auto", "random", "all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who answers what, and how.
+
+    Attributes:
+        benchmark: One of `BENCHMARKS`.
+        model: The checkpoint.
+        protocol: Whose prompts and metrics.
+        granularity: A level in visual tokens per crop, "auto" (the router), "random", or "all": the router, and every
+            level besides.
+        token_cost: The router's price in nats per doubling of visual tokens.
+        data: Folder with copies of the data sets; None takes the hub's.
+        limit: Only so many questions from the start; None takes all.
+        batch_size: Questions at a time; 1, as in the paper, times each by itself.
+        dtype: Data type of the weights.
+    """
+
+    benchmark: str
+    model: Path
+    protocol: Protocol
+    granularity: Granularity
+    token_cost: float
+    data: Path | None
+    limit: int | None
+    batch_size: int
+    dtype: torch.dtype
+
+
+# ---- in a worker --------------------------------------------------------------------------------------------------
+
+_worker: "tuple[Setting, BenchmarkQuestions, Predictor] | None" = None
+
+
+def _start_worker(setting: Setting, device: str) -> None:
+    global _worker
+    questions = BenchmarkQuestions(setting.benchmark, setting.protocol, setting.data)
+    _worker = (setting, questions, load_predictor(setting, device))
+
+
+def load_predictor(setting: Setting, device: str) -> Predictor:
+    """The setting's model."""
+    model, processor = load(setting.model, dtype=setting.dtype, device=device)
+    return Predictor(model, processor)
+
+
+def _answer_batch(indices: Sequence[int]) -> list[dict[str, Any] | Failure]:
+    """A line of the store for each question, or why there is none."""
+    assert _worker is not None, "the worker was not started"
+    setting, questions, predictor = _worker
+    requests: dict[int, Request] = {}
+    lines: list[dict[str, Any] | Failure] = []
+    for index in indices:
+        try:
+            requests[index] = questions.request(index)
+        except DataError as error:
+            lines.append(Failure(str(index), str(error)))
+    # One with images and one without differ in what there is to choose: apart from each other.
+    for group in (
+        [index for index in requests if requests[index].images],
+        [index for index in requests if not requests[index].images],
+    ):
+        lines += _answer_group(group, requests, setting, questions, predictor)
+    return lines
+
+
+def _answer_group(
+    indices: list[int],
+    requests: Mapping[int, Request],
+    setting: Setting,
+    questions: BenchmarkQuestions,
+    predictor: Predictor,
+) -> Iterator[dict[str, Any] | Failure]:
+    if not indices:
+        return
+    try:
+        encoded = predictor.encode([requests[index] for index in indices])
+        answers, log_probs = _answer_keys(encoded, indices, setting, questions, predictor)
+    except PromptTooLongError as error:
+        if len(indices) == 1:
+            yield Failure(str(indices[0]), f"{questions.label(indices[0])}: {error}")
+            return
+        for index in indices:
+            yield from _answer_group([index], requests, setting, questions, predictor)
+        return
+    sizes = encoded.features.image_sizes if encoded.features else []
+    tokens = [num_visual_tokens(size, predictor.granularities[-1], predictor.model.config) for size in sizes]
+    finest = [sum(own) for own in _by_request(tokens, encoded)]
+    for row, index in enumerate(indices):
+        yield {
+            "id": str(index),
+            "answers": {key: _told(predictions[row], len(indices)) for key, predictions in answers.items()},
+            "router_log_probs": log_probs[row] if log_probs else None,
+            "finest_visual_tokens": finest[row],
+        }
+
+
+def _answer_keys(
+    encoded: Encoded,
+    indices: list[int],
+    setting: Setting,
+    questions: BenchmarkQuestions,
+    predictor: Predictor,
+) -> tuple[dict[str, list[Prediction]], list[Any] | None]:
+    """Key -> predictions, and each question's router log-probabilities, image by image."""
+
+    def answer(granularity: int | Sequence[int] | Choice | None) -> list[Prediction]:
+        predictions = predictor.answer(encoded, granularity, questions.max_new_tokens)
+        return [_cut(prediction, questions.stops) for prediction in predictions]
+
+    if encoded.features is None:
+        return {AUTO: answer(None)}, None
+    if isinstance(setting.granularity, int):
+        return {str(setting.granularity): answer(setting.granularity)}, None
+    if setting.granularity == RANDOM:
+        levels = [
+            random.Random(f"{index}/{image}").choice(predictor.granularities)
+            for index, count in zip(indices, encoded.images_of_request, strict=True)
+            for image in range(count)
+        ]
+        return {RANDOM: answer(levels)}, None
+    choice = predictor.choose(encoded, setting.token_cost)
+    answers = {AUTO: answer(choice)}
+    if setting.granularity == ALL:
+        answers |= {str(level): answer(level) for level in predictor.granularities}
+    return answers, _by_request(choice.log_probs.tolist(), encoded)
+
+
+def _by_request(rows: list[Any], encoded: Encoded) -> list[Any]:
+    remaining = iter(rows)
+    return [[next(remaining) for _ in range(count)] for count in encoded.images_of_request]
+
+
+def _cut(prediction: Prediction, stops: Sequence[str]) -> Prediction:
+    """The prediction up to the first text at which the task ends an answer."""
+    text = prediction.text
+    for stop in stops:
+        text = text.split(stop)[0]
+    return Prediction(**(vars(prediction) | {"text": text.strip()}))
+
+
+def _told(prediction: Prediction, num_questions: int) -> dict[str, Any]:
+    """A prediction as the store keeps it; of a batch's time, the question's share."""
+    return {
+        "prediction": prediction.text,
+        "granularity": list(prediction.granularity),
+        "num_visual_tokens": prediction.num_visual_tokens,
+        "milliseconds": {name: value / num_questions for name, value in asdict(prediction.timings).items()},
+    }
+
+
+# ---- all questions ------------------------------------------------------------------------------------------------
+
+
+def collect_answers(
+    setting: Setting, questions: BenchmarkQuestions, folder: Path, identity: Mapping[str, Any], num_workers: int
+) -> tuple[dict[int, dict[str, Any]], list[Failure]]:
+    """Answers whatever is not answered yet.
+
+    Args:
+        setting: Who answers what.
+        questions: The setting's questions.
+        folder: Where answers are kept.
+        identity: What the answers depend on.
+        num_workers: Processes that answer.
+
+    Returns:
+        The store's lines by question number, in order; and the questions that failed.
+    """
+    open_store(folder, identity)
+    store = folder / "answers.jsonl"
+    numbers = range(min(len(questions), setting.limit or len(questions)))
+    batches = [numbers[start : start + setting.batch_size] for start in range(0, len(numbers), setting.batch_size)]
+    known = set(read_answers(store))
+    todo = [list(batch) for batch in batches if any(str(index) not in known for index in batch)]
+    failures: list[Failure] = []
+    start: Callable[[str], None] = partial(_start_worker, setting)
+    with (
+        store.open("a", encoding="utf-8") as file,
+        tqdm(
+            total=len(numbers),
+            initial=len(numbers) - sum(map(len, todo)),
+            desc=setting.benchmark,
+            unit="question",
+            dynamic_ncols=True,
+        ) as progress,
+    ):
+        for lines in map_batches(start, _answer_batch, todo, min(num_workers, max(1, len(todo)))) if todo else ():
+            for line in lines:
+                if isinstance(line, Failure):
+                    failures.append(line)
+                elif line["id"] not in known:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(lines))
+    found = {int(key): line for key, line in read_answers(store).items() if int(key) in numbers}
+    return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
+
+
+__all__ = ["ALL", "AUTO", "RANDOM", "Setting", "collect_answers", "load_predictor"]
