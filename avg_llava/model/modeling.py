@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
+from avg_llava.model.packing import LanguageHead, PackedInputs
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.model.splice import (
@@ -86,7 +87,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     def __init__(self, config: AvgLlavaConfig):
         super().__init__(config)
         self.model = AvgLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -336,15 +337,11 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             )
         return spliced
 
-    def language_logits(self, spliced: SplicedInputs) -> Tensor:
-        """(B, L', vocabulary) logits of spliced inputs."""
-        outputs = self.model.language_model(
-            inputs_embeds=spliced.inputs_embeds,
-            attention_mask=spliced.attention_mask,
-            position_ids=spliced.position_ids,
-            use_cache=False,
-        )
-        return self.lm_head(outputs.last_hidden_state)
+    def token_log_probs(self, packed: PackedInputs) -> Tensor:
+        """(K,) float32 log-probabilities of the supervised tokens of packed sequences, in their order."""
+        outputs = self.model.language_model(**packed.language_inputs(), use_cache=False)
+        supervised = packed.is_supervised
+        return self.lm_head(outputs.last_hidden_state[0, supervised], packed.targets[supervised])
 
     def _visual_tokens(self, features: ImageFeatures, newline: Tensor, levels: list[int]) -> list[Tensor]:
         """The tokens of each image at its level: overview, then the unpadded map of tiles with newlines."""

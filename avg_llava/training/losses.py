@@ -1,7 +1,7 @@
-"""The training losses: next-token, answer log-probability, ranking and cross-entropy of the router.
+"""The training losses: answer log-probability, ranking and cross-entropy of the router.
 
-Pure functions of tensors: no model, no device logic, no I/O. Shapes: B samples, L positions, V vocabulary,
-G granularity levels in level order (coarse to fine).
+Pure functions of tensors: no model, no device logic, no I/O. Shapes: B samples, L positions, G granularity levels in
+level order (coarse to fine).
 """
 
 from typing import Literal, get_args
@@ -16,45 +16,25 @@ RankingVariant = Literal["paper", "released"]
 Reduction = Literal["mean", "sum"]
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over every supervised token of a micro-batch.
+def answer_log_prob(log_probs: Tensor, num_tokens: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Log-probability that the model gives to an answer, from that of its tokens together.
 
     Args:
-        logits: (B, L, V).
-        labels: (B, L), `IGNORE_INDEX` where a token is not supervised; position i is predicted from i - 1.
+        log_probs: (...) sums over the answer's tokens.
+        num_tokens: (...) how many these are.
+        reduction: `mean` over the tokens (the released code's feedback), or their `sum` (the paper's equation as
+            written).
 
     Returns:
-        A float32 scalar. A micro-batch without any supervised token gives 0, still connected to `logits`, so that
-        every rank of a sharded model runs the same backward pass.
-    """
-    token_losses, _ = _supervised_token_losses(logits, labels)
-    return token_losses.sum() / max(token_losses.numel(), 1)
-
-
-def answer_log_prob(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Log-probability that the model gives to the supervised tokens of each sample.
-
-    Args:
-        logits: (B, L, V).
-        labels: (B, L), `IGNORE_INDEX` where a token is not supervised; position i is predicted from i - 1.
-        reduction: `mean` over the sample's supervised tokens (the released code's feedback), or their `sum` (the
-            paper's equation as written).
-
-    Returns:
-        (B,) float32. A sample without supervised tokens has 0: see `supervised_samples` to leave it out.
+        (...); 0 where there are no tokens.
     """
     _check_choice("reduction", reduction, Reduction)
-    token_losses, rows = _supervised_token_losses(logits, labels)
-    totals = token_losses.new_zeros(labels.shape[0]).index_add(0, rows, -token_losses)
-    if reduction == "sum":
-        return totals
-    counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-    return totals / counts.clamp(min=1)
+    return log_probs if reduction == "sum" else log_probs / num_tokens.clamp(min=1)
 
 
-def supervised_samples(labels: Tensor) -> Tensor:
-    """(B,) bool: which samples of `labels` (B, L) have at least one token that a loss can see after the shift."""
-    return (labels[:, 1:] != IGNORE_INDEX).any(dim=1)
+def num_supervised(labels: Tensor) -> Tensor:
+    """(B,) tokens of `labels` (B, L) that a loss can see: the first of a sequence is predicted from nothing."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
 
 
 def ranking_loss(router_logits: Tensor, log_probs: Tensor, variant: RankingVariant = "paper") -> Tensor:
@@ -128,23 +108,6 @@ def settle_ties(log_probs: Tensor, tolerance: float) -> Tensor:
         raise ValueError(f"the tie tolerance is a number of nats of at least 0, got {tolerance}")
     best = log_probs.amax(dim=-1, keepdim=True)
     return torch.where(log_probs >= best - tolerance, best, log_probs)
-
-
-def _supervised_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every supervised token, and the sample that each belongs to: (K,) and (K,).
-
-    Only the supervised positions are widened to float32: the answers are a small part of a sequence of thousands of
-    visual tokens, and a float32 copy of all logits would be the largest tensor of a training step.
-    """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"logits (B, L, V) and labels (B, L) must share B and L, got {tuple(logits.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    targets = labels[:, 1:]
-    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
-    selected = _at_least_float32(logits[rows, columns])  # (K, V)
-    return F.cross_entropy(selected, targets[rows, columns], reduction="none"), rows
 
 
 def _best_first(router_logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

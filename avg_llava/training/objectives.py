@@ -1,7 +1,10 @@
 """Model and loss in one module, one class per objective, so that a sharded engine sees a single forward.
 
 Under ZeRO every rank must run the same modules in the same order at every step. Hence a micro-batch without images
-encodes one blank crop, whose tokens count with weight 0, and levels are run one after another in a fixed order.
+encodes one blank crop, whose tokens count with weight 0, and all levels go through the language model together.
+
+Every supervised token of an optimizer step weighs the same, as does, for the router, every image; what the maximal
+length cuts off counts as well, so that the weights are known before the first forward pass.
 
 Shapes: B samples, L positions, N images of the batch (sample after sample), P crops, G levels coarse to fine.
 """
@@ -15,13 +18,12 @@ from torch import Tensor, nn
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
-from avg_llava.model.splice import SplicedInputs
 from avg_llava.training.config import ObjectiveSettings
+from avg_llava.training.levels import Texts, answers_at, answers_by_level, total_log_prob, use_packed_attention
 from avg_llava.training.losses import (
-    IGNORE_INDEX,
     answer_log_prob,
     best_level,
-    next_token_loss,
+    num_supervised,
     ranking_loss,
     router_cross_entropy,
     settle_ties,
@@ -44,12 +46,13 @@ class ObjectiveOutput(TypedDict):
 
 
 class Objective(nn.Module, ABC):
-    """Common part: encodes a micro-batch once, and runs the language model at a level."""
+    """Common part: encodes a micro-batch once."""
 
     def __init__(self, model: AvgLlavaForConditionalGeneration, settings: ObjectiveSettings):
         super().__init__()
         self.model = model
         self.settings = settings
+        use_packed_attention(model)
 
     @property
     def config(self) -> AvgLlavaConfig:
@@ -77,53 +80,33 @@ class Objective(nn.Module, ABC):
             features = self.model.encode_blank_image()
         else:
             features = self.model.encode_images(pixel_values, image_sizes)
-        return self.loss(features, input_ids, attention_mask, labels)
+        return self.loss(features, Texts(input_ids, attention_mask, labels))
 
     @abstractmethod
-    def loss(
-        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ObjectiveOutput:
-        """The objective, of a micro-batch whose images are encoded; arguments as in `forward`."""
-
-    def run_level(
-        self, features: ImageFeatures, granularity: int, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> tuple[Tensor, SplicedInputs, Tensor]:
-        """Logits (B, L', V), spliced inputs and their labels (B, L') with every image at one level."""
-        levels = [granularity] * len(features.num_crops)
-        spliced = self.model.splice(features, input_ids, attention_mask, labels, levels, padding_side="right")
-        assert spliced.labels is not None
-        return self.model.language_logits(spliced), spliced, spliced.labels
+    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
+        """The objective, of a micro-batch whose images are encoded."""
 
 
 class InstructionObjective(Objective):
     """Stages 1 and 2: next-token loss on supervised tokens, images at the finest level."""
 
-    def loss(
-        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ObjectiveOutput:
-        finest = self.config.granularities[-1]
-        logits, _, spliced_labels = self.run_level(features, finest, input_ids, attention_mask, labels)
-        return {
-            "loss": next_token_loss(logits, spliced_labels),
-            "metrics": {},
-            "num_items": _num_supervised(spliced_labels),
-        }
+    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
+        answers = answers_at(self.model, features, texts, self.config.granularities[-1])
+        num_items = int(num_supervised(texts.labels).sum())
+        return {"loss": -answers.log_probs.sum() / max(num_items, 1), "metrics": {}, "num_items": num_items}
 
 
 class MultiGranularityObjective(Objective):
     """Stage 3: the mean, over the levels, of stage 2's loss, all from one encoding of the images (paper equation 3)."""
 
-    def loss(
-        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ObjectiveOutput:
+    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
         """The metrics are the loss of each level."""
-        losses = {}
-        for granularity in self.config.granularities:
-            logits, _, spliced_labels = self.run_level(features, granularity, input_ids, attention_mask, labels)
-            losses[granularity] = next_token_loss(logits, spliced_labels)
-        metrics = {f"loss_{granularity}": loss.detach() for granularity, loss in losses.items()}
-        loss = torch.stack(list(losses.values())).mean()
-        return {"loss": loss, "metrics": metrics, "num_items": _num_supervised(labels)}
+        levels = self.config.granularities
+        total, answers = total_log_prob(self.model, features, texts)
+        num_items = int(num_supervised(texts.labels).sum())
+        losses = -answers.log_probs.sum(dim=0) / answers.num_tokens.sum(dim=0).clamp(min=1)  # (G,)
+        metrics = {f"loss_{level}": loss for level, loss in zip(levels, losses.unbind(), strict=True)}
+        return {"loss": -total / (len(levels) * max(num_items, 1)), "metrics": metrics, "num_items": num_items}
 
 
 class RouterObjective(Objective):
@@ -141,14 +124,12 @@ class RouterObjective(Objective):
         self.model.model.router.train(mode)
         return self
 
-    def loss(
-        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> ObjectiveOutput:
+    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
         with torch.no_grad():
-            log_probs, comparable = self.feedback(features, input_ids, attention_mask, labels)
-        router_logits = self.model.route(features, input_ids, attention_mask, labels)  # (N, G), or (1, G) if blank
+            log_probs, comparable = self.feedback(features, texts)
+        router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
         # A blank crop's logits are selected by no index: they stay in the graph without a say in the loss.
-        owners = self._owners(input_ids, attention_mask)  # (N,)
+        owners = self._owners(texts)  # (N,)
         items = torch.nonzero(comparable[owners])[:, 0]
         item_logits, item_log_probs = router_logits[items], log_probs[owners[items]]
         ranking = ranking_loss(item_logits, item_log_probs, self.settings.ranking)
@@ -159,26 +140,21 @@ class RouterObjective(Objective):
             metrics |= self._routing_metrics(item_logits.detach().float(), item_log_probs)
         return {"loss": loss, "metrics": metrics, "num_items": len(items)}
 
-    def feedback(
-        self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def feedback(self, features: ImageFeatures, texts: Texts) -> tuple[Tensor, Tensor]:
         """What the language model makes of each level.
 
         Returns:
             Log-probabilities of the answers (B, G), and (B,) bool, True where they can be compared across levels.
         """
-        log_probs, counts = [], []
-        for granularity in self.config.granularities:
-            logits, _, spliced_labels = self.run_level(features, granularity, input_ids, attention_mask, labels)
-            log_probs.append(answer_log_prob(logits, spliced_labels, self.settings.feedback))
-            counts.append((spliced_labels[:, 1:] != IGNORE_INDEX).sum(dim=1))
-        num_supervised = torch.stack(counts, dim=1)  # (B, G)
-        comparable = (num_supervised > 0).all(dim=1) & (num_supervised == num_supervised[:, :1]).all(dim=1)
-        return settle_ties(torch.stack(log_probs, dim=1), self.settings.tie_tolerance), comparable
+        answers = answers_by_level(self.model, features, texts)
+        num_tokens = answers.num_tokens
+        comparable = (num_tokens > 0).all(dim=1) & (num_tokens == num_tokens[:, :1]).all(dim=1)
+        log_probs = answer_log_prob(answers.log_probs, num_tokens, self.settings.feedback)
+        return settle_ties(log_probs, self.settings.tie_tolerance), comparable
 
-    def _owners(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _owners(self, texts: Texts) -> Tensor:
         """(N,) sample that each image belongs to."""
-        is_image = (input_ids == self.config.image_token_id) & attention_mask.bool()
+        is_image = (texts.input_ids == self.config.image_token_id) & texts.attention_mask.bool()
         return torch.nonzero(is_image)[:, 0]
 
     def _routing_metrics(self, logits: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
@@ -199,7 +175,3 @@ OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
     "multi_granularity": MultiGranularityObjective,
     "router": RouterObjective,
 }
-
-
-def _num_supervised(labels: Tensor) -> int:
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())

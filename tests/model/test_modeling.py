@@ -5,6 +5,7 @@ import torch
 
 from avg_llava.evaluation.baseline import as_llava_next
 from avg_llava.model.anyres import kept_window, num_visual_tokens
+from avg_llava.model.packing import pack
 from tests.model.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model
 
 # (height, width). In the second list a ratio falls just short of a whole number, so that the original code's truncation
@@ -134,12 +135,13 @@ def test_blank_encoding_counts_nothing_and_touches_every_part(model):
     inputs = _batch(model, SAMPLES[1:2])
     model.zero_grad()
     features = model.encode_blank_image()
-    spliced = model.splice(features, inputs["input_ids"], inputs["attention_mask"])
-    logits = model.language_logits(spliced)
+    labels = inputs["input_ids"]
+    packed = pack([model.splice(features, labels, inputs["attention_mask"], labels)])
+    log_probs = model.token_log_probs(packed)
     with torch.no_grad():
-        torch.testing.assert_close(logits, model(**inputs).logits)
+        torch.testing.assert_close(-log_probs.mean(), model(**inputs, labels=labels).loss)
     router_logits = model.route(features, inputs["input_ids"], inputs["attention_mask"])
-    (logits.sum() + 0 * router_logits.sum()).backward()
+    (log_probs.sum() + 0 * router_logits.sum()).backward()
     for name in (
         "vision_tower.embeddings.patch_embedding.weight",
         "image_newline",

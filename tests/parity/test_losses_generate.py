@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from avg_llava.training.losses import answer_log_prob, ranking_loss, router_cross_entropy
+from avg_llava.training.plain import sums_over_logits
 from tests.parity.golden import golden
 
 E, E_JSON = golden("E_stage3")
@@ -52,7 +53,7 @@ def _feedback(model, inputs):
     with torch.no_grad():
         for level in LEVELS:
             output = model(**inputs, granularity=level)
-            columns.append(answer_log_prob(output.logits, output.labels, "mean"))
+            columns.append(answer_log_prob(*sums_over_logits(output.logits, output.labels), "mean"))
     return torch.stack(columns, 1)
 
 
