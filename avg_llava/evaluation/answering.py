@@ -1,6 +1,6 @@
 """Answers a benchmark's questions, in several processes, and remembers them.
 
-A question is answered under one or more keys: "auto" (the router chose), "random", or a level in visual tokens per crop.
+A question is answered under one or more keys: "auto" (the router chose), "random", or a level in visual tokens a crop.
 Batches are made once, of all questions, so that a killed run that goes on makes the same answers.
 """
 

@@ -1,0 +1,55 @@
+"""What all commands share: how one is declared, and how it answers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+FINE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def add_command(
+    commands: Any, name: str, run: Any, example: str, arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
+) -> None:
+    """A command with its help, an example and `--debug`; the function's docstring is its description."""
+    description = run.__doc__.strip()
+    parser = commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flags, options in arguments:
+        parser.add_argument(*flags, **options)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+JSON = (("--json",), {"action": "store_true", "help": "print JSON for a program to read"})
+
+
+def tell(arguments: argparse.Namespace, facts: Any, text: str) -> None:
+    """Prints a command's result: JSON where it was asked for, else text."""
+    print(json.dumps(facts, indent=2) if arguments.json else text)
+
+
+def hide_bars_from_files() -> None:
+    """Progress bars of loading are for people: where errors go to a file or a program, one line stays one line."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def pick_device(name: str) -> str:
+    """The device that a user's choice means."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here; use --device cpu")
+    return name
