@@ -37,7 +37,7 @@ step() {
     echo "quickstart: $name took $((SECONDS - began)) s"
 }
 
-step data "$data/manifest.json" "pyproject.toml" avg-llava mini data --output "$data"
+step data "$data/manifest.json" "avg_llava/mini/*.py" avg-llava mini data --output "$data"
 start=$data/manifest.json # what a stage starts from: its data, and the stage before it
 for stage in 1 2 3 4; do
     config=configs/mini/stage$stage.yaml

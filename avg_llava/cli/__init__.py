@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
 from avg_llava.cli.parsing import FAILED, INTERRUPTED
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_training(commands)
     add_inference(commands)
+    add_evaluation(commands)
     add_mini(commands)
     return parser
 

@@ -151,7 +151,9 @@ class BenchmarkQuestions:
         return str(self.task.doc_to_text(self.docs[index]))
 
     def reference(self, index: int) -> Any:
-        """The right answer, as the task states it."""
+        """The right answer, as the task states it; where it judges by all annotators' answers, these."""
+        if self.task.config.doc_to_target == "answer" and "answer" not in self.docs.column_names:
+            return self.docs[index]["answers"]
         return self.task.doc_to_target(self.docs[index])
 
     def request(self, index: int) -> Request:

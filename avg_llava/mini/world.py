@@ -30,6 +30,10 @@ NOT_ASKED = ("ground_side", "place")
 something lies is learnt far later than all the rest, at every level alike, so it says nothing about granularity."""
 
 
+FORMATTED_TURNS = 4
+DRAWING_MODULES = ("glyphs", "questions", "scenes", "world")
+
+
 class WorldError(ValueError):
     """The output folder cannot hold the world that was asked for."""
 
@@ -46,9 +50,9 @@ class WorldSize:
     router_questions: int = 2
     caption_statements: int = 24
     short_answer_share: float = 0.3
-    """Share of conversations whose first turn asks for a short answer, in the words of instruction data."""
+    """Share of conversations whose first turns ask for a short answer, in the words of instruction data."""
     multiple_choice_share: float = 0.15
-    """Share of conversations that end with three questions of multiple choice."""
+    """Share of conversations that begin with questions of multiple choice."""
 
 
 def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
@@ -103,11 +107,12 @@ def _instructed(questions: list[Question], size: WorldSize, rng: random.Random) 
     turns = _worded(questions, rng)
     form = rng.random()
     if form < size.short_answer_share:
-        turns[0] = (turns[0][0] + rng.choice(SHORT_ANSWER), turns[0][1])
+        wanted = rng.choice(SHORT_ANSWER)
+        turns[:FORMATTED_TURNS] = [(asked + wanted, answered) for asked, answered in turns[:FORMATTED_TURNS]]
     elif form < size.short_answer_share + size.multiple_choice_share:
-        for index in range(max(0, len(turns) - 3), len(turns)):
-            if questions[index].question_type != "code":
-                turns[index] = multiple_choice(questions[index], turns[index][0], rng)
+        for index, question in enumerate(questions[:FORMATTED_TURNS]):
+            if question.question_type != "code":
+                turns[index] = multiple_choice(question, turns[index][0], rng)
     return turns
 
 
@@ -151,10 +156,16 @@ def _draw_split(
         yield name, relative, scene, rng
 
 
+def _code_hash() -> str:
+    """SHA-256 of the modules that decide what is drawn and asked."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in DRAWING_MODULES)).hexdigest()
+
+
 def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None) -> dict[str, Any]:
     """Draws the world below `output`: stage1.json, instruct.json, router.json, eval.json and images/.
 
-    A finished world of the same seed and size is left as it is; an unfinished one is drawn again to the same bytes.
+    A finished world of the same seed, size and code is left as it is; any other of this seed and size is drawn again.
 
     Returns:
         The manifest: seed, size, number of records and the SHA-256 of all image bytes and of each JSON file.
@@ -163,16 +174,19 @@ def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None
         WorldError: `output` holds a world of another seed or size.
     """
     output, size = Path(output), size or WorldSize()
-    wanted = {"seed": seed, "size": asdict(size)}
+    wanted = {"seed": seed, "size": asdict(size), "code": _code_hash()}
     manifest_path = output / MANIFEST
     if manifest_path.exists():
         found: dict[str, Any] = json.loads(manifest_path.read_text())
         if {key: found.get(key) for key in wanted} == wanted:
             return found
-        raise WorldError(
-            f"{output} already holds a mini world drawn with {found.get('seed')=} and {found.get('size')=}: "
-            "choose another --output, or delete it."
-        )
+        if (found.get("seed"), found.get("size")) == (seed, wanted["size"]):
+            manifest_path.unlink()  # drawn by other code: drawn again
+        else:
+            raise WorldError(
+                f"{output} already holds a mini world drawn with {found.get('seed')=} and {found.get('size')=}: "
+                "choose another --output, or delete it."
+            )
     output.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     records: dict[str, list[dict[str, Any]]] = {"stage1": [], "instruct": [], "router": [], "eval": []}

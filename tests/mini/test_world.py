@@ -192,3 +192,13 @@ def test_a_scene_depends_on_seed_split_and_number_only():
     other, _ = scene_of(0, "eval", 8)
     assert np.array_equal(first.pixels(), again.pixels())
     assert first.pixels().shape != other.pixels().shape or not np.array_equal(first.pixels(), other.pixels())
+
+
+def test_world_of_other_code_is_drawn_again(tmp_path, monkeypatch):
+    first = write_world(tmp_path, size=WorldSize(4, 4, 4, 4))
+    (tmp_path / "eval.json").write_text("[]")
+    assert write_world(tmp_path, size=WorldSize(4, 4, 4, 4)) == first
+    assert (tmp_path / "eval.json").read_text() == "[]"  # the same code: left alone
+    monkeypatch.setattr("avg_llava.mini.world._code_hash", lambda: "another")
+    assert write_world(tmp_path, size=WorldSize(4, 4, 4, 4)) == {**first, "code": "another"}
+    assert json.loads((tmp_path / "eval.json").read_text()) != []
