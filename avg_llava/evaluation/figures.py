@@ -1,29 +1,33 @@
-"""The figures of a report, as PNG bytes. Rows are those of `report.json`."""
+"""The figures of the mini world's report, and what all figures share. Rows are those of `report.json`."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
 Row = Mapping[str, Any]
+FileType = Literal["png", "svg"]
 
-_BLUE, _ORANGE, _GREY, _GREEN, _PURPLE = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#805ad5"
+BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#805ad5"
 
 
-def _png(figure: Figure) -> bytes:
+def encode(figure: Figure, file_type: FileType) -> bytes:
+    """The figure as the content of a file; the same figure gives the same bytes."""
     FigureCanvasAgg(figure)  # no display, no global state of pyplot
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with rc_context({"svg.hashsalt": "avg-llava"}):
+        figure.savefig(buffer, format=file_type, dpi=130, metadata={"Date": None} if file_type == "svg" else None)
     return buffer.getvalue()
 
 
-def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, and the panels; unused places of the last line stay empty."""
     columns = min(columns, count)
     lines = math.ceil(count / columns)
@@ -34,9 +38,24 @@ def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure
     return figure, panels[:count]
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """A light grid, and no frame on the sides that carry no numbers."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def stack_levels(axes: Axes, bars: Sequence[Mapping[str, float]], levels: Sequence[str]) -> None:
+    """A horizontal bar for each mapping level -> share, its levels from light (coarse) to dark (fine)."""
+    left = np.zeros(len(bars))
+    for level, step in zip(levels, np.linspace(0, 1, len(levels)), strict=True):
+        share = np.array([shares.get(level, 0.0) for shares in bars])
+        color = (0.86 - 0.7 * step, 0.91 - 0.5 * step, 0.97 - 0.3 * step)
+        axes.barh(range(len(bars)), share, left=left, color=color, label=level, height=0.74)
+        left += share
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
 def _value(row: Row, group: str, name: str | None) -> tuple[float, float]:
@@ -57,14 +76,14 @@ def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str
 
     fixed = [row for row in rows if row["name"].startswith("fixed-")]
     routers = [row for row in rows if row["token_cost"] is not None]
-    axes.plot(*points(fixed), "o-", color=_GREY, markersize=5, label="fixed level")
-    axes.plot(*points(routers), ".-", color=_BLUE, markersize=6, linewidth=1.2, label="router, rising token cost")
+    axes.plot(*points(fixed), "o-", color=GREY, markersize=5, label="fixed level")
+    axes.plot(*points(routers), ".-", color=BLUE, markersize=6, linewidth=1.2, label="router, rising token cost")
     marks = {
-        "router": ("^", _BLUE, "router, token cost 0"),
-        "random": ("X", _ORANGE, "random"),
-        "random@router-tokens": ("P", _ORANGE, "random at the router's tokens"),
-        "llava-next": ("s", _PURPLE, "LLaVA-NeXT (stage 2)"),
-        "oracle": ("*", _GREEN, "oracle"),
+        "router": ("^", BLUE, "router, token cost 0"),
+        "random": ("X", ORANGE, "random"),
+        "random@router-tokens": ("P", ORANGE, "random at the router's tokens"),
+        "llava-next": ("s", PURPLE, "LLaVA-NeXT (stage 2)"),
+        "oracle": ("*", GREEN, "oracle"),
     }
     for row in rows:
         if row["name"] in marks:
@@ -72,7 +91,7 @@ def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str
             axes.plot(*points([row]), marker, color=color, markersize=9, linestyle="none", label=label, alpha=0.9)
         if row["token_cost"] == report["token_cost"]:
             label = f"router, token cost {row['token_cost']:g} (judged)"
-            axes.plot(*points([row]), "o", color=_BLUE, markersize=12, fillstyle="none", markeredgewidth=2, label=label)
+            axes.plot(*points([row]), "o", color=BLUE, markersize=12, fillstyle="none", markeredgewidth=2, label=label)
     ticks = sorted({round(tokens) for tokens in points(fixed)[0]})
     axes.set_xscale("log", base=2)
     axes.margins(x=0.08)
@@ -80,13 +99,13 @@ def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(-0.03, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _tidy(axes)
+    tidy(axes)
 
 
-def draw_accuracy(report: Mapping[str, Any]) -> bytes:
+def draw_accuracy(report: Mapping[str, Any]) -> Figure:
     """Accuracy against visual tokens, over all questions and for each kind of family."""
     kinds = list(report["rows"][0]["kinds"])
-    figure, panels = _grid(1 + len(kinds), 2, 5.4, 3.7)
+    figure, panels = grid(1 + len(kinds), 2, 5.4, 3.7)
     _trade_off(panels[0], report)
     panels[0].set_title("all questions")
     for axes, kind in zip(panels[1:], kinds, strict=True):
@@ -96,66 +115,57 @@ def draw_accuracy(report: Mapping[str, Any]) -> bytes:
     figure.supylabel("accuracy")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
 
 
-def draw_families(report: Mapping[str, Any]) -> bytes:
+def draw_families(report: Mapping[str, Any]) -> Figure:
     """Accuracy against visual tokens, a small panel per question family."""
-    figure, panels = _grid(len(report["families"]), 4, 2.9, 2.5)
+    figure, panels = grid(len(report["families"]), 4, 2.9, 2.5)
     for axes, (family, kind) in zip(panels, report["families"].items(), strict=True):
         _trade_off(axes, report, "families", family)
         axes.set_title(f"{family} ({kind})", fontsize=10)
         axes.tick_params(labelsize=8)
     figure.supxlabel("visual tokens per question")
     figure.supylabel("accuracy")
-    return _png(figure)
+    return figure
 
 
-def draw_routing(report: Mapping[str, Any]) -> bytes:
+def draw_routing(report: Mapping[str, Any]) -> Figure:
     """Share of each level per question family, at token cost 0 and at the one that is judged."""
     shown = [row for row in report["rows"] if row["token_cost"] in (0, report["token_cost"])]
     shown += [row for row in report["rows"] if row["name"] == "oracle"]
     families = list(report["families"])
     levels = [str(level) for level in report["granularities"]]
-    shades = [(0.86 - 0.7 * step, 0.91 - 0.5 * step, 0.97 - 0.3 * step) for step in np.linspace(0, 1, len(levels))]
     figure = Figure(figsize=(4.0 * len(shown) + 1.2, 0.34 * len(families) + 1.6), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     for axes, row in zip(panels, shown, strict=True):
-        left = np.zeros(len(families))
-        for level, shade in zip(levels, shades, strict=True):
-            share = np.array([row["family_levels"][family][level] for family in families])
-            axes.barh(range(len(families)), share, left=left, color=shade, label=level, height=0.74)
-            left += share
+        stack_levels(axes, [row["family_levels"][family] for family in families], levels)
         axes.set_title(row["name"], fontsize=11)
-        axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(families)), [f"{family} ({report['families'][family]})" for family in families])
     panels[0].invert_yaxis()  # scene families at the top
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, title="visual tokens per crop", loc="outside lower center", ncols=len(labels), frameon=False
     )
-    return _png(figure)
+    return figure
 
 
-def draw_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+def draw_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training loss against the optimiser's step, a panel per stage: each logged value, and a running mean."""
-    figure, panels = _grid(len(histories), 2, 5.4, 2.6)
+    figure, panels = grid(len(histories), 2, 5.4, 2.6)
     for axes, (stage, history) in zip(panels, histories.items(), strict=True):
         logged = [(line["step"], line["loss"]) for line in history if "loss" in line and "step" in line]
         axes.set_title(stage)
-        _tidy(axes)
+        tidy(axes)
         if not logged:
             continue
         steps, losses = (np.array(column, dtype=float) for column in zip(*logged, strict=True))
-        axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
         window = max(1, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         middle = (window - 1) // 2  # the mean stands in the middle of its window, so that it does not lag
-        axes.plot(steps[middle : middle + len(smooth)], smooth, color=_BLUE, linewidth=1.6)
+        axes.plot(steps[middle : middle + len(smooth)], smooth, color=BLUE, linewidth=1.6)
         axes.set_ylim(bottom=0)
     figure.supxlabel("step")
     figure.supylabel("loss")
-    return _png(figure)
+    return figure

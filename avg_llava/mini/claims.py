@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from avg_llava.evaluation.report import Claim, Row
+
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
@@ -75,45 +77,6 @@ class Outcomes:
                 raise ClaimsError(f"{name} has shape {getattr(self, name).shape}, but {shape[:1]} are needed")
         if list(self.granularities) != sorted(set(self.granularities)):
             raise ClaimsError(f"levels must go from coarse to fine, not {self.granularities}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. Accuracies are shares between 0 and 1.
-
-    Attributes:
-        name: `llava-next`, `fixed-<tokens per crop>`, `random`, `random@router-tokens`, `router`, `router@<token_cost>`
-            or `oracle`.
-        accuracy: Over all questions.
-        mean_visual_tokens: Visual tokens per question.
-        token_cost: The router's price in nats per doubling of visual tokens; None where no router chose.
-        families: Accuracy per question family.
-        family_tokens: Visual tokens per question of each family.
-        kinds: Accuracy per kind, over all questions of that kind.
-        kind_tokens: Visual tokens per question of each kind.
-        levels: Share of the questions at each level, coarse to fine.
-        family_levels: The same per question family.
-    """
-
-    name: str
-    accuracy: float
-    mean_visual_tokens: float
-    token_cost: float | None
-    families: dict[str, float]
-    family_tokens: dict[str, float]
-    kinds: dict[str, float]
-    kind_tokens: dict[str, float]
-    levels: dict[str, float]
-    family_levels: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of the paper, with what was measured and what was asked for."""
-
-    text: str
-    measured: str
-    held: bool
 
 
 def family_kinds(questions: Sequence[Question]) -> dict[str, str]:

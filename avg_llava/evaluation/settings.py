@@ -1,0 +1,124 @@
+"""Results by setting: one model, one way of choosing levels, one protocol. A row of a table never mixes two."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from avg_llava.evaluation.benchmarks import BENCHMARKS
+from avg_llava.evaluation.results import Benchmark, Protocol, Result, ResultError
+
+PROTOCOLS: tuple[Protocol, ...] = ("current", "paper")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result and the file it came from."""
+
+    path: Path
+    result: Result
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row is about.
+
+    Attributes:
+        model: Short name of the model, unique among the models of a report.
+        granularity: `auto`, `random`, `all` or tokens per crop.
+        token_cost: The router's price in nats per doubling of visual tokens.
+        protocol: Whose prompts and metrics.
+        granularities: The model's levels.
+        ablation: What was left out in training.
+    """
+
+    model: str
+    granularity: str | int
+    token_cost: float
+    protocol: Protocol
+    granularities: tuple[int, ...]
+    ablation: str | None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router chose."""
+        return self.granularity in ("auto", "all")
+
+    @property
+    def chooser(self) -> str:
+        """Who chose the levels, in words."""
+        if isinstance(self.granularity, int):
+            return f"fixed, {self.granularity}"
+        if not self.is_routed:
+            return "random"
+        every = " (all levels)" if self.granularity == "all" else ""  # every level was answered, for the oracle
+        return f"router{f', cost {self.token_cost:g}' if self.token_cost else ''}{every}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label cells of its rows."""
+        return self.model, self.chooser, self.protocol
+
+
+Settings = Mapping[Setting, Mapping[Benchmark, Measured]]
+
+
+def group(measured: Sequence[Measured]) -> Settings:
+    """The results by setting and benchmark.
+
+    Models are in the order of the files. Of each: today's protocol before the paper's; fixed levels from coarse to
+    fine, chance, the router at rising prices. Benchmarks are in the order of `BENCHMARKS`.
+
+    Raises:
+        ResultError: If two files hold the same benchmark in the same setting.
+    """
+    names = _model_names([entry.result for entry in measured])
+    settings: dict[Setting, dict[Benchmark, Measured]] = {}
+    for entry in measured:
+        result = entry.result
+        setting = Setting(
+            names[_identity(result)],
+            result.granularity,
+            result.token_cost,
+            result.protocol,
+            result.model.granularities,
+            result.model.ablation,
+        )
+        others = settings.setdefault(setting, {})
+        if result.benchmark in others:
+            raise ResultError(
+                f"{entry.path} and {others[result.benchmark].path} both hold {result.benchmark} of "
+                f"{', '.join(setting.labels)}; name one of them"
+            )
+        others[result.benchmark] = entry
+    models = list(dict.fromkeys(setting.model for setting in settings))
+
+    def place(setting: Setting) -> tuple[object, ...]:
+        level = setting.granularity if isinstance(setting.granularity, int) else math.inf
+        chooser = ("random", "auto", "all").index(setting.granularity) if isinstance(setting.granularity, str) else -1
+        return models.index(setting.model), PROTOCOLS.index(setting.protocol), level, chooser, setting.token_cost
+
+    return {
+        setting: {benchmark: settings[setting][benchmark] for benchmark in BENCHMARKS if benchmark in settings[setting]}
+        for setting in sorted(settings, key=place)
+    }
+
+
+def _identity(result: Result) -> tuple[str, str]:
+    return result.model.fingerprint, result.model.dtype
+
+
+def _model_names(results: Iterable[Result]) -> dict[tuple[str, str], str]:
+    """A short name for each model and data type: the end of its path, and more where two would be called the same."""
+    models = {_identity(result): result.model for result in results}
+    candidates: list[Callable[[tuple[str, str]], str]] = [
+        lambda identity: "/".join(Path(models[identity].path).parts[-2:]),
+        lambda identity: models[identity].path,
+        lambda identity: f"{models[identity].path} {models[identity].dtype}",
+        lambda identity: f"{models[identity].path} {models[identity].dtype} {identity[0][:8]}",
+    ]
+    for candidate in candidates:
+        names = {identity: candidate(identity) for identity in models}
+        if len(set(names.values())) == len(models):
+            break
+    return names
