@@ -11,7 +11,15 @@ from avg_llava import cli
 from avg_llava.data.records import DataError
 from tests.tiny import make_checkpoint
 
-COMMANDS = [["train"], ["generate"], ["convert"], ["mini", "data"], ["mini", "pretrain"], ["mini", "claims"]]
+COMMANDS = [
+    ["train"],
+    ["generate"],
+    ["convert"],
+    ["report"],
+    ["mini", "data"],
+    ["mini", "pretrain"],
+    ["mini", "claims"],
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
 from avg_llava.cli.parsing import FAILED, INTERRUPTED
+from avg_llava.cli.report import add_report
 from avg_llava.cli.training import add_training
 
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training(commands)
     add_inference(commands)
     add_evaluation(commands)
+    add_report(commands)
     add_mini(commands)
     return parser
 

@@ -12,13 +12,13 @@ from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, grid, stack_levels, tidy
 from avg_llava.evaluation.published import in_table_units
 from avg_llava.evaluation.results import Benchmark, Metric, Result
-from avg_llava.evaluation.settings import Setting, Settings
+from avg_llava.evaluation.series import Series, SeriesResults
 from avg_llava.evaluation.statistics import bootstrap_interval
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _PANEL = (3.1, 2.6)
 
-Panels = Mapping[tuple[Benchmark, str], Mapping[Setting, Result]]
+Panels = Mapping[tuple[Benchmark, str], Mapping[Series, Result]]
 
 
 @dataclass(frozen=True)
@@ -29,41 +29,41 @@ class _Point:
     high: float
 
 
-def draw_charts(settings: Settings) -> dict[str, Figure]:
+def draw_charts(grouped: SeriesResults) -> dict[str, Figure]:
     """Name -> figure, of all for which there are results."""
     drawn = {
-        "routing": draw_routing(settings),
-        "time": draw_scores(settings, "seconds per question (median)", _seconds),
-        "tokens": draw_scores(settings, "visual tokens per question (mean)", _tokens),
-        "token_cost": draw_curve(settings),
+        "routing": draw_routing(grouped),
+        "time": draw_scores(grouped, "seconds per question (median)", _seconds),
+        "tokens": draw_scores(grouped, "visual tokens per question (mean)", _tokens),
+        "token_cost": draw_curve(grouped),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def draw_routing(settings: Settings) -> Figure | None:
-    """Share of images at each level, a bar per benchmark, a panel per setting in which the router chose (figure 5)."""
+def draw_routing(grouped: SeriesResults) -> Figure | None:
+    """Share of images at each level, a bar per benchmark, a panel per series in which the router chose (figure 5)."""
     shown = {
-        setting: {name: entry.result.routing.levels for name, entry in results.items() if entry.result.routing.levels}
-        for setting, results in settings.items()
-        if setting.is_routed
+        series: {name: entry.result.routing.levels for name, entry in results.items() if entry.result.routing.levels}
+        for series, results in grouped.items()
+        if series.is_routed
     }
-    shown = {setting: bars for setting, bars in shown.items() if bars}
+    shown = {series: bars for series, bars in shown.items() if bars}
     if not shown:
         return None
     num_bars = max(map(len, shown.values()))
     height = 0.3 * num_bars + 1.6
     figure, panels = grid(len(shown), 2, 5.2, height)
-    for axes, (setting, bars) in zip(panels, shown.items(), strict=True):
-        stack_levels(axes, list(bars.values()), list(map(str, setting.granularities)))
+    for axes, (series, bars) in zip(panels, shown.items(), strict=True):
+        stack_levels(axes, list(bars.values()), list(map(str, series.granularities)))
         axes.set_yticks(range(len(bars)), [BENCHMARKS[name].title for name in bars])
         axes.set_ylim(num_bars - 0.5, -0.5)  # bars are as thick in every panel; the first is at the top
         axes.set_xlabel("share of images", fontsize=9)
-        axes.set_title(", ".join(setting.labels), fontsize=9)
+        axes.set_title(", ".join(series.labels), fontsize=9)
         axes.legend(
             title="visual tokens per crop",
             loc="upper center",
             bbox_to_anchor=(0.5, -0.6 / (height - 1.2)),
-            ncols=len(setting.granularities),
+            ncols=len(series.granularities),
             frameon=False,
             fontsize=8,
             title_fontsize=8,
@@ -80,27 +80,27 @@ def _tokens(result: Result) -> float:
     return result.efficiency.mean_visual_tokens
 
 
-def draw_scores(settings: Settings, label: str, read: Callable[[Result], float | None]) -> Figure | None:
+def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], float | None]) -> Figure | None:
     """Headline score with its interval against a cost, a panel per benchmark and protocol.
 
     Args:
-        settings: The results.
+        grouped: The results.
         label: Of the cost's axis.
         read: The cost of a result; None where it was not measured.
     """
     panels = {
-        key: {setting: result for setting, result in results.items() if read(result) is not None}
-        for key, results in _by_benchmark(settings).items()
+        key: {series: result for series, result in results.items() if read(result) is not None}
+        for key, results in _by_benchmark(grouped).items()
     }
     panels = {key: results for key, results in panels.items() if len(results) > 1}  # one point shows no trade-off
     if not panels:
         return None
-    colors = _model_colors(settings)
+    colors = _model_colors(grouped)
     figure, places = grid(len(panels), 4, *_PANEL)
     legend: dict[str, Any] = {}
     for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
-        for model in dict.fromkeys(setting.model for setting in results):
-            mine = {setting: result for setting, result in results.items() if setting.model == model}
+        for model in dict.fromkeys(series.model for series in results):
+            mine = {series: result for series, result in results.items() if series.model == model}
             for name, handle in _draw_model(axes, model, mine, colors[model], read).items():
                 legend.setdefault(name, handle)
         _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
@@ -123,13 +123,13 @@ def draw_scores(settings: Settings, label: str, read: Callable[[Result], float |
 
 
 def _draw_model(
-    axes: Axes, model: str, results: Mapping[Setting, Result], color: str | None, read: Callable[[Result], float | None]
+    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, read: Callable[[Result], float | None]
 ) -> dict[str, Any]:
     """One model's points: fixed levels and the router's prices joined by lines, chance as a mark. Label -> handle."""
-    groups: dict[str, dict[Setting, Result]] = {}
-    for setting, result in results.items():
-        name = "fixed level" if isinstance(setting.granularity, int) else "router" if setting.is_routed else "random"
-        groups.setdefault(name, {})[setting] = result
+    groups: dict[str, dict[Series, Result]] = {}
+    for series, result in results.items():
+        name = "fixed level" if isinstance(series.granularity, int) else "router" if series.is_routed else "random"
+        groups.setdefault(name, {})[series] = result
     handles = {}
     for name, members in groups.items():
         points = sorted((_point(result, read) for result in members.values()), key=lambda point: point.x)
@@ -160,23 +160,23 @@ def _point(result: Result, read: Callable[[Result], float | None]) -> _Point:
     return _Point(x, *(in_table_units(value, metric.kind, metric.maximum) for value in (metric.value, low, high)))
 
 
-def draw_curve(settings: Settings) -> Figure | None:
+def draw_curve(grouped: SeriesResults) -> Figure | None:
     """Headline score against the share of tokens as the router's price rises, a panel per benchmark and protocol."""
     panels = {
-        key: {setting: result for setting, result in results.items() if result.routing.curve}
-        for key, results in _by_benchmark(settings).items()
+        key: {series: result for series, result in results.items() if result.routing.curve}
+        for key, results in _by_benchmark(grouped).items()
     }
     panels = {key: results for key, results in panels.items() if results}
     if not panels:
         return None
-    colors = _model_colors(settings)
+    colors = _model_colors(grouped)
     figure, places = grid(len(panels), 4, *_PANEL)
     for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
-        for setting, result in results.items():
+        for series, result in results.items():
             metric, curve = result.headline, sorted(result.routing.curve or (), key=lambda point: point.token_cost)
             shares = [point.token_share for point in curve]
             values = [in_table_units(point.value, metric.kind, metric.maximum) for point in curve]
-            axes.plot(shares, values, "o-", color=colors[setting.model] or BLUE, markersize=4, label=setting.model)
+            axes.plot(shares, values, "o-", color=colors[series.model] or BLUE, markersize=4, label=series.model)
             for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # the prices: first, middle, last
                 axes.annotate(
                     f"{curve[index].token_cost:g}",
@@ -195,18 +195,18 @@ def draw_curve(settings: Settings) -> Figure | None:
     return figure
 
 
-def _by_benchmark(settings: Settings) -> Panels:
-    panels: dict[tuple[Benchmark, str], dict[Setting, Result]] = {}
-    for setting, results in settings.items():
+def _by_benchmark(grouped: SeriesResults) -> Panels:
+    panels: dict[tuple[Benchmark, str], dict[Series, Result]] = {}
+    for series, results in grouped.items():
         for benchmark, entry in results.items():
-            panels.setdefault((benchmark, setting.protocol), {})[setting] = entry.result
+            panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
     names = list(BENCHMARKS)
     return dict(sorted(panels.items(), key=lambda item: (item[0][1], names.index(item[0][0]))))
 
 
-def _model_colors(settings: Settings) -> dict[str, str | None]:
+def _model_colors(grouped: SeriesResults) -> dict[str, str | None]:
     """A colour per model; none where there is one model, so that colours can tell its choosers apart."""
-    models = dict.fromkeys(setting.model for setting in settings)
+    models = dict.fromkeys(series.model for series in grouped)
     if len(models) == 1:
         return dict.fromkeys(models)
     return {model: _COLORS[index % len(_COLORS)] for index, model in enumerate(models)}

@@ -14,7 +14,7 @@ from avg_llava.evaluation.figures import FileType, encode
 from avg_llava.evaluation.published import load_published, score_columns
 from avg_llava.evaluation.rendering import Table, page, picture, to_html, to_latex, to_markdown
 from avg_llava.evaluation.results import ResultError, parse_result, read_json
-from avg_llava.evaluation.settings import Measured, Settings, group
+from avg_llava.evaluation.series import Measured, SeriesResults, group
 
 TITLE = "AVG-LLaVA: measured and published"
 FILE_TYPES: tuple[FileType, ...] = ("png", "svg")
@@ -76,13 +76,13 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
         ResultError: If a file is none of these, two hold the same, or nothing can be compared with `against`.
     """
     inputs = read_inputs(paths)
-    settings = group(inputs.measured)
-    made = make_tables(settings)
+    grouped = group(inputs.measured)
+    made = make_tables(grouped)
     if against:
         others = read_inputs(against)
         if others.mini_reports:
             raise ResultError(f"{next(iter(others.mini_reports))} holds no scores of single questions to compare with")
-        made.insert(0, tables.comparison_table(settings, group(others.measured)))
+        made.insert(0, tables.comparison_table(grouped, group(others.measured)))
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "index.html"]
 
@@ -96,7 +96,7 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
         save(f"{table.name}.tex", to_latex(table).encode())
     sections = {table.title: to_html(table) for table in made if table.name not in ("routing", "results")}
     later = {table.name: table for table in made if table.name in ("routing", "results")}
-    for name, figure in draw_charts(settings).items():
+    for name, figure in draw_charts(grouped).items():
         drawn = {file_type: save(f"{name}.{file_type}", encode(figure, file_type)) for file_type in FILE_TYPES}
         below = to_html(later.pop(name)) if name in later else ""
         sections[CHARTS[name]] = picture(f"{name}.svg", drawn["svg"], CHARTS[name]) + below
@@ -144,16 +144,16 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     return Inputs(measured, mini_reports)
 
 
-def make_tables(settings: Settings) -> list[Table]:
+def make_tables(grouped: SeriesResults) -> list[Table]:
     """All tables for which there are results."""
     made = [
-        tables.score_table("1", settings),
-        tables.score_table("2", settings),
-        tables.efficiency_table(settings),
-        tables.ablation_table(settings),
-        tables.oracle_table(settings),
-        tables.routing_table(settings),
-        tables.results_table(settings) if settings else None,
+        tables.score_table("1", grouped),
+        tables.score_table("2", grouped),
+        tables.efficiency_table(grouped),
+        tables.ablation_table(grouped),
+        tables.oracle_table(grouped),
+        tables.routing_table(grouped),
+        tables.results_table(grouped) if grouped else None,
     ]
     return [table for table in made if table is not None]
 

@@ -92,7 +92,7 @@ def to_markdown(table: Table) -> str:
     lines = [
         f"**{table.title}**",
         "",
-        line([*table.labels, *table.columns]),
+        line([name.replace("|", "\\|") for name in (*table.labels, *table.columns)]),
         line(["---"] * len(table.labels) + ["--:"] * len(table.columns)),
     ]
     for row in table.rows:

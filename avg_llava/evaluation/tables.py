@@ -1,6 +1,6 @@
 """The paper's tables from result files, published rows beside measured ones.
 
-A measured row is one setting (see `avg_llava.evaluation.settings`).
+A measured row is one series (see `avg_llava.evaluation.series`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import Column, PublishedRow, in_table_units, load_published, score_columns
 from avg_llava.evaluation.rendering import Cell, Row, Table
 from avg_llava.evaluation.results import Benchmark, Metric, Result, ResultError
-from avg_llava.evaluation.settings import Measured, Setting, Settings
+from avg_llava.evaluation.series import Measured, Series, SeriesResults
 from avg_llava.evaluation.statistics import NUM_RESAMPLES, UnitError, bootstrap_interval, paired_test
 
 PARTIAL = "†"
@@ -62,12 +62,12 @@ def _notes(rows: Sequence[Row], *notes: str) -> tuple[str, ...]:
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def score_table(number: str, settings: Settings) -> Table | None:
+def score_table(number: str, grouped: SeriesResults) -> Table | None:
     """Table 1 or 2: a row per model, a column per benchmark; None where nothing of it was measured."""
     published = load_published().tables[number]
     measured = [
-        Row(setting.labels, tuple(_score(results, column) for column in published.columns))
-        for setting, results in settings.items()
+        Row(series.labels, tuple(_score(results, column) for column in published.columns))
+        for series, results in grouped.items()
     ]
     measured = [row for row in measured if any(row.cells)]
     if not measured:
@@ -111,7 +111,7 @@ def _quantities(result: Result) -> dict[str, float | None]:
     }
 
 
-def efficiency_table(settings: Settings) -> Table | None:
+def efficiency_table(grouped: SeriesResults) -> Table | None:
     """Table 3: tokens and speed where the router chose; None where it did nowhere."""
     published = load_published().tables["3"]
 
@@ -121,9 +121,9 @@ def efficiency_table(settings: Settings) -> Table | None:
         return tuple(None if value is None else Cell(QUANTITIES[key][1].format(value)) for value in values)
 
     measured = [
-        Row((*setting.labels, QUANTITIES[key][0]), cells(results, key))
-        for setting, results in settings.items()
-        if setting.is_routed
+        Row((*series.labels, QUANTITIES[key][0]), cells(results, key))
+        for series, results in grouped.items()
+        if series.is_routed
         for key in QUANTITIES
     ]
     measured = [row for row in measured if any(row.cells)]
@@ -142,40 +142,40 @@ def efficiency_table(settings: Settings) -> Table | None:
         rows=(*rows, *measured),
         notes=(
             *published.notes,
-            "Speed-ups are over transformers' LLaVA-NeXT and over the same model at its finest level: ratios of medians "
-            "of alternating runs on the same questions and machine. Visual tokens are means, first token and seconds are "
-            "medians over questions; the router's share is of the time.",
+            "Speed-ups are over transformers' LLaVA-NeXT and over the same model at its finest level: ratios of "
+            "medians of alternating runs on the same questions and machine. Visual tokens are means over questions, "
+            "first token and seconds are medians; the router's share is of the time.",
         ),
     )
 
 
-def ablation_letter(setting: Setting) -> str | None:
-    """The row of table 4 that a setting belongs to: `full`, a letter, or None where it is none of them."""
+def ablation_letter(series: Series) -> str | None:
+    """The row of table 4 that a series belongs to: `full`, a letter, or None where it is none of them."""
     changes = []
-    if isinstance(setting.granularity, int):
+    if isinstance(series.granularity, int):
         changes.append("a")
-    elif setting.granularity == "random":
+    elif series.granularity == "random":
         changes.append("b")
-    if len(setting.granularities) == 3:  # of the paper's five
+    if len(series.granularities) == 3:  # of the paper's five
         changes.append("d")
-    if setting.ablation:
-        changes.append(setting.ablation)
-    if setting.token_cost or len(changes) > 1 or len(setting.granularities) not in (3, 5):
+    if series.ablation:
+        changes.append(series.ablation)
+    if series.token_cost or len(changes) > 1 or len(series.granularities) not in (3, 5):
         return None
     return changes[0] if changes else "full"
 
 
-def ablation_table(settings: Settings) -> Table | None:
+def ablation_table(grouped: SeriesResults) -> Table | None:
     """Table 4; None where no ablation was measured."""
     published = load_published().tables["4"]
     rows, measured = [], []
     for row in published.rows:
         letter = "" if row.key == "full" else f"({row.key})"
         rows.append(Row((letter, row.name, "AVG-LLaVA", "", "published"), _published_cells(row), published=True))
-        for setting, results in settings.items():
-            if ablation_letter(setting) == row.key:
+        for series, results in grouped.items():
+            if ablation_letter(series) == row.key:
                 cells = tuple(_score(results, column) for column in published.columns)
-                measured.append(Row((letter, row.name, *setting.labels), cells))
+                measured.append(Row((letter, row.name, *series.labels), cells))
     measured = [row for row in measured if any(row.cells)]
     if all(row.labels[0] == "" for row in measured):
         return None
@@ -189,10 +189,10 @@ def ablation_table(settings: Settings) -> Table | None:
     )
 
 
-def oracle_table(settings: Settings) -> Table | None:
+def oracle_table(grouped: SeriesResults) -> Table | None:
     """The router against the best level of each question in hindsight; None where it was not measured."""
     rows = []
-    for setting, results in settings.items():
+    for series, results in grouped.items():
         for benchmark, entry in results.items():
             metric, oracle = entry.result.headline, entry.result.routing.oracle
             if oracle is None:
@@ -205,7 +205,7 @@ def oracle_table(settings: Settings) -> Table | None:
                 Cell(f"{entry.result.efficiency.mean_visual_tokens:.0f}"),
                 Cell(f"{oracle.mean_visual_tokens:.0f}"),
             )
-            rows.append(Row((BENCHMARKS[benchmark].title, *setting.labels), cells))
+            rows.append(Row((BENCHMARKS[benchmark].title, *series.labels), cells))
     if not rows:
         return None
     return Table(
@@ -218,14 +218,14 @@ def oracle_table(settings: Settings) -> Table | None:
     )
 
 
-def routing_table(settings: Settings) -> Table | None:
+def routing_table(grouped: SeriesResults) -> Table | None:
     """What the paper says about its figure 5, beside the measured shares; None where no router of five levels ran."""
     rows = []
     for statement in load_published().routing:
-        for setting, results in settings.items():
-            if not setting.is_routed or len(setting.granularities) != 5:
+        for series, results in grouped.items():
+            if not series.is_routed or len(series.granularities) != 5:
                 continue
-            levels = [str(setting.granularities[index]) for index in statement.levels]
+            levels = [str(series.granularities[index]) for index in statement.levels]
             shares = []
             for benchmark in statement.benchmarks:
                 measured = results[benchmark].result.routing.levels if benchmark in results else {}
@@ -234,17 +234,17 @@ def routing_table(settings: Settings) -> Table | None:
                     shares.append(f"{BENCHMARKS[benchmark].title} {share:.0%}")
             if shares:
                 text = f"at {' or '.join(levels)} tokens: {', '.join(shares)}"
-                rows.append(Row((statement.statement, *setting.labels, text), ()))
+                rows.append(Row((statement.statement, *series.labels, text), ()))
     if not rows:
         return None
     labels = ("the paper", *LABELS, "measured share of images")
     return Table("routing", "Where images are sent (figure 5 of the paper)", labels, (), tuple(rows))
 
 
-def results_table(settings: Settings) -> Table:
+def results_table(grouped: SeriesResults) -> Table:
     """Every result: what was asked, of what, and on which machine."""
     rows = []
-    for setting, results in settings.items():
+    for series, results in grouped.items():
         for benchmark, entry in results.items():
             result = entry.result
             whole = BENCHMARKS[benchmark].num_questions
@@ -252,7 +252,7 @@ def results_table(settings: Settings) -> Table:
             machine = [str(result.machine[key]) for key in ("processor", "GPU") if result.machine.get(key)]
             labels = (
                 BENCHMARKS[benchmark].title,
-                *setting.labels,
+                *series.labels,
                 f"{result.dataset.num_questions:,}{f' of {whole:,}' if partial else ''}"
                 f"{'' if result.complete else ', unfinished'}",
                 f"{result.num_failed:,}",
@@ -267,27 +267,27 @@ def results_table(settings: Settings) -> Table:
     return Table("results", "Results", ("benchmark", *LABELS, *heads), (), tuple(rows))
 
 
-def comparison_table(settings: Settings, against: Settings) -> Table:
-    """Paired tests of every setting against another run, for each benchmark and protocol that both have.
+def comparison_table(grouped: SeriesResults, against: SeriesResults) -> Table:
+    """Paired tests of every series against another run, for each benchmark and protocol that both have.
 
     Raises:
         ResultError: If they have none in common, the other run is ambiguous, or questions do not fit together.
     """
-    others: dict[tuple[Benchmark, str], tuple[Setting, Measured]] = {}
-    for setting, results in against.items():
+    others: dict[tuple[Benchmark, str], tuple[Series, Measured]] = {}
+    for series, results in against.items():
         for benchmark, entry in results.items():
-            known = others.setdefault((benchmark, setting.protocol), (setting, entry))
+            known = others.setdefault((benchmark, series.protocol), (series, entry))
             if known[1] is not entry:
                 raise ResultError(
-                    f"--against names {benchmark} ({setting.protocol}) twice: {known[1].path} and {entry.path}; "
+                    f"--against names {benchmark} ({series.protocol}) twice: {known[1].path} and {entry.path}; "
                     "name one of them"
                 )
     rows = []
-    for setting, results in settings.items():
+    for series, results in grouped.items():
         for benchmark, entry in results.items():
-            if (benchmark, setting.protocol) in others:
-                other_setting, other = others[benchmark, setting.protocol]
-                rows += _tests(entry, other, (*setting.labels[:2], *other_setting.labels[:2], setting.protocol))
+            if (benchmark, series.protocol) in others:
+                other_series, other = others[benchmark, series.protocol]
+                rows += _tests(entry, other, (*series.labels[:2], *other_series.labels[:2], series.protocol))
     if not rows:
         raise ResultError(
             "nothing can be compared: no benchmark and protocol is both among the results and in --against "

@@ -1,4 +1,4 @@
-"""Results by setting: one model, one way of choosing levels, one protocol. A row of a table never mixes two."""
+"""Results by series: one model, one way of choosing levels, one protocol. A row of a table never mixes two."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one row is about.
+class Series:
+    """What a row of a table, or a line of a chart, is about.
 
     Attributes:
         model: Short name of the model, unique among the models of a report.
@@ -60,23 +60,23 @@ class Setting:
         return self.model, self.chooser, self.protocol
 
 
-Settings = Mapping[Setting, Mapping[Benchmark, Measured]]
+SeriesResults = Mapping[Series, Mapping[Benchmark, Measured]]
 
 
-def group(measured: Sequence[Measured]) -> Settings:
-    """The results by setting and benchmark.
+def group(measured: Sequence[Measured]) -> SeriesResults:
+    """The results by series and benchmark.
 
     Models are in the order of the files. Of each: today's protocol before the paper's; fixed levels from coarse to
     fine, chance, the router at rising prices. Benchmarks are in the order of `BENCHMARKS`.
 
     Raises:
-        ResultError: If two files hold the same benchmark in the same setting.
+        ResultError: If two files hold the same benchmark in the same series.
     """
     names = _model_names([entry.result for entry in measured])
-    settings: dict[Setting, dict[Benchmark, Measured]] = {}
+    grouped: dict[Series, dict[Benchmark, Measured]] = {}
     for entry in measured:
         result = entry.result
-        setting = Setting(
+        series = Series(
             names[_identity(result)],
             result.granularity,
             result.token_cost,
@@ -84,23 +84,23 @@ def group(measured: Sequence[Measured]) -> Settings:
             result.model.granularities,
             result.model.ablation,
         )
-        others = settings.setdefault(setting, {})
+        others = grouped.setdefault(series, {})
         if result.benchmark in others:
             raise ResultError(
                 f"{entry.path} and {others[result.benchmark].path} both hold {result.benchmark} of "
-                f"{', '.join(setting.labels)}; name one of them"
+                f"{', '.join(series.labels)}; name one of them"
             )
         others[result.benchmark] = entry
-    models = list(dict.fromkeys(setting.model for setting in settings))
+    models = list(dict.fromkeys(series.model for series in grouped))
 
-    def place(setting: Setting) -> tuple[object, ...]:
-        level = setting.granularity if isinstance(setting.granularity, int) else math.inf
-        chooser = ("random", "auto", "all").index(setting.granularity) if isinstance(setting.granularity, str) else -1
-        return models.index(setting.model), PROTOCOLS.index(setting.protocol), level, chooser, setting.token_cost
+    def place(series: Series) -> tuple[object, ...]:
+        level = series.granularity if isinstance(series.granularity, int) else math.inf
+        chooser = ("random", "auto", "all").index(series.granularity) if isinstance(series.granularity, str) else -1
+        return models.index(series.model), PROTOCOLS.index(series.protocol), level, chooser, series.token_cost
 
     return {
-        setting: {benchmark: settings[setting][benchmark] for benchmark in BENCHMARKS if benchmark in settings[setting]}
-        for setting in sorted(settings, key=place)
+        series: {benchmark: grouped[series][benchmark] for benchmark in BENCHMARKS if benchmark in grouped[series]}
+        for series in sorted(grouped, key=place)
     }
 
 
