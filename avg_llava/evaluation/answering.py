@@ -7,7 +7,7 @@ Batches are made once, of all questions, so that a killed run that goes on makes
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
-from avg_llava.evaluation.predictor import Choice, Encoded, Prediction, Predictor, Request
+from avg_llava.evaluation.predictor import Choice, Encoded, Prediction, Predictor, Request, cut_at
 from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.evaluation.tasks import BenchmarkQuestions
 from avg_llava.evaluation.workers import map_batches, open_store, read_answers
@@ -135,7 +135,7 @@ def _answer_keys(
 
     def answer(granularity: int | Sequence[int] | Choice | None) -> list[Prediction]:
         predictions = predictor.answer(encoded, granularity, questions.max_new_tokens)
-        return [_cut(prediction, questions.stops) for prediction in predictions]
+        return [replace(prediction, text=cut_at(prediction.text, questions.stops)) for prediction in predictions]
 
     if encoded.features is None:
         return {AUTO: answer(None)}, None
@@ -158,14 +158,6 @@ def _answer_keys(
 def _by_request(rows: list[Any], encoded: Encoded) -> list[Any]:
     remaining = iter(rows)
     return [[next(remaining) for _ in range(count)] for count in encoded.images_of_request]
-
-
-def _cut(prediction: Prediction, stops: Sequence[str]) -> Prediction:
-    """The prediction up to the first text at which the task ends an answer."""
-    text = prediction.text
-    for stop in stops:
-        text = text.split(stop)[0]
-    return Prediction(**(vars(prediction) | {"text": text.strip()}))
 
 
 def _told(prediction: Prediction, num_questions: int) -> dict[str, Any]:

@@ -97,6 +97,13 @@ class Choice:
     milliseconds: float
 
 
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """An answer up to the first of the texts at which it ends."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text.strip()
+
+
 class _FirstTokenClock(StoppingCriteria):
     """Reads the clock when the first new token is there, and never stops the generation."""
 

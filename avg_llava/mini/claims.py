@@ -21,6 +21,8 @@ BoolArray = NDArray[np.bool_]
 KINDS = ("scene", "object", "fine")
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5, 2.0)
 MIN_QUESTIONS = 1000
+TOKEN_BUDGET = 0.45
+"""Of the best fixed level's visual tokens; below the half that is claimed, since other questions may need more."""
 
 
 class ClaimsError(ValueError):
@@ -191,26 +193,25 @@ def _baseline_row(outcomes: Outcomes) -> Row:
 
 
 def choose_token_cost(
-    outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, tolerance: float = 0.005
+    outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, budget: float = TOKEN_BUDGET
 ) -> float:
-    """The highest price at which the router still answers as well as the best fixed level.
+    """The lowest price at which the router keeps to a budget of visual tokens; the highest, where none does.
 
     To be chosen on questions other than those that the claims are judged on.
 
     Args:
         outcomes: The answers to those questions.
         token_costs: The prices to choose from.
-        tolerance: Accuracy that may be lost against the best fixed level, or against the router's own best price
-            where no price reaches that level.
+        budget: Visual tokens as a share of the best fixed level's.
     """
-    levels = range(len(outcomes.granularities))
-    accuracy = {}
-    for cost in token_costs:
+    best = max(range(len(outcomes.granularities)), key=lambda level: (outcomes.correct[:, level].mean(), -level))
+    allowed = budget * outcomes.tokens[:, best].mean()
+
+    def tokens(cost: float) -> float:
         choice = router_choice(outcomes.router_log_probs, outcomes.granularities, cost)
-        accuracy[cost] = float(outcomes.correct[np.arange(len(choice)), choice].mean())
-    best_fixed = max(float(outcomes.correct[:, level].mean()) for level in levels)
-    wanted = min(best_fixed, max(accuracy.values())) - tolerance
-    return max(cost for cost in token_costs if accuracy[cost] >= wanted)
+        return float(outcomes.tokens[np.arange(len(choice)), choice].mean())
+
+    return min((cost for cost in token_costs if tokens(cost) <= allowed), default=max(token_costs))
 
 
 def router_name(token_cost: float) -> str:

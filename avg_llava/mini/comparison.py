@@ -53,8 +53,8 @@ def compare(
             measure.read_outcomes(measurement.answers, others, granularities, with_baseline=False)
         )
         token_cost_choice = (
-            f"the highest that costs no accuracy on {len(others)} questions of {measure.CALIBRATION}, "
-            "none of them held out"
+            f"the lowest that keeps to {claims.TOKEN_BUDGET:.0%} of the best fixed level's visual tokens on "
+            f"{len(others)} questions of {measure.CALIBRATION}, none of them held out"
         )
     outcomes = measure.read_outcomes(measurement.answers, questions, granularities)
     num_verified = measure.verify_routing(measurement, items, outcomes, token_cost)

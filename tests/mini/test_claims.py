@@ -147,13 +147,14 @@ def test_arrays_of_the_wrong_shape_are_refused():
         dataclasses.replace(OUTCOMES, granularities=(16, 8, 4))
 
 
-def test_price_is_the_highest_that_costs_nothing():
-    # Router at each price, worked by hand: 0 and 0.4 answer all (as level 16 does); from 0.6 on all take level 4: half.
-    assert claims.choose_token_cost(OUTCOMES, (0.0, 0.4, 0.6), tolerance=0) == 0.4
-    assert claims.choose_token_cost(OUTCOMES, (0.0, 0.4, 0.6), tolerance=0.5) == 0.6
-    # A router that never finds the right level: its own best price is the mark, not the best fixed level.
-    blind = dataclasses.replace(OUTCOMES, router_log_probs=np.tile([-1.0, -3.0, -3.0], (4, 1)))
-    assert claims.choose_token_cost(blind, (0.0, 0.4), tolerance=0) == 0.4
+def test_price_is_the_lowest_within_the_budget():
+    # Router at each price, worked by hand: 0 and 0.4 take 16, 4, 8, 16, which is 126 tokens of level 16's 176 (72%);
+    # from 0.6 on all take level 4: 44 tokens (25%).
+    prices = (0.0, 0.4, 0.6, 0.8)
+    assert claims.choose_token_cost(OUTCOMES, prices, budget=126 / 176) == 0
+    assert claims.choose_token_cost(OUTCOMES, prices, budget=0.71) == 0.6
+    assert claims.choose_token_cost(OUTCOMES, prices, budget=0.25) == 0.6
+    assert claims.choose_token_cost(OUTCOMES, prices, budget=0.1) == 0.8  # none keeps to it
 
 
 def test_no_row_of_llava_next_without_its_answers():

@@ -1,0 +1,158 @@
+"""AVG-LLaVA as a model of lmms-eval, found through the entry point of the package.
+
+lmms-eval --model avg_llava --model_args pretrained=DIR,granularity=auto,token_cost=0.1 --tasks mme --batch_size 8
+
+One process, or several under torchrun or accelerate, each of which answers its share.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from avg_llava.data.records import DataError
+from avg_llava.evaluation.predictor import Predictor, Request, cut_at
+from avg_llava.model.loading import load
+from avg_llava.model.modeling import PromptTooLongError
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 1024
+NUM_TOLD = 20
+
+
+def manifests() -> list[ModelManifest]:
+    """What this package adds to lmms-eval; called through the entry point."""
+    return [ModelManifest(model_id="avg_llava", simple_class_path=f"{__name__}.AvgLlava")]
+
+
+class FailedSamplesError(RuntimeError):
+    """Some questions have no answer. There is no score then: an empty answer would be taken for the model's."""
+
+
+class AvgLlava(lmms):
+    """The model, as lmms-eval asks it.
+
+    Args:
+        pretrained: Checkpoint folder or hub id.
+        granularity: "auto" (the router), or visual tokens per crop.
+        token_cost: The router's price in nats per doubling of visual tokens.
+        dtype: Data type of the weights.
+        batch_size: Questions at a time.
+        device: Where to run; None takes the process's GPU, or the CPU.
+        max_batch_size: lmms-eval gives it; batches are not searched for.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        granularity: str | int = "auto",
+        token_cost: float = 0.0,
+        dtype: str = "float32",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
+        self.device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
+        self.batch_size = int(batch_size)
+        self.token_cost = float(token_cost)
+        model, processor = load(pretrained, dtype=dtype, device=self.device)
+        self.predictor = Predictor(model, processor)
+        self.granularity = None if granularity == "auto" else int(granularity)
+        if self.granularity is not None and self.granularity not in self.predictor.granularities:
+            raise ValueError(
+                f"granularity {granularity} is neither auto nor one of this model's levels "
+                f"{self.predictor.granularities}"
+            )
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers greedily, in the order of the requests.
+
+        Raises:
+            FailedSamplesError: images could not be read or prompts do not fit; all others were answered first.
+        """
+        answers: dict[int, str] = {}
+        failures: list[str] = []
+        progress = tqdm(total=len(requests), desc="answering", unit="question", disable=self.rank != 0)
+        for batch in self._batches(requests):
+            readable: dict[int, Request] = {}
+            for index in batch:
+                try:
+                    readable[index] = self._request(requests[index])
+                except (OSError, DataError, Image.DecompressionBombError) as error:
+                    failures.append(f"{_name(requests[index])}: {error}")
+            options = requests[batch[0]].args[1]
+            try:
+                answers |= self._answer(readable, options)
+            except PromptTooLongError:
+                for index, request in readable.items():
+                    try:
+                        answers |= self._answer({index: request}, options)
+                    except PromptTooLongError as error:
+                        failures.append(f"{_name(requests[index])}: {error}")
+            progress.update(len(batch))
+        progress.close()
+        if failures:
+            raise FailedSamplesError(
+                f"{len(failures)} of {len(requests)} questions failed: {'; '.join(failures[:NUM_TOLD])}"
+                f"{' and others' if len(failures) > NUM_TOLD else ''}"
+            )
+        return [answers[index] for index in range(len(requests))]
+
+    def _answer(self, requests: dict[int, Request], options: dict[str, Any]) -> dict[int, str]:
+        if not requests:
+            return {}
+        longest = int(options.get("max_new_tokens", MAX_NEW_TOKENS))
+        predictions = self.predictor.predict(list(requests.values()), self.granularity, self.token_cost, longest)
+        texts = [cut_at(prediction.text, _stops(options)) for prediction in predictions]
+        return dict(zip(requests, texts, strict=True))
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Numbers of requests that are answered together: neighbours of equal options."""
+        batch: list[int] = []
+        for index, request in enumerate(requests):
+            if batch and (len(batch) == self.batch_size or request.args[1] != requests[batch[0]].args[1]):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _request(self, request: Instance) -> Request:
+        prompt, _, doc_to_visual, doc_id, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        return Request(prompt, tuple(images))
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not asked by any of the twelve benchmarks."""
+        raise NotImplementedError("avg_llava answers tasks of the kind generate_until")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not asked by any of the twelve benchmarks."""
+        raise NotImplementedError("avg_llava answers tasks of the kind generate_until")
+
+
+def _stops(options: dict[str, Any]) -> list[str]:
+    until = options.get("until") or []
+    return [until] if isinstance(until, str) else list(until)
+
+
+def _name(request: Instance) -> str:
+    _, _, _, doc_id, task, split = request.args
+    return f"{task} question {doc_id} ({split})"
+
+
+__all__ = ["AvgLlava", "FailedSamplesError", "manifests"]
