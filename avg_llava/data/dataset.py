@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -54,18 +55,53 @@ class DataSource:
     follow_links: bool = False
 
 
-class _Fitted(NamedTuple):
-    """A sample cut to the longest sequence: tokens kept, and images whose placeholders are among them."""
+class Origin(NamedTuple):
+    """Where a sample comes from: number of its source, and position of its record in the source's file."""
 
-    num_tokens: int
+    source: int
+    position: int
+
+
+class SourceFile(NamedTuple):
+    """A source's file as it was read. `sha256` is of its bytes."""
+
+    path: str
+    sha256: str
+    sampling: str
+    image_root: str
+
+
+class Malformed(NamedTuple):
+    """A record that is no sample, and why."""
+
+    origin: Origin
+    message: str
+
+
+class EncodedText(NamedTuple):
+    """Token ids and labels (L,) of a sample, cut to the longest sequence.
+
+    Attributes:
+        input_ids: One placeholder per image that is kept.
+        labels: Ids, or -100 where not supervised.
+        num_images: Images whose placeholders are kept.
+        cut: What was cut off, in words; None where everything fits.
+        masked: Why nothing is supervised; None where something is.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
     num_images: int
+    cut: str | None
+    masked: str | None
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Encoded samples of one or more files of LLaVA records, in their order.
 
     An item holds `input_ids` and `labels` (L,) with one placeholder id per image, `pixel_values`, a list with one
-    (P, 3, S, S) tensor per image, `image_sizes` (images, 2) as (height, width), `index`, `id` and `source`.
+    (P, 3, S, S) tensor per image, `image_sizes` (images, 2) as (height, width), `index`, `id`, `source`, and whether it
+    is `over_long` or `unreadable`.
 
     A sample longer than `max_length`, counted at the finest level, loses text at its end, the same at every level, so
     that levels can be compared.
@@ -79,6 +115,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         on_bad_sample: "error" or "skip".
         max_image_pixels: Larger images count as unreadable.
         seed: Seed of `random:N` sampling.
+
+    Attributes:
+        samples: The validated records.
+        origins: For each sample, where it comes from.
+        files: The files of the sources, in their order.
+        malformed: Records that are no samples.
+        troubles: How many samples had which trouble, as far as this process has seen.
 
     Raises:
         DataError: A file cannot be read, nothing is left, or, unless skipping, records are malformed.
@@ -107,20 +150,21 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.samples: list[Sample] = []
-        self.malformed: list[str] = []
+        self.origins: list[Origin] = []
+        self.files: list[SourceFile] = []
+        self.malformed: list[Malformed] = []
         self.troubles: Counter[str] = Counter()
         self._linked_roots: set[Path] = set()
-        self._contents: list[tuple[str, str]] = []  # per source: SHA-256 of the file, sampling
         with _without_garbage_collection():
             for number, source in enumerate(sources):
                 self._add(source, number)
         if self.malformed and on_bad_sample == "error":
-            listed = "\n  ".join(self.malformed[:NAMED_IN_LOG])
+            listed = "\n  ".join(record.message for record in self.malformed[:NAMED_IN_LOG])
             raise DataError(
                 f"{len(self.malformed)} malformed records; correct them or set on_bad_sample to skip:\n  {listed}"
             )
-        for message in self.malformed:
-            self._note("malformed record left out", message)
+        for record in self.malformed:
+            self._note("malformed record left out", record.message)
         if not self.samples:
             raise DataError(f"no usable record in {', '.join(str(source.path) for source in sources) or 'no sources'}")
 
@@ -130,38 +174,83 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         try:
-            pixel_values, image_sizes = self._images(sample)
+            images = self.open_images(index)
         except DataError as error:
             if self.on_bad_sample == "error":
                 raise DataError(f"{sample.name}: {error}; correct it or set on_bad_sample to skip") from error
             self._note("unreadable sample masked", f"{sample.name}: {error}")
             return self._masked_row(index)
-        encoded = encode_conversation(
-            sample.turns, self.processor.tokenizer, self.template, self.processor.image_token_id
-        )
-        num_tokens, num_images = self._fit(sample, encoded.input_ids, image_sizes)
-        labels = torch.tensor(encoded.labels[:num_tokens])
-        if bool((labels == IGNORE_INDEX).all()):
-            reason = encoded.masked_because or "its answers are empty, or beyond the longest sequence"
-            self._note("sample without supervised tokens", f"{sample.name}: {reason}")
+        text = self.encode_text(index, [(image.height, image.width) for image in images])
+        if text.cut is not None:
+            self._note("over-long sample cut", f"{sample.name}: {text.cut}")
+        if text.masked is not None:
+            self._note("sample without supervised tokens", f"{sample.name}: {text.masked}")
+        crops = [
+            self.processor.image_processor([image], return_tensors="pt") for image in images[: text.num_images]
+        ]  # of each image: pixel_values (1, P, 3, S, S) and image_sizes (1, 2)
         return {
-            "input_ids": torch.tensor(encoded.input_ids[:num_tokens]),
-            "labels": labels,
-            "pixel_values": pixel_values[:num_images],
-            "image_sizes": image_sizes[:num_images],
+            "input_ids": text.input_ids,
+            "labels": text.labels,
+            "pixel_values": [features["pixel_values"][0] for features in crops],
+            "image_sizes": torch.cat([torch.zeros(0, 2, dtype=torch.long), *(row["image_sizes"] for row in crops)]),
             "index": index,
             "id": sample.id,
             "source": sample.source,
+            "over_long": text.cut is not None,
+            "unreadable": False,
         }
+
+    def open_images(self, index: int) -> list[Image.Image]:
+        """The decoded images of a sample.
+
+        Raises:
+            DataError: An image is missing, leads out of its root, is damaged or too large; the message names the file.
+        """
+        sample, images = self.samples[index], []
+        for path in sample.images:
+            if sample.image_root not in self._linked_roots:
+                _check_inside(path, sample.image_root)
+            images.append(load_image(path, self.max_image_pixels))
+        return images
+
+    def encode_text(self, index: int, image_sizes: Sequence[tuple[int, int]]) -> EncodedText:
+        """Ids and labels of a sample whose images have these (height, width), cut to the longest sequence.
+
+        What fits is counted with every image at the finest level.
+        """
+        encoded = encode_conversation(
+            self.samples[index].turns, self.processor.tokenizer, self.template, self.processor.image_token_id
+        )
+        finest = self.config.granularities[-1]
+        length = num_images = num_tokens = 0
+        cut = None
+        for token in encoded.input_ids:
+            is_image = token == self.processor.image_token_id
+            length += num_visual_tokens(image_sizes[num_images], finest, self.config) if is_image else 1
+            if length > self.max_length:
+                cut = (
+                    f"{num_tokens} of {len(encoded.input_ids)} tokens and {num_images} of {len(image_sizes)} images "
+                    f"fit into {self.max_length}"
+                )
+                break
+            num_tokens += 1
+            num_images += is_image
+        labels = torch.tensor(encoded.labels[:num_tokens])
+        masked = None
+        if bool((labels == IGNORE_INDEX).all()):
+            masked = encoded.masked_because or "its answers are empty, or beyond the longest sequence"
+        return EncodedText(torch.tensor(encoded.input_ids[:num_tokens]), labels, num_images, cut, masked)
 
     @cached_property
     def modality_lengths(self) -> list[int]:
         """Words of each sample, negative for one without image; what `ModalityLengthSampler` groups by."""
-        lengths = []
-        for sample in self.samples:
-            words = sum(len(turn.value.split()) for turn in sample.turns)
-            lengths.append(max(words, 1) if sample.images else -max(words, 1))
-        return lengths
+        return [self.modality_length(index) for index in range(len(self))]
+
+    def modality_length(self, index: int) -> int:
+        """Words of one sample, negative for one without image."""
+        sample = self.samples[index]
+        words = max(sum(len(turn.value.split()) for turn in sample.turns), 1)
+        return words if sample.images else -words
 
     def fingerprint(self) -> str:
         """A hash of what the records are and how they are read: files' bytes, sampling, template and length.
@@ -169,8 +258,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Where the files lie does not matter, nor do the images' bytes, which would have to be read.
         """
         parts = {
-            "sources": self._contents,
-            "seed": self.seed if any("random" in sampling for _, sampling in self._contents) else None,
+            "sources": [(file.sha256, file.sampling) for file in self.files],
+            "seed": self.seed if any("random" in file.sampling for file in self.files) else None,
             "template": self.template,
             "max_length": self.max_length,
             "num_samples": len(self),
@@ -187,7 +276,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self._linked_roots.add(root)
         records, sha256 = read_records(path)
         sampling = source.sampling or "all"
-        self._contents.append((sha256, sampling))
+        self.files.append(SourceFile(str(path), sha256, sampling, str(root)))
         check = TEMPLATES[self.template].check
         for record in _sampled(records, sampling, path, f"{self.seed}/{number}"):
             try:
@@ -199,39 +288,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 except DataError as error:
                     raise DataError(f"{sample.name}: {error}") from None
             except DataError as error:
-                self.malformed.append(str(error))
+                self.malformed.append(Malformed(Origin(number, record.position), str(error)))
             else:
                 self.samples.append(sample)
-
-    def _images(self, sample: Sample) -> tuple[list[Tensor], Tensor]:
-        """Crops and sizes of a sample's images: a list of (P, 3, S, S), and (images, 2)."""
-        pixel_values, sizes = [], []
-        for path in sample.images:
-            if sample.image_root not in self._linked_roots:
-                _check_inside(path, sample.image_root)
-            image = load_image(path, self.max_image_pixels)
-            features = self.processor.image_processor([image], return_tensors="pt")
-            pixel_values.append(features["pixel_values"][0])  # (P, 3, S, S)
-            sizes.append(features["image_sizes"][0])
-        return pixel_values, torch.stack(sizes) if sizes else torch.zeros(0, 2, dtype=torch.long)
-
-    def _fit(self, sample: Sample, input_ids: list[int], image_sizes: Tensor) -> _Fitted:
-        """How much of a sample the longest sequence holds when every image is at the finest level."""
-        finest = self.config.granularities[-1]
-        sizes = image_sizes.tolist()
-        length = num_images = 0
-        for position, token in enumerate(input_ids):
-            is_image = token == self.processor.image_token_id
-            length += num_visual_tokens(sizes[num_images], finest, self.config) if is_image else 1
-            if length > self.max_length:
-                self._note(
-                    "over-long sample cut",
-                    f"{sample.name}: {position} of {len(input_ids)} tokens and {num_images} of {len(sizes)} images fit "
-                    f"into {self.max_length}",
-                )
-                return _Fitted(position, num_images)
-            num_images += is_image
-        return _Fitted(len(input_ids), num_images)
+                self.origins.append(Origin(number, record.position))
 
     def _masked_row(self, index: int) -> dict[str, Any]:
         """Stands for a sample that cannot be read: one token that no loss looks at."""
@@ -246,6 +306,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "index": index,
             "id": sample.id,
             "source": sample.source,
+            "over_long": False,
+            "unreadable": True,
         }
 
     def _note(self, trouble: str, message: str) -> None:

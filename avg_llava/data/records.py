@@ -51,10 +51,14 @@ class Sample:
 
 
 class RawRecord(NamedTuple):
-    """One entry of a file before validation; `error` instead of `value` where the line is not JSON."""
+    """One entry of a file before validation; `error` instead of `value` where the line is not JSON.
+
+    `position` is its index in a list, or its line in a `.jsonl` file, counted from 1.
+    """
 
     value: Any
     source: str
+    position: int
     error: str | None = None
 
 
@@ -90,7 +94,9 @@ def read_records(path: str | Path) -> RecordFile:
         raise DataError(f"{path} is not JSON: {error}; a file with one record per line must end in .jsonl") from error
     if not isinstance(values, list):
         raise DataError(f"{path} holds a {type(values).__name__}, but a list of records is expected")
-    return RecordFile([RawRecord(value, f"{path}, record {index}") for index, value in enumerate(values)], sha256)
+    return RecordFile(
+        [RawRecord(value, f"{path}, record {index}", index) for index, value in enumerate(values)], sha256
+    )
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[RawRecord]:
@@ -99,9 +105,9 @@ def _parse_lines(path: Path, text: str) -> Iterator[RawRecord]:
             continue
         source = f"{path}, line {number}"
         try:
-            yield RawRecord(json.loads(line), source)
+            yield RawRecord(json.loads(line), source, number)
         except (ValueError, RecursionError) as error:
-            yield RawRecord(None, source, f"not JSON: {error}")
+            yield RawRecord(None, source, number, f"not JSON: {error}")
 
 
 def parse_record(record: Any, image_root: str | Path, source: str = "record") -> Sample:

@@ -20,8 +20,8 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.weight_files import CheckpointError, list_tensors, weight_files
 
-SINGLE_FILE_NAMES = ("model.safetensors", "weights.safetensors")
 ORIGINAL_PREFIX = "llava_"  # model types of the original code: llava_llama, llava_mistral, ...
 
 # Key renamings to this package's names (pattern, replacement); first match wins, None drops the key.
@@ -60,10 +60,6 @@ KNOWN_TOWERS = {
         "projection_dim": 768,
     }
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint does not hold what its configuration asks for; the message lists all that is wrong."""
 
 
 def load(path: str | Path, **kwargs: Any) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
@@ -110,7 +106,7 @@ def load_model(
         model, info = AvgLlavaForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-        _check_loaded(info, str(path), fresh=(ROUTER_KEYS,) if model_type == "llava_next" else ())
+        check_loaded(info, str(path), fresh=(ROUTER_KEYS,) if model_type == "llava_next" else ())
     else:
         raise ValueError(
             f"{folder / 'config.json'}: model_type {model_type!r} is neither an original LLaVA-NeXT checkpoint "
@@ -134,20 +130,26 @@ def build_from_backbones(
         dtype: Data type of the weights; None keeps the language model's.
         **config_fields: Further fields of :class:`AvgLlavaConfig`, such as `granularities` or `behavior`.
     """
+    config = config_from_backbones(vision_path, language_path, **config_fields)
+    vision_folder, language_folder = resolve_folder(vision_path), resolve_folder(language_path)
+    tensors = rename_keys(read_tensors(vision_folder), VISION_KEYS)
+    tensors |= rename_keys(read_tensors(language_folder), LANGUAGE_KEYS)
+    fresh = (ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline")
+    return model_from_tensors(config, tensors, dtype, source=f"{vision_path} + {language_path}", fresh=fresh)
+
+
+def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
+    """The configuration of stage 1's start; arguments as for :func:`build_from_backbones`."""
     vision_folder, language_folder = resolve_folder(vision_path), resolve_folder(language_path)
     vision_config = AutoConfig.from_pretrained(vision_folder)
     text_config = AutoConfig.from_pretrained(language_folder)
-    config = AvgLlavaConfig(
+    return AvgLlavaConfig(
         vision_config=_vision_part(vision_config),
         text_config=text_config,
         image_token_index=text_config.vocab_size,
         tie_word_embeddings=text_config.tie_word_embeddings,
         **config_fields,
     )
-    tensors = rename_keys(read_tensors(vision_folder), VISION_KEYS)
-    tensors |= rename_keys(read_tensors(language_folder), LANGUAGE_KEYS)
-    fresh = (ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline")
-    return model_from_tensors(config, tensors, dtype, source=f"{vision_path} + {language_path}", fresh=fresh)
 
 
 def model_from_tensors(
@@ -181,8 +183,17 @@ def model_from_tensors(
         ignore_mismatched_sizes=True,
     )
     present = [prefix for prefix in fresh if not any(key.startswith(prefix) for key in tensors)]
-    _check_loaded(info, source, tuple(present))
+    check_loaded(info, source, tuple(present))
     return model.eval()
+
+
+def load_model_config(path: str | Path) -> AvgLlavaConfig:
+    """The configuration that :func:`load_model` would give the model of a folder or hub id, without its weights."""
+    folder = resolve_folder(path)
+    raw = read_config(folder)
+    if str(raw.get("model_type")).startswith(ORIGINAL_PREFIX) and raw["model_type"] != "llava_next":
+        return config_from_original(raw, folder, has_router=_has_router(list_tensors(weight_files(folder))))
+    return config_from_transformers(raw)
 
 
 def config_from_original(
@@ -254,24 +265,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files (an index, or a single file). Pickled files are not read."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [name for name in SINGLE_FILE_NAMES if (folder / name).is_file()][:1]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        wanted = ", ".join(missing) or " or ".join(("model.safetensors.index.json", *SINGLE_FILE_NAMES))
-        raise CheckpointError(
-            f"{folder}: no {wanted}. Only safetensors files are read; convert pickled .bin files first, on a machine "
-            "where you trust them"
-        )
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for file in weight_files(folder):
         try:
-            tensors |= load_file(folder / name)
+            tensors |= load_file(file)
         except SafetensorError as error:
-            raise CheckpointError(f"{folder / name} cannot be read ({error}); it may be cut short") from error
+            raise CheckpointError(f"{file} cannot be read ({error}); it may be cut short") from error
     return tensors
 
 
@@ -304,7 +303,7 @@ def _has_router(tensors: Iterable[str]) -> bool:
     return any(key.startswith(ROUTER_KEYS) for key in tensors)
 
 
-def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = ()) -> None:
+def check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = ()) -> None:
     """Turns transformers' loading report into one error."""
     problems = [f"missing    {key}" for key in sorted(info["missing_keys"]) if not key.startswith(fresh)]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]

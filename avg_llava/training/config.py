@@ -91,6 +91,9 @@ class ObjectiveSettings:
     """Log-probability of the answer: mean over its tokens, or their sum."""
     tie_tolerance: float = 0.0
     """Levels within this many nats of the best count as equally good; 0 is the paper."""
+    feedback_store: str | None = None
+    """Folder that `avg-llava feedback` wrote: read feedback from there, with no language model in memory. null: compute
+    it while training."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,10 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ConfigError(f"optim.betas must be a list of two numbers, got {list(optim.betas)}")
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one file")
+    if config.objective.feedback_store is not None and config.stage != 4:
+        raise ConfigError(
+            f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"
+        )
     if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
         raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
 

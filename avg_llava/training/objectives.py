@@ -19,7 +19,14 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.training.config import ObjectiveSettings
-from avg_llava.training.levels import Texts, answers_at, answers_by_level, total_log_prob, use_packed_attention
+from avg_llava.training.levels import (
+    Answers,
+    Texts,
+    answers_at,
+    answers_by_level,
+    total_log_prob,
+    use_packed_attention,
+)
 from avg_llava.training.losses import (
     answer_log_prob,
     best_level,
@@ -76,11 +83,13 @@ class Objective(nn.Module, ABC):
             pixel_values: (N, P, 3, S, S), or None for a micro-batch without images.
             image_sizes: (N, 2) as (height, width), or None.
         """
+        return self.loss(self.encode(pixel_values, image_sizes), Texts(input_ids, attention_mask, labels))
+
+    def encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None) -> ImageFeatures:
+        """One encoding of the images of a micro-batch; of a blank crop where it has none."""
         if pixel_values is None:
-            features = self.model.encode_blank_image()
-        else:
-            features = self.model.encode_images(pixel_values, image_sizes)
-        return self.loss(features, Texts(input_ids, attention_mask, labels))
+            return self.model.encode_blank_image()
+        return self.model.encode_images(pixel_values, image_sizes)
 
     @abstractmethod
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
@@ -124,9 +133,38 @@ class RouterObjective(Objective):
         self.model.model.router.train(mode)
         return self
 
-    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        answer_log_probs: Tensor | None = None,
+        num_answer_tokens: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """As of every objective, but from stored feedback where the batch brings it along.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            labels: (B, L).
+            pixel_values: (N, P, 3, S, S) or None.
+            image_sizes: (N, 2) or None.
+            answer_log_probs: (B, G) sums over the answers' tokens, or None.
+            num_answer_tokens: (B,) how many these are, 0 for a sample that takes no part; or None.
+        """
+        features, texts = self.encode(pixel_values, image_sizes), Texts(input_ids, attention_mask, labels)
+        if answer_log_probs is None or num_answer_tokens is None:
+            return self.loss(features, texts)
+        stored = Answers(answer_log_probs, num_answer_tokens[:, None].expand_as(answer_log_probs))
+        return self.loss(features, texts, stored)
+
+    def loss(self, features: ImageFeatures, texts: Texts, stored: Answers | None = None) -> ObjectiveOutput:
+        """The loss, from `stored` feedback or from what the language model makes of the answers now."""
         with torch.no_grad():
-            log_probs, comparable = self.feedback(features, texts)
+            answers = stored or answers_by_level(self.model, features, texts)
+            log_probs, comparable = self.feedback(answers)
         router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
         # A blank crop's logits are selected by no index: they stay in the graph without a say in the loss.
         owners = self._owners(texts)  # (N,)
@@ -140,13 +178,12 @@ class RouterObjective(Objective):
             metrics |= self._routing_metrics(item_logits.detach().float(), item_log_probs)
         return {"loss": loss, "metrics": metrics, "num_items": len(items)}
 
-    def feedback(self, features: ImageFeatures, texts: Texts) -> tuple[Tensor, Tensor]:
-        """What the language model makes of each level.
+    def feedback(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """What the router is to learn from the language model's answers under each level.
 
         Returns:
             Log-probabilities of the answers (B, G), and (B,) bool, True where they can be compared across levels.
         """
-        answers = answers_by_level(self.model, features, texts)
         num_tokens = answers.num_tokens
         comparable = (num_tokens > 0).all(dim=1) & (num_tokens == num_tokens[:, :1]).all(dim=1)
         log_probs = answer_log_prob(answers.log_probs, num_tokens, self.settings.feedback)

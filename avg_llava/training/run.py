@@ -19,10 +19,18 @@ from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
 from avg_llava.data.sampler import ModalityLengthSampler
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import build_from_backbones, load
+from avg_llava.model.loading import (
+    build_from_backbones,
+    config_from_backbones,
+    load,
+    load_model_config,
+    resolve_folder,
+)
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.routing import load_routing_model
 from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.manifest import (
     StageManifest,
     changed_keys,
@@ -107,7 +115,7 @@ def run_stage(config: TrainConfig) -> Path:
         config=config,
         arguments=training_arguments(config, deepspeed, world_size(), use_cpu),
         dataset=dataset,
-        collator=Collator(pad_token_id=processor.tokenizer.pad_token_id),
+        collator=build_collator(config, processor, dataset),
         sampler=build_sampler(config, dataset),
         processor=processor,
         manifest=manifest,
@@ -205,7 +213,11 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     settings = config.model
     if STAGES[config.stage].parent is not None:
         assert settings.start is not None, "checked by TrainConfig"
-        model, processor = load(settings.start, dtype=dtype)
+        if config.objective.feedback_store is None:
+            model, processor = load(settings.start, dtype=dtype)
+        else:
+            model = load_routing_model(settings.start, dtype=dtype)
+            processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model.config)
         if settings.max_length is not None:
             model.config.max_sequence_length = settings.max_length
     else:
@@ -216,6 +228,38 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     if config.runtime.attention is not None:
         model.set_attn_implementation({"text_config": config.runtime.attention})
     return model, processor
+
+
+def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConfig]:
+    """Tokenizer, image settings and configuration of the model that the stage starts from, without its weights."""
+    settings = config.model
+    if settings.start is None:
+        assert settings.vision is not None, "checked by TrainConfig"
+        assert settings.language is not None, "checked by TrainConfig"
+        model_config = config_from_backbones(settings.vision, settings.language, **config.architecture())
+        return AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model_config), model_config
+    model_config = load_model_config(settings.start)
+    if settings.max_length is not None:
+        model_config.max_sequence_length = settings.max_length
+    return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
+
+
+def build_collator(
+    config: TrainConfig, processor: AvgLlavaProcessor, dataset: ConversationDataset
+) -> Collator | FeedbackCollator:
+    """Samples into batches, with stored feedback where there is a store.
+
+    Raises:
+        ConfigError: The store is of another model or of other data.
+    """
+    collator = Collator(pad_token_id=processor.tokenizer.pad_token_id)
+    if config.objective.feedback_store is None:
+        return collator
+    store = FeedbackStore.open(config.objective.feedback_store)
+    if rank() == 0:  # reads all weights
+        assert config.model.start is not None, "checked by TrainConfig"
+        store.check(describe(config.model.start, dataset, config.runtime.precision))
+    return FeedbackCollator(collator, *store.answers(dataset))
 
 
 def build_dataset(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.loading import load_model
+from avg_llava.model.routing import RoutingModel, load_routing_model
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.objectives import Objective
@@ -78,7 +78,7 @@ class StageTrainer(Trainer):
         config: TrainConfig,
         arguments: TrainingArguments,
         dataset: ConversationDataset,
-        collator: Collator,
+        collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
         sampler: Sampler[int],
         processor: ProcessorMixin,
         manifest: StageManifest,
@@ -154,7 +154,8 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The counterpart of `_save`, for runs without DeepSpeed (which loads its own files)."""
-        weights = load_model(resume_from_checkpoint, dtype=self.model.model.dtype).state_dict()
+        load_own = load_routing_model if isinstance(self.model.model, RoutingModel) else load_model
+        weights = load_own(resume_from_checkpoint, dtype=self.model.model.dtype).state_dict()
         self.model.model.load_state_dict(weights)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -1,0 +1,257 @@
+"""Collecting the language model's feedback into a store (`training/feedback_store.py`).
+
+Shards are computed by as many processes as there are devices, each shard by one of them, in fixed batches and on one
+CPU thread, so that a store does not depend on how many processes wrote it or how often they were interrupted.
+
+Several machines share a store: each takes its share of the shards, as the variables NNODES and NODE_RANK say.
+"""
+
+import logging
+import math
+import os
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from avg_llava.data.collator import Collator
+from avg_llava.model.splice import IGNORE_INDEX
+from avg_llava.training.config import TrainConfig
+from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe, unique_samples
+from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
+from avg_llava.training.parsing import ConfigError
+from avg_llava.training.processes import uses_cpu
+from avg_llava.training.run import build_dataset, build_model, describe_start, load_processor
+from avg_llava.training.workers import Advance, run_in_workers
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """A sample's answer under each level: sums of its tokens' log-probabilities, and how many tokens there are."""
+
+    log_probs: list[float]
+    num_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a call of `collect` leaves behind.
+
+    Attributes:
+        store: The store.
+        counts: Samples in it, by what they are to router training.
+        num_missing: Shards that are not there yet: those of other machines.
+    """
+
+    store: FeedbackStore
+    counts: dict[Status, int]
+    num_missing: int
+
+
+def collect(config: TrainConfig, output: Path, num_processes: int | None = None) -> Collection:
+    """Computes the feedback of a stage-4 configuration's start on its data, or what is missing of it.
+
+    Args:
+        config: The configuration of the router training; what it says of objective and optimizer does not matter, but
+            for `optim.micro_batch_size`, the samples that go through the model together.
+        output: Folder of the store.
+        num_processes: None means one per GPU, or one per CPU core where there is none.
+
+    Raises:
+        ConfigError: It is no configuration of stage 4, or the folder holds feedback of something else.
+        FeedbackError: A process was killed or ran out of memory, or a log-probability is not finite.
+        DataError: A sample is unreadable, and `data.on_bad_sample` is `error`.
+    """
+    if config.stage != 4:
+        raise ConfigError(f"feedback is what stage 4 learns from; the configuration is of stage {config.stage}")
+    config = replace(config, objective=replace(config.objective, feedback_store=None))  # here it is made, not read
+    describe_start(config)
+    store = _open_or_create(config, output)
+    todo = _share_of_this_machine(store.missing_shards())
+    if todo:
+        done = store.manifest.num_samples - sum(len(store.manifest.samples_of(shard)) for shard in todo)
+        with tqdm(
+            total=store.manifest.num_samples,
+            initial=done,
+            desc="feedback",
+            unit="sample",
+            dynamic_ncols=True,
+            disable=not config.logging.progress_bar,
+        ) as progress:
+            _compute(config, store, todo, num_processes or _default_processes(config), progress)
+    missing = store.missing_shards()
+    if not missing:
+        for leftover in output.glob(".*.new"):  # of processes that were killed while they wrote
+            leftover.unlink(missing_ok=True)
+    return Collection(store, store.count(), len(missing))
+
+
+def _open_or_create(config: TrainConfig, output: Path) -> FeedbackStore:
+    assert config.model.start is not None, "checked by TrainConfig"
+    processor, model_config = load_processor(config)
+    dataset = build_dataset(config, processor, model_config)
+    expected = describe(config.model.start, dataset, config.runtime.precision)
+    try:
+        store = FeedbackStore.open(output)
+    except ConfigError:
+        if output.exists() and (not output.is_dir() or any(output.glob("*"))):
+            raise
+        return FeedbackStore.create(output, expected)
+    store.check(expected, to_continue=True)
+    return store
+
+
+def _share_of_this_machine(shards: list[int]) -> list[int]:
+    num_nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
+    return [shard for shard in shards if shard % num_nodes == node]
+
+
+def _default_processes(config: TrainConfig) -> int:
+    return (os.cpu_count() or 1) if uses_cpu(config) else torch.cuda.device_count()
+
+
+def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_processes: int, progress: tqdm) -> None:
+    num_processes = min(num_processes, len(shards))
+    threads = torch.get_num_threads()
+    try:
+        for shard in run_in_workers(_start_worker, (config, store.folder), shards, num_processes, progress.update):
+            logger.debug("shard %d is written", shard)
+    except BrokenProcessPool as error:
+        raise FeedbackError(
+            "a process that collects feedback was killed, perhaps for want of memory. Finished shards are kept: run "
+            "the command again, with fewer processes (--num-processes) or a smaller optim.micro_batch_size"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- in a worker --------------------------------------------------------------------------------------------------
+
+
+def _start_worker(number: int, config: TrainConfig, folder: Path) -> "ShardCollector":
+    disable_progress_bar()
+    torch.set_num_threads(1)  # the order of sums, and so the last digits, depend on the number of threads
+    torch.set_float32_matmul_precision("high" if config.runtime.tf32 else "highest")
+    device = torch.device("cpu") if uses_cpu(config) else torch.device("cuda", number % torch.cuda.device_count())
+    return ShardCollector(config, FeedbackStore.open(folder), device)
+
+
+class ShardCollector:
+    """Computes shards of a store with a model of its own.
+
+    Args:
+        config: The stage-4 configuration.
+        store: The store to write to.
+        device: Where to compute.
+    """
+
+    def __init__(self, config: TrainConfig, store: FeedbackStore, device: torch.device):
+        self.config = config
+        self.store = store
+        self.device = device
+        model, processor = build_model(config)
+        use_packed_attention(model)
+        self.model = model.to(device).eval()
+        self.dataset = build_dataset(config, processor, model.config)
+        self.unique = unique_samples(self.dataset)
+        self.collate = Collator(processor.tokenizer.pad_token_id)
+
+    def __call__(self, shard: int, advance: Advance) -> int:
+        """Computes and writes a shard; its number is the result."""
+        indices = [self.unique[place] for place in self.store.manifest.samples_of(shard)]
+        rows: dict[int, dict[str, Any]] = {}
+        for items in self._loader(indices):
+            for item, answer in zip(items, self._answers(items), strict=True):
+                rows[item["index"]] = self._row(item, answer)
+            advance(len(items))
+        columns = {name: [rows[index].get(name) for index in indices] for name in self.store.schema().names}
+        self.store.write_shard(shard, columns)
+        return shard
+
+    def _loader(self, indices: list[int]) -> DataLoader:
+        """Batches of a shard's samples: those without images apart, others with ones of similar length."""
+        ordered = sorted(indices, key=self.dataset.modality_length)  # negative without image
+        num_text_only = sum(not self.dataset.samples[index].images for index in ordered)
+        size = self.config.optim.micro_batch_size
+        batches = [
+            group[start : start + size]
+            for group in (ordered[:num_text_only], ordered[num_text_only:])
+            for start in range(0, len(group), size)
+        ]
+        return DataLoader(
+            self.dataset, batch_sampler=batches, collate_fn=list, num_workers=self.config.data.num_workers
+        )
+
+    @torch.inference_mode()
+    def _answers(self, items: list[dict[str, Any]]) -> list[Answer | None]:
+        """What the language model makes of each sample of a batch; None where it is not asked."""
+        is_asked = [bool(item["pixel_values"]) and _num_supervised(item) > 0 for item in items]
+        asked = list(compress(items, is_asked))
+        if not asked:
+            return [None] * len(items)
+        batch = {name: tensor.to(self.device) for name, tensor in self.collate(asked).items()}
+        runtime = self.config.runtime
+        # As the trainer without DeepSpeed: float32 weights under autocast.
+        mixed = runtime.deepspeed is None and runtime.precision != "fp32"
+        dtype = torch.float16 if runtime.precision == "fp16" else torch.bfloat16
+        try:
+            with torch.autocast(self.device.type, dtype, enabled=mixed):
+                features = self.model.encode_images(batch["pixel_values"], batch["image_sizes"])
+                texts = Texts(batch["input_ids"], batch["attention_mask"], batch["labels"])
+                answers = answers_by_level(self.model, features, texts)
+        except torch.OutOfMemoryError as error:
+            raise FeedbackError(
+                f"out of GPU memory with {len(asked)} samples at a time; lower optim.micro_batch_size "
+                f"{self.config.optim.micro_batch_size} and run again, finished shards are kept"
+            ) from error
+        found = map(Answer, answers.log_probs.tolist(), answers.num_tokens.tolist())
+        return [next(found) if ask else None for ask in is_asked]
+
+    def _row(self, item: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
+        """A sample's values of the store's columns; what is absent is null."""
+        index = item["index"]
+        origin = self.dataset.origins[index]
+        files = list(self.store.manifest.files)
+        row = {
+            "file": files.index(self.dataset.files[origin.source].sha256),
+            "position": origin.position,
+            "id": item["id"],
+            "status": _status(item, answer),
+            "truncated": item["over_long"],
+            "num_tokens": _num_supervised(item),
+        }
+        if answer is None or row["status"] != "compared":
+            return row
+        if not all(math.isfinite(value) for value in answer.log_probs):
+            raise FeedbackError(
+                f"the log-probability of the answer of {self.dataset.samples[index].name} is {answer.log_probs} under "
+                f"the levels {self.store.manifest.levels}; look at this sample, or use runtime.precision bf16 or fp32"
+            )
+        return row | {
+            f"log_prob_{level}": value
+            for level, value in zip(self.store.manifest.levels, answer.log_probs, strict=True)
+        }
+
+
+def _status(item: dict[str, Any], answer: Answer | None) -> Status:
+    if item["unreadable"]:
+        return "unreadable"
+    if not item["pixel_values"]:
+        return "no image"
+    if answer is None or not any(answer.num_tokens):
+        return "no supervised tokens"
+    return "compared" if len(set(answer.num_tokens)) == 1 else "cut off"
+
+
+def _num_supervised(item: dict[str, Any]) -> int:
+    return int((item["labels"][1:] != IGNORE_INDEX).sum())
+
+
+__all__ = ["Collection", "collect"]
