@@ -13,6 +13,7 @@ from tests.tiny import make_checkpoint
 
 COMMANDS = [
     ["train"],
+    ["feedback"],
     ["generate"],
     ["convert"],
     ["report"],

@@ -44,6 +44,14 @@ def hide_bars_from_files() -> None:
         disable_progress_bar()
 
 
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def pick_device(name: str) -> str:
     """The device that a user's choice means."""
     import torch

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.data.collator import Collator
-from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe, unique_samples
 from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
+from avg_llava.training.losses import num_supervised
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import uses_cpu
 from avg_llava.training.run import build_dataset, build_model, describe_start, load_processor
@@ -42,17 +42,19 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What a call of `collect` leaves behind.
+    """What is in a store when `collect` returns.
 
     Attributes:
-        store: The store.
-        counts: Samples in it, by what they are to router training.
-        num_missing: Shards that are not there yet: those of other machines.
+        num_samples: Samples of the whole store.
+        num_shards: Shards of the whole store.
+        num_missing_shards: Those that are not there yet, because they are left to other machines.
+        counts: Samples that are there, by what they are to router training.
     """
 
-    store: FeedbackStore
+    num_samples: int
+    num_shards: int
+    num_missing_shards: int
     counts: dict[Status, int]
-    num_missing: int
 
 
 def collect(config: TrainConfig, output: Path, num_processes: int | None = None) -> Collection:
@@ -86,11 +88,11 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
             disable=not config.logging.progress_bar,
         ) as progress:
             _compute(config, store, todo, num_processes or _default_processes(config), progress)
-    missing = store.missing_shards()
-    if not missing:
+    num_missing = len(store.missing_shards())
+    if not num_missing:
         for leftover in output.glob(".*.new"):  # of processes that were killed while they wrote
             leftover.unlink(missing_ok=True)
-    return Collection(store, store.count(), len(missing))
+    return Collection(store.manifest.num_samples, store.manifest.num_shards, num_missing, store.count())
 
 
 def _open_or_create(config: TrainConfig, output: Path) -> FeedbackStore:
@@ -251,7 +253,7 @@ def _status(item: dict[str, Any], answer: Answer | None) -> Status:
 
 
 def _num_supervised(item: dict[str, Any]) -> int:
-    return int((item["labels"][1:] != IGNORE_INDEX).sum())
+    return int(num_supervised(item["labels"][None]))
 
 
 __all__ = ["Collection", "collect"]

@@ -31,7 +31,7 @@ from avg_llava.training.parsing import ConfigError
 
 MANIFEST_NAME = "store.json"
 FORMAT = 1
-SHARD_SIZE = 512
+SHARD_SIZE = 512  # samples: at most minutes of work that a kill undoes
 
 Status = Literal["compared", "no image", "no supervised tokens", "cut off", "unreadable"]
 """`compared` samples teach the router. `cut off`: levels see different numbers of the answer's tokens."""
@@ -98,16 +98,13 @@ _MUST_MATCH_TO_CONTINUE = {
 }
 
 
-def describe(
-    start: str, dataset: ConversationDataset, precision: str, shard_size: int = SHARD_SIZE
-) -> FeedbackManifest:
+def describe(start: str, dataset: ConversationDataset, precision: str) -> FeedbackManifest:
     """What feedback of a model on a data set depends on.
 
     Args:
         start: The folder or hub id of the model.
         dataset: The data set, made with the model's processor and configuration.
         precision: `runtime.precision`.
-        shard_size: Samples per shard.
     """
     _refuse_ambiguous_files(dataset)
     origins = [dataset.origins[index] for index in unique_samples(dataset)]
@@ -123,7 +120,7 @@ def describe(
         files={file.sha256: file.path for file in dataset.files},
         samples=_hash([[dataset.files[source].sha256, position] for source, position in origins]),
         num_samples=len(origins),
-        shard_size=shard_size,
+        shard_size=SHARD_SIZE,
     )
 
 
