@@ -14,6 +14,7 @@ from tests.tiny import make_checkpoint
 COMMANDS = [
     ["train"],
     ["feedback"],
+    ["verify-data"],
     ["generate"],
     ["convert"],
     ["report"],

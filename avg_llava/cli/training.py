@@ -1,11 +1,18 @@
 """Commands that train, and that prepare training."""
 
 import argparse
-from dataclasses import asdict
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
+from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
+
+if TYPE_CHECKING:
+    from avg_llava.data.verify import Verification
+
+MAX_LISTED = 20  # samples that are named where there is no file to list them in
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -33,6 +40,55 @@ def feedback(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def verify_data(arguments: argparse.Namespace) -> int:
+    """Looks at every sample of a configuration's data: missing, unreadable, malformed, over-long, fully masked."""
+    from tqdm import tqdm
+
+    from avg_llava.data.verify import verify
+    from avg_llava.training.config import load_config
+    from avg_llava.training.run import build_dataset, load_processor
+
+    config = load_config(arguments.config)
+    data = replace(config.data, on_bad_sample="skip", skip_list=None)
+    dataset = build_dataset(replace(config, data=data), *load_processor(config))
+    with tqdm(desc="verifying", unit="sample", dynamic_ncols=True, disable=not config.logging.progress_bar) as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done - progress.n)
+
+        verification = verify(dataset, arguments.num_processes or os.cpu_count() or 1, arguments.output, show)
+    facts = {
+        "sources": [vars(source) for source in verification.sources],
+        "num_skipped": verification.num_skipped,
+        "skip_list": None if arguments.output is None else str(arguments.output),
+    }
+    tell(arguments, facts, "\n".join(_verification_lines(verification, arguments.output)))
+    return FAILED if verification.num_skipped and arguments.output is None else FINE
+
+
+def _verification_lines(verification: "Verification", output: Path | None) -> Iterator[str]:
+    for source in verification.sources:
+        yield f"{source.path}: {source.num_records:,} records"
+        for group, count in source.groups.most_common():
+            yield f"  {group:<28} {count:>12,}"
+        for problem, count in source.problems.most_common():
+            yield f"  problem: {problem:<19} {count:>12,}"
+    if output is not None:
+        yield f"{verification.num_skipped} records to skip are listed in {output}; train with --data.skip_list {output}"
+        return
+    reasons = [
+        f"{records.path}, position {position}: {reason}"
+        for records in verification.skip_list.files.values()
+        for position, reason in records.skip.items()
+    ]
+    yield from reasons[:MAX_LISTED]
+    if len(reasons) > MAX_LISTED:
+        yield f"and {len(reasons) - MAX_LISTED} more"
+    if reasons:
+        yield "write a skip list with --output, or correct these records"
+
+
 def add_training(commands: Any) -> None:
     """Adds the commands of this module."""
     add_command(
@@ -54,7 +110,7 @@ def add_training(commands: Any) -> None:
     )
     processes = (
         ("--num-processes",),
-        {"type": at_least_one, "metavar": "N", "help": "processes (default: one per GPU, without any one per core)"},
+        {"type": at_least_one, "metavar": "N", "help": "processes (default: one per GPU or, without, per core)"},
     )
     add_command(
         commands,
@@ -73,6 +129,24 @@ def add_training(commands: Any) -> None:
                 },
             ),
             processes,
+            JSON,
+        ],
+    )
+    add_command(
+        commands,
+        "verify-data",
+        verify_data,
+        "avg-llava verify-data --config configs/vicuna-7b/stage2.yaml --output skip.json",
+        [
+            (("--config",), {"type": Path, "required": True, "metavar": "FILE", "help": "YAML file of any stage"}),
+            (
+                ("--output",),
+                {"type": Path, "metavar": "FILE", "help": "skip list to write, for data.skip_list of a configuration"},
+            ),
+            (
+                ("--num-processes",),
+                {"type": at_least_one, "metavar": "N", "help": "processes (default: one per core)"},
+            ),
             JSON,
         ],
     )

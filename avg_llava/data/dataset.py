@@ -10,8 +10,6 @@ import gc
 import hashlib
 import json
 import logging
-import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,9 @@ from torch.utils.data import Dataset
 
 from avg_llava.data.conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
 from avg_llava.data.images import MAX_IMAGE_PIXELS, load_image
-from avg_llava.data.records import DataError, RawRecord, Sample, dialogue, parse_record, read_records
+from avg_llava.data.records import DataError, Sample, dialogue, parse_record, read_records
+from avg_llava.data.sampling import sample_records
+from avg_llava.data.skip_list import SkipList
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.processing import AvgLlavaProcessor
@@ -53,6 +53,10 @@ class DataSource:
     image_root: str | Path | None = None
     sampling: str | None = None
     follow_links: bool = False
+
+
+class OutsideRootError(DataError):
+    """An image lies outside of its root."""
 
 
 class Origin(NamedTuple):
@@ -115,12 +119,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         on_bad_sample: "error" or "skip".
         max_image_pixels: Larger images count as unreadable.
         seed: Seed of `random:N` sampling.
+        skip_list: Records to leave out, after sampling.
 
     Attributes:
         samples: The validated records.
         origins: For each sample, where it comes from.
         files: The files of the sources, in their order.
         malformed: Records that are no samples.
+        skipped: Records that the skip list names.
         troubles: How many samples had which trouble, as far as this process has seen.
 
     Raises:
@@ -137,6 +143,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         on_bad_sample: Literal["error", "skip"] = "error",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         seed: int = 0,
+        skip_list: SkipList | None = None,
     ) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
@@ -149,10 +156,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.on_bad_sample = on_bad_sample
         self.max_image_pixels = max_image_pixels
         self.seed = seed
+        self.skip_list = skip_list
         self.samples: list[Sample] = []
         self.origins: list[Origin] = []
         self.files: list[SourceFile] = []
         self.malformed: list[Malformed] = []
+        self.skipped: list[Origin] = []
         self.troubles: Counter[str] = Counter()
         self._linked_roots: set[Path] = set()
         with _without_garbage_collection():
@@ -165,6 +174,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             )
         for record in self.malformed:
             self._note("malformed record left out", record.message)
+        if self.skipped:
+            logger.info("%d records are left out by the skip list", len(self.skipped))
         if not self.samples:
             raise DataError(f"no usable record in {', '.join(str(source.path) for source in sources) or 'no sources'}")
 
@@ -241,6 +252,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             masked = encoded.masked_because or "its answers are empty, or beyond the longest sequence"
         return EncodedText(torch.tensor(encoded.input_ids[:num_tokens]), labels, num_images, cut, masked)
 
+    def unique(self) -> list[int]:
+        """Positions of the samples, each record once, also where `repeat:N` or several sources repeat it."""
+        first: dict[tuple[str, str, int], int] = {}
+        for index, (source, position) in enumerate(self.origins):
+            file = self.files[source]
+            first.setdefault((file.sha256, file.image_root, position), index)
+        return list(first.values())
+
     @cached_property
     def modality_lengths(self) -> list[int]:
         """Words of each sample, negative for one without image; what `ModalityLengthSampler` groups by."""
@@ -257,13 +276,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Where the files lie does not matter, nor do the images' bytes, which would have to be read.
         """
-        parts = {
+        parts: dict[str, Any] = {
             "sources": [(file.sha256, file.sampling) for file in self.files],
             "seed": self.seed if any("random" in file.sampling for file in self.files) else None,
             "template": self.template,
             "max_length": self.max_length,
             "num_samples": len(self),
         }
+        if self.skipped:
+            parts["skipped"] = self.skipped
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _add(self, source: DataSource, number: int) -> None:
@@ -277,8 +298,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         records, sha256 = read_records(path)
         sampling = source.sampling or "all"
         self.files.append(SourceFile(str(path), sha256, sampling, str(root)))
+        skipped = frozenset() if self.skip_list is None else self.skip_list.positions(path, sha256)
         check = TEMPLATES[self.template].check
-        for record in _sampled(records, sampling, path, f"{self.seed}/{number}"):
+        for record in sample_records(records, sampling, path, f"{self.seed}/{number}"):
+            if record.position in skipped:
+                self.skipped.append(Origin(number, record.position))
+                continue
             try:
                 if record.error is not None:
                     raise DataError(f"{record.source}: {record.error}")
@@ -325,30 +350,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 logger.warning("%s: %d samples so far (names at log level INFO)", trouble, count)
 
 
-def _sampled(records: list[RawRecord], sampling: str, path: Path, seed: str) -> list[RawRecord]:
-    """The records that `sampling` asks for, in the file's order."""
-    if sampling == "all":
-        return records
-    match = re.fullmatch(r"(first|end|random|repeat):(\d+(?:\.\d+)?%|\d+)", sampling)
-    if match is None or (match[1] == "repeat" and "%" in match[2]):
-        raise DataError(
-            f"sampling {sampling!r} of {path}: use all, first:N, end:N, random:N (N records, or a share such as 10%) "
-            "or repeat:N"
-        )
-    kind, amount = match[1], match[2]
-    if kind == "repeat":
-        return records * int(amount)
-    count = round(len(records) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
-    if count > len(records):
-        raise DataError(f"sampling {sampling!r} of {path}: the file holds only {len(records)} records")
-    if kind == "first":
-        return records[:count]
-    if kind == "end":
-        return records[len(records) - count :]
-    chosen = random.Random(seed).sample(range(len(records)), count)
-    return [records[index] for index in sorted(chosen)]
-
-
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Half of the time of building a million samples would go into looking for garbage among them."""
@@ -363,10 +364,10 @@ def _without_garbage_collection() -> Iterator[None]:
 
 def _check_inside(path: Path, root: Path) -> None:
     if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(
+        raise OutsideRootError(
             f"{path} leads out of the image root {root} through a link; copy the image, or set follow_links for the "
             "source"
         )
 
 
-__all__ = ["ConversationDataset", "DataSource"]
+__all__ = ["ConversationDataset", "DataSource", "OutsideRootError"]

@@ -14,10 +14,19 @@ from avg_llava.data.records import DataError
 MAX_IMAGE_PIXELS = 89_478_485
 """Images with more pixels than this are refused unread: Pillow's own limit against decompression bombs."""
 
+
+class MissingImageError(DataError):
+    """There is no such image file."""
+
+
+class OversizedImageError(DataError):
+    """An image has more pixels than are allowed; it was not decoded."""
+
+
 # What Pillow's readers raise on damaged files, apart from OSError and ValueError.
 _DECODING_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    struct.error, zlib.error, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -37,7 +46,7 @@ def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
     try:
         return _read(Path(path), str(path), max_pixels)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: image file not found; check image_root and the record's path") from error
+        raise MissingImageError(f"{path}: image file not found; check image_root and the record's path") from error
 
 
 def decode_image(content: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -52,13 +61,15 @@ def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise DataError(
+                    raise OversizedImageError(
                         f"{name}: image of {width}x{height} pixels is above the limit of {max_pixels} pixels; make it "
                         "smaller or raise the limit"
                     )
                 return to_rgb(image)
     except (FileNotFoundError, DataError):
         raise
+    except Image.DecompressionBombError as error:  # above twice Pillow's own limit, which comes first
+        raise OversizedImageError(f"{name}: far above the limit of {max_pixels} pixels ({error})") from error
     except _DECODING_ERRORS as error:
         raise DataError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
@@ -100,4 +111,4 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "decode_image", "load_image", "to_rgb"]
+__all__ = ["MAX_IMAGE_PIXELS", "MissingImageError", "OversizedImageError", "decode_image", "load_image", "to_rgb"]

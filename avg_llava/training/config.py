@@ -77,6 +77,8 @@ class DataSettings:
     """Batches of similar length, image and text-only samples apart."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """An unreadable sample stops the run with its name, or is skipped and counted."""
+    skip_list: str | None = None
+    """File that `avg-llava verify-data` wrote: records to leave out."""
     num_workers: int = 4
 
 

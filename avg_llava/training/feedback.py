@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.data.collator import Collator
 from avg_llava.training.config import TrainConfig
-from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe, unique_samples
+from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe
 from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.parsing import ConfigError
@@ -162,7 +162,7 @@ class ShardCollector:
         use_packed_attention(model)
         self.model = model.to(device).eval()
         self.dataset = build_dataset(config, processor, model.config)
-        self.unique = unique_samples(self.dataset)
+        self.unique = self.dataset.unique()
         self.collate = Collator(processor.tokenizer.pad_token_id)
 
     def __call__(self, shard: int, advance: Advance) -> int:

@@ -76,7 +76,7 @@ class FeedbackManifest:
         return -(-self.num_samples // self.shard_size)
 
     def samples_of(self, shard: int) -> range:
-        """Positions of a shard's samples among `unique_samples` of the data set."""
+        """Positions of a shard's samples among the data set's `unique()` ones."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
 
 
@@ -107,7 +107,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
         precision: `runtime.precision`.
     """
     _refuse_ambiguous_files(dataset)
-    origins = [dataset.origins[index] for index in unique_samples(dataset)]
+    origins = [dataset.origins[index] for index in dataset.unique()]
     tensors = list_tensors(weight_files(resolve_folder(start)))
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
@@ -122,14 +122,6 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
         num_samples=len(origins),
         shard_size=SHARD_SIZE,
     )
-
-
-def unique_samples(dataset: ConversationDataset) -> list[int]:
-    """Positions in the data set of its samples, each record once (`repeat:N` sampling repeats them)."""
-    seen: dict[tuple[str, int], int] = {}
-    for index, (source, position) in enumerate(dataset.origins):
-        seen.setdefault((dataset.files[source].sha256, position), index)
-    return list(seen.values())
 
 
 class FeedbackStore:
@@ -373,5 +365,4 @@ __all__ = [
     "FeedbackStore",
     "Status",
     "describe",
-    "unique_samples",
 ]

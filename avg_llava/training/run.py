@@ -18,6 +18,7 @@ from transformers import set_seed
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
 from avg_llava.data.sampler import ModalityLengthSampler
+from avg_llava.data.skip_list import read_skip_list
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import (
     build_from_backbones,
@@ -277,6 +278,7 @@ def build_dataset(
         model_config,
         on_bad_sample=config.data.on_bad_sample,
         seed=config.seed,
+        skip_list=None if config.data.skip_list is None else read_skip_list(config.data.skip_list),
     )
 
 

@@ -1,0 +1,90 @@
+"""Skip lists: records that `avg-llava verify-data` found unusable, and that a data set leaves out.
+
+A JSON file that names data files by the SHA-256 of their bytes, so that a list is never applied to other records than
+those it was made of:
+
+    {"format": 1, "files": {"<sha256>": {"path": "data.json", "skip": {"17": "missing: images/17.png: ..."}}}}
+
+Records are known by their position: the index in a list, or the line of a `.jsonl` file, counted from 1.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from avg_llava.data.records import DataError
+
+FORMAT = 1
+
+
+class SkippedRecords(NamedTuple):
+    """What is skipped of one file: for each position, why."""
+
+    path: str
+    skip: dict[int, str]
+
+
+class SkipList:
+    """The records to leave out.
+
+    Args:
+        files: By the SHA-256 of the file.
+        name: What messages call the list.
+    """
+
+    def __init__(self, files: Mapping[str, SkippedRecords], name: str = "the skip list"):
+        self.files = dict(files)
+        self.name = name
+
+    def positions(self, path: str | Path, sha256: str) -> frozenset[int]:
+        """Positions to leave out of a file.
+
+        Raises:
+            DataError: The file was not verified, or has changed since.
+        """
+        if sha256 not in self.files:
+            raise DataError(
+                f"{self.name} does not know {path}: it was made of other files, or the file has changed since; run "
+                "`avg-llava verify-data` again"
+            )
+        return frozenset(self.files[sha256].skip)
+
+    def write(self, path: Path) -> None:
+        """Writes the list in one step."""
+        files = {
+            sha256: {"path": records.path, "skip": {str(place): records.skip[place] for place in sorted(records.skip)}}
+            for sha256, records in self.files.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.new")
+        content = json.dumps({"format": FORMAT, "files": files}, indent=2, ensure_ascii=False)
+        temporary.write_text(content + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def read_skip_list(path: str | Path) -> SkipList:
+    """Reads a skip list.
+
+    Raises:
+        DataError: The file is missing, or no skip list.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise DataError(f"{path} is a skip list of format {content['format']}; this program reads {FORMAT}")
+        files = {
+            sha256: SkippedRecords(records["path"], {int(place): reason for place, reason in records["skip"].items()})
+            for sha256, records in content["files"].items()
+        }
+    except OSError as error:
+        raise DataError(f"cannot read the skip list {path}: {error.strerror}; check data.skip_list") from error
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no skip list of `avg-llava verify-data` ({error!r})") from error
+    return SkipList(files, str(path))
+
+
+__all__ = ["SkipList", "SkippedRecords", "read_skip_list"]

@@ -1,0 +1,198 @@
+"""Verification of data, with files that are really bad, and the skip list it writes."""
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from avg_llava.data import ConversationDataset, DataError, DataSource
+from avg_llava.data import verify as verification
+from avg_llava.data.skip_list import read_skip_list
+from avg_llava.data.verify import verify
+from tests.datasets.conftest import record, write
+
+WIDE = "images/wide.png"
+
+
+def huge_png(side: int = 30_000) -> bytes:
+    """A valid black image of side x side pixels, one bit each: a few hundred bytes for every million pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = bytes(1 + (side + 7) // 8)
+    compressor = zlib.compressobj(1)
+    pixels = b"".join(compressor.compress(row * 1000) for _ in range(side // 1000)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def bad(folder, tmp_path_factory) -> Path:
+    """A file of records with every fault there is, and some sound ones."""
+    picture = Image.open(folder / WIDE)
+    picture.save(folder / "images/whole.jpg")
+    content = (folder / "images/whole.jpg").read_bytes()
+    (folder / "images/cut.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "images/empty.jpg").write_bytes(b"")
+    picture.save(folder / "images/gif.gif")
+    (folder / "images/gif.gif").rename(folder / "images/gif.jpg")
+    (folder / "images/bomb.png").write_bytes(huge_png())
+    outside = tmp_path_factory.mktemp("outside") / "wide.png"
+    picture.save(outside)
+    os.symlink(outside, folder / "images/link.png")
+    disordered = record("roles out of order", "<image>\nWhat?", "A car.", WIDE)
+    disordered["conversations"].append(disordered["conversations"][1])
+    return write(
+        folder,
+        record("sound", "<image>\nWhat?", "A car.", WIDE),
+        record("text", "Hi", "Yes"),
+        record("truncated JPEG", "<image>\nWhat?", "A car.", "images/cut.jpg"),
+        record("0 bytes", "<image>\nWhat?", "A car.", "images/empty.jpg"),
+        record("GIF named .jpg", "<image>\nWhat?", "A car.", "images/gif.jpg"),
+        record("bomb", "<image>\nWhat?", "A car.", "images/bomb.png"),
+        record("link", "<image>\nWhat?", "A car.", "images/link.png"),
+        record("dots", "<image>\nWhat?", "A car.", "../wide.png"),
+        disordered,
+        record("placeholders", "<image> <image>\nWhat?", "A car.", WIDE),
+        record("over-long", "<image>\nWhat?", "A car. " * 300, WIDE),
+        record("masked", "<image>\nWhat? " + "Now? " * 300, "A car.", WIDE),
+        record("missing", "<image>\nWhat?", "A car.", "images/nowhere.png"),
+    )
+
+
+EXPECTED = {
+    2: "unreadable: ",
+    3: "unreadable: ",
+    5: "oversized: ",
+    6: "outside root: ",
+    7: "malformed: sample 'dots'",
+    8: "malformed: sample 'roles out of order'",
+    9: "malformed: sample 'placeholders'",
+    11: "masked: its answers are empty, or beyond the longest sequence",
+    12: "missing: ",
+}
+
+
+@pytest.fixture
+def make(processor, config):
+    def dataset(*sources, **options) -> ConversationDataset:
+        sources = [source if isinstance(source, DataSource) else DataSource(source) for source in sources]
+        return ConversationDataset(sources, processor, "vicuna_v1", config, max_length=300, **options)
+
+    return dataset
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_every_fault_is_found(bad, make, tmp_path, num_processes):
+    output = tmp_path / "lists" / "skip.json"
+    shown = []
+    dataset = make(bad, on_bad_sample="skip")
+    found = verify(dataset, num_processes, output, lambda done, total: shown.append((done, total)))
+    (source,) = found.sources
+    assert (source.path, source.num_records) == (str(bad), 13)
+    assert source.groups == {"images": 9, "(text only)": 1, "(malformed)": 3}
+    assert source.problems == {
+        "malformed": 3,
+        "unreadable": 2,
+        "missing": 1,
+        "oversized": 1,
+        "outside root": 1,
+        "masked": 1,
+        "over-long": 2,
+    }
+    assert shown[-1] == (10, 10)
+    (records,) = read_skip_list(output).files.values()
+    assert records.path == str(bad)
+    assert list(records.skip) == list(EXPECTED)
+    for position, beginning in EXPECTED.items():
+        assert records.skip[position].startswith(beginning), records.skip[position]
+    for position, name in {2: "images/cut.jpg", 3: "images/empty.jpg", 5: "images/bomb.png", 12: "nowhere.png"}.items():
+        assert name in records.skip[position]
+    assert found.num_skipped == len(EXPECTED)
+    assert [path.name for path in output.parent.iterdir()] == ["skip.json"]
+
+
+def test_training_data_without_what_the_list_names(bad, make, tmp_path):
+    """Nothing is left that stops a run, and nothing sound is lost."""
+    verify(make(bad, on_bad_sample="skip"), 1, tmp_path / "skip.json")
+    skip_list = read_skip_list(tmp_path / "skip.json")
+    dataset = make(bad, skip_list=skip_list)
+    assert [dataset[index]["id"] for index in range(len(dataset))] == ["sound", "text", "GIF named .jpg", "over-long"]
+    assert [position for _, position in dataset.skipped] == list(EXPECTED)
+    assert all(bool((dataset[index]["labels"] != -100).any()) for index in range(len(dataset)))
+    assert dataset.fingerprint() != make(bad, on_bad_sample="skip").fingerprint()
+    again = verify(make(bad, on_bad_sample="skip", skip_list=skip_list), 1)
+    assert again.num_skipped == 0
+
+
+def test_a_list_of_other_data_is_refused(bad, make, tmp_path):
+    verify(make(bad, on_bad_sample="skip"), 1, tmp_path / "skip.json")
+    bad.write_text(bad.read_text().replace("A car.", "A bus."))
+    with pytest.raises(DataError, match=r"skip\.json does not know .*data\.json.*verify-data` again"):
+        make(bad, skip_list=read_skip_list(tmp_path / "skip.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read the skip list .*data\.skip_list"),
+        ("no JSON", "is no skip list"),
+        ("[]", "is no skip list"),
+        ('{"format": 2}', "of format 2; this program reads 1"),
+        ('{"format": 1, "files": {"a": {"path": "b", "skip": {"first": "c"}}}}', "is no skip list"),
+    ],
+)
+def test_what_is_no_skip_list(tmp_path, content, message):
+    path = tmp_path / "skip.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_skip_list(path)
+
+
+def test_a_killed_verification_goes_on(folder, make, tmp_path, monkeypatch):
+    """Samples that were looked at are not looked at again: their images are gone by then."""
+    monkeypatch.setattr(verification, "BATCH_SIZE", 2)
+    records = [
+        record(number, "<image>\nWhat?", "A car.", WIDE if number < 4 else "images/tall.png") for number in range(7)
+    ]
+    path = write(folder, *records)
+    output = tmp_path / "skip.json"
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        verify(make(path), 1, output, kill)
+    notes = tmp_path / ".skip.json.partial"
+    notes.write_text(notes.read_text() + '[[0, 4, "images", [["unread')  # the line that was being written
+    (folder / WIDE).unlink()
+    found = verify(make(path), 2, output)
+    assert (found.num_skipped, found.sources[0].num_records) == (0, 7)
+    assert json.loads(output.read_text())["files"]
+    assert not notes.exists()
+    assert verify(make(path), 1, output).sources[0].problems == {"missing": 4}
+
+
+def test_notes_of_other_data_are_dropped(folder, make, tmp_path):
+    output = tmp_path / "skip.json"
+    path = write(folder, record("good", "<image>\nWhat?", "A car.", WIDE))
+    (tmp_path / ".skip.json.partial").write_text('"another"\n[[0, 0, "images", [["missing", "gone"]]]]\n')
+    assert verify(make(path), 1, output).num_skipped == 0
+
+
+def test_sources_are_counted_apart_and_records_once(folder, make):
+    first = write(folder, *[record(n, "<image>\nWhat?", "A car.", WIDE) for n in range(3)], name="first.json")
+    second = write(folder, record("bad", "<image>\nWhat?", "A car.", "images/none.png"), name="second.json")
+    found = verify(make(DataSource(first, sampling="repeat:3"), second), 1)
+    assert [source.num_records for source in found.sources] == [3, 1]
+    assert [source.problems for source in found.sources] == [{}, {"missing": 1}]

@@ -1,0 +1,46 @@
+"""`avg-llava verify-data` on a configuration, and training with the skip list it writes."""
+
+import json
+
+import pytest
+import yaml
+
+from avg_llava import cli
+from avg_llava.data.records import DataError
+from avg_llava.training import run
+from avg_llava.training.config import load_config
+from avg_llava.training.manifest import read_manifest
+from tests.training.tiny_world import stage_values, write_backbones, write_data
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Stage 1, one of whose images is cut off."""
+    write_backbones(tmp_path)
+    write_data(tmp_path, num_samples=6, num_text_only=0)
+    (tmp_path / "images/3.png").write_bytes((tmp_path / "images/3.png").read_bytes()[:90])
+    values = stage_values(1, tmp_path, tmp_path)
+    values["optim"] |= {"max_steps": None, "global_batch_size": 6, "micro_batch_size": 3}
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "stage1.yaml"
+
+
+def test_command(path, tmp_path, capsys):
+    command = ["verify-data", "--config", str(path), "--num-processes", "1"]
+    assert cli.main(command) == 1
+    told = capsys.readouterr().out
+    assert "captions.json: 6 records" in told
+    assert "position 3: unreadable:" in told
+    assert "images/3.png" in told
+    assert "--output" in told
+
+    with pytest.raises(DataError, match=r"3\.png"):
+        run.run_stage(load_config(path))
+    assert cli.main([*command, "--output", str(tmp_path / "skip.json"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["num_skipped"], facts["skip_list"]) == (1, str(tmp_path / "skip.json"))
+    assert facts["sources"][0]["groups"] == {"images": 6}
+    assert facts["sources"][0]["problems"] == {"unreadable": 1}
+
+    folder = run.run_stage(load_config(path, ["--data.skip_list", str(tmp_path / "skip.json"), "--output.overwrite"]))
+    assert read_manifest(folder).finished
