@@ -82,7 +82,7 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
         others = read_inputs(against)
         if others.mini_reports:
             raise ResultError(f"{next(iter(others.mini_reports))} holds no scores of single questions to compare with")
-        made.insert(0, tables.comparison_table(grouped, group(others.measured)))
+        made.insert(-1, tables.comparison_table(grouped, group(others.measured)))  # before the list of results
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "index.html"]
 
@@ -159,12 +159,13 @@ def make_tables(grouped: SeriesResults) -> list[Table]:
 
 
 def _lead(inputs: Inputs) -> str:
-    counted = [
-        f"{count} {noun}{'' if count == 1 else 's'}"
-        for count, noun in ((len(inputs.measured), "result"), (len(inputs.mini_reports), "report"))
-        if count
-    ]
-    return (
-        f"Made from {html.escape(' and '.join(counted))}. Rows in italics are published figures "
-        f"({html.escape(load_published().source)}); all others were measured."
+    num_results, num_reports = len(inputs.measured), len(inputs.mini_reports)
+    counted = [f"{num_results} result{'s' * (num_results > 1)}"] if num_results else []
+    if num_reports:
+        counted.append(f"{num_reports} report{'s' * (num_reports > 1)} of the mini world")
+    marked = (
+        f" Rows in italics are published figures ({html.escape(load_published().source)}); all others were measured."
+        if num_results
+        else ""
     )
+    return f"Made from {' and '.join(counted)}.{marked}"

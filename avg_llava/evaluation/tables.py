@@ -285,8 +285,10 @@ def comparison_table(grouped: SeriesResults, against: SeriesResults) -> Table:
     rows = []
     for series, results in grouped.items():
         for benchmark, entry in results.items():
-            if (benchmark, series.protocol) in others:
-                other_series, other = others[benchmark, series.protocol]
+            if (benchmark, series.protocol) not in others:
+                continue
+            other_series, other = others[benchmark, series.protocol]
+            if other.path.resolve() != entry.path.resolve():  # a run does not differ from itself
                 rows += _tests(entry, other, (*series.labels[:2], *other_series.labels[:2], series.protocol))
     if not rows:
         raise ResultError(
@@ -322,7 +324,7 @@ def _tests(entry: Measured, other: Measured, labels: tuple[str, ...]) -> list[Ro
         except UnitError as error:
             raise ResultError(f"{entry.path} and {other.path}: metrics.{name}: {error}") from error
         points = [
-            f"{in_table_units(value, metric.kind, metric.maximum):+.1f}"
+            f"{in_table_units(value, metric.kind, metric.maximum):+.1f}".replace("-", "−")
             for value in (test.difference, test.low, test.high)
         ]
         smallest = 1 / (1 + NUM_RESAMPLES)

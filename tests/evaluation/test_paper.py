@@ -54,9 +54,9 @@ MINI = {
 }
 
 
-def grouped(*contents):
+def grouped(*contents, folder="results"):
     return group(
-        [Measured(Path(f"{index}.json"), parse_result(content, "x")) for index, content in enumerate(contents)]
+        [Measured(Path(folder, f"{index}.json"), parse_result(content, "x")) for index, content in enumerate(contents)]
     )
 
 
@@ -99,7 +99,9 @@ class TestSeries:
         assert [name for name, cell in cells(table, both).items() if cell] == ["GQA", "AI2D"]
 
     def test_two_results_of_the_same_are_refused(self):
-        with pytest.raises(ResultError, match=r"1\.json and 0\.json both hold gqa of fixture/stage4, router, current"):
+        with pytest.raises(
+            ResultError, match=r"results/1\.json and results/0\.json both hold gqa of fixture/stage4, router, current"
+        ):
             grouped(make_result("gqa"), make_result("gqa", seed=3))
 
     def test_models_of_one_name_are_told_apart(self):
@@ -217,12 +219,12 @@ class TestComparison:
     def test_paired_tests_of_what_both_have(self):
         first = [make_result("gqa", seed=1), make_result("mme", seed=1), make_result("pope", protocol="paper")]
         second = [make_result("gqa", seed=2), make_result("mme", seed=2), make_result("pope", granularity=576)]
-        table = tables.comparison_table(grouped(*first), grouped(*second))
+        table = tables.comparison_table(grouped(*first), grouped(*second, folder="other"))
         assert [row.labels[0] for row in table.rows] == ["GQA, accuracy", "MME, perception", "MME, cognition"]
         test = paired_test("mean", *(content["metrics"]["exact_match"]["units"] for content in (first[0], second[0])))
         difference, p_value, units = table.rows[0].cells
-        assert difference.text == f"{100 * test.difference:+.1f}"
-        assert difference.interval == (f"{100 * test.low:+.1f}", f"{100 * test.high:+.1f}")
+        signed = [f"{100 * value:+.1f}".replace("-", "−") for value in (test.difference, test.low, test.high)]
+        assert [difference.text, *difference.interval] == signed
         assert p_value.text == f"{test.p_value:.4f}"
         assert units.text == "200"
 
@@ -234,13 +236,17 @@ class TestComparison:
             )
             for value, units in ((1.0, right), (0.0, dict.fromkeys(right, 0.0)))
         ]
-        table = tables.comparison_table(grouped(contents[0]), grouped(contents[1]))
+        table = tables.comparison_table(grouped(contents[0]), grouped(contents[1], folder="other"))
         assert [cell.text for cell in table.rows[0].cells] == ["+100.0", "<0.0001", "100"]
 
     def test_what_cannot_be_compared_is_refused(self):
         with pytest.raises(ResultError, match=r"nothing can be compared: .* \(gqa \(paper\)\)"):
             tables.comparison_table(grouped(make_result("gqa")), grouped(make_result("gqa", protocol="paper")))
-        with pytest.raises(ResultError, match=r"--against names gqa \(current\) twice: 1\.json and 0\.json"):
+        with pytest.raises(ResultError, match="nothing can be compared"):
+            tables.comparison_table(grouped(make_result("gqa")), grouped(make_result("gqa")))  # the same file
+        with pytest.raises(
+            ResultError, match=r"--against names gqa \(current\) twice: results/1\.json and results/0\.json"
+        ):
             tables.comparison_table(
                 grouped(make_result("gqa")), grouped(make_result("gqa"), make_result("gqa", granularity=36))
             )
@@ -248,7 +254,7 @@ class TestComparison:
         metric = others["metrics"]["exact_match"]
         metric["units"] = {f"other-{name}": unit for name, unit in metric["units"].items()}
         with pytest.raises(ResultError, match=r"metrics\.exact_match: the two runs have no unit in common"):
-            tables.comparison_table(grouped(make_result("gqa")), grouped(others))
+            tables.comparison_table(grouped(make_result("gqa")), grouped(others, folder="other"))
 
 
 class TestCharts:
@@ -348,7 +354,7 @@ class TestCommand:
         assert "held" in text
         page = (tmp_path / "out/index.html").read_text()
         assert "it holds" in page
-        assert "Made from 1 report." in page
+        assert "Made from 1 report of the mini world.</p>" in page
 
     @pytest.mark.parametrize(
         ("content", "message"),
