@@ -19,7 +19,7 @@ from avg_llava.training.parsing import ConfigError, apply_overrides, build, read
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """Shape of the granularity router; read where the model is put together, in stage 1."""
+    """Shape of the granularity router, where a new one is made: in stage 1, and in stage 4 if it is asked for there."""
 
     num_text_tokens: int = 32
     """Instruction tokens that the text filter keeps (k of the paper)."""
@@ -42,13 +42,15 @@ class ModelSettings:
     force_start: bool = False
     """Accept a start that is not a finished run of the parent stage (also: `--force-start`)."""
     granularities: tuple[int, ...] | None = None
-    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Later stages: the start's."""
+    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stage 4: some of the start's levels, the
+    finest among them, and a new router for them; null: the start's. Other stages: the start's."""
     behavior: Literal["paper", "released"] | None = None
     """Stage 1: which meaning of the method (see the model's configuration); null: paper. Later: the start's."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
     """Stage 1: (height, width) resolutions that an image may be tiled into; null: LLaVA-NeXT's, in crops."""
     router: RouterSettings | None = None
-    """Stage 1: shape of the router; null: the defaults. Later stages: the start's."""
+    """Stage 1: shape of the router; null: the defaults. Stage 4: a new router of this shape; null: the start's. Other
+    stages: the start's."""
     max_length: int | None = None
     """Longest sequence once visual tokens are spliced in; null: the start's."""
 
@@ -235,7 +237,8 @@ def _check_model(config: TrainConfig) -> None:
             "model.vision nor model.language)"
         )
     for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
-        if getattr(model, name) is not None:
+        is_new_router = config.stage == 4 and name in ("granularities", "router")
+        if getattr(model, name) is not None and not is_new_router:
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
 
 

@@ -181,7 +181,7 @@ class FeedbackStore:
                 if list(theirs) == list(ours):
                     continue
                 theirs, ours = ", ".join(theirs.values()), ", ".join(ours.values())
-            elif theirs == ours:
+            elif theirs == ours or (key == "levels" and not to_continue and _serves(theirs, ours)):
                 continue
             differences.append(message.format(theirs=theirs, ours=ours))
         if differences:
@@ -253,7 +253,7 @@ class FeedbackStore:
             )
         table = pa.concat_tables(self._read(shard) for shard in range(self.manifest.num_shards))
         compared = np.array(table.column("status").to_pylist()) == "compared"
-        levels = [table.column(f"log_prob_{level}").to_numpy() for level in self.manifest.levels]
+        levels = [table.column(f"log_prob_{level}").to_numpy() for level in dataset.config.granularities]
         log_probs = np.where(compared[:, None], np.stack(levels, axis=1), 0)
         num_tokens = np.where(compared, table.column("num_tokens").to_numpy(), 0)
         rows = self._rows(dataset, table)
@@ -321,6 +321,11 @@ class FeedbackCollator:
         batch = self.collator(items)
         index = batch["index"]
         return {**batch, "answer_log_probs": self.log_probs[index], "num_answer_tokens": self.num_tokens[index]}
+
+
+def _serves(stored: list[int], wanted: list[int]) -> bool:
+    """Whether feedback of some levels has that of others: samples are cut at the finest, which must be the same."""
+    return set(wanted) <= set(stored) and wanted[-1] == stored[-1]
 
 
 def _key(files: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -36,8 +36,32 @@ class RawValue:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping."""
-    path = Path(path)
+    """Read a YAML file that holds one mapping, over the file that its key `extends` names, if it has one.
+
+    That file's path is relative to the folder of the one that names it, and it may extend a third. Sections are merged
+    key by key; everything else, lists too, is replaced.
+    """
+    files = [Path(path)]
+    values = _read_mapping(files[0])
+    while (base := values.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{files[-1]}: extends must be the path of a YAML file, got {base!r}")
+        files.append(files[-1].parent / base)
+        if files[-1].resolve() in [file.resolve() for file in files[:-1]]:
+            raise ConfigError(f"{' extends '.join(map(str, files))}: files that extend one another in a circle")
+        values = _merge(_read_mapping(files[-1]), values)
+    return values
+
+
+def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in over.items():
+        both_are_sections = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        merged[key] = _merge(values[key], value) if both_are_sections else value
+    return merged
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:

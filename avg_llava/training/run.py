@@ -7,7 +7,7 @@ same command continues a run that was killed and leaves a finished one alone.
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
 from avg_llava.data.sampler import ModalityLengthSampler
 from avg_llava.data.skip_list import read_skip_list
-from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.loading import (
     build_from_backbones,
     config_from_backbones,
@@ -29,8 +29,9 @@ from avg_llava.model.loading import (
 )
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.router import GranularityRouter
 from avg_llava.model.routing import load_routing_model
-from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.config import ModelSettings, TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.manifest import (
     StageManifest,
@@ -219,8 +220,10 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         else:
             model = load_routing_model(settings.start, dtype=dtype)
             processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model.config)
-        if settings.max_length is not None:
-            model.config.max_sequence_length = settings.max_length
+        adapt(model.config, settings)
+        if settings.router is not None or settings.granularities is not None:
+            set_seed(config.seed)  # the same router, however the model was loaded
+            model.model.router = GranularityRouter(model.config).to(model.dtype)
     else:
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
@@ -240,9 +243,29 @@ def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConf
         model_config = config_from_backbones(settings.vision, settings.language, **config.architecture())
         return AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model_config), model_config
     model_config = load_model_config(settings.start)
+    adapt(model_config, settings)
+    return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
+
+
+def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:
+    """Change the configuration of a start as the settings say.
+
+    Raises:
+        ConfigError: They ask for levels that the start was not trained for.
+    """
     if settings.max_length is not None:
         model_config.max_sequence_length = settings.max_length
-    return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
+    if settings.router is not None:
+        model_config.router_config = RouterConfig(**asdict(settings.router))
+    if settings.granularities is not None:
+        known, wanted = model_config.granularities, list(settings.granularities)
+        # Samples are cut to the longest sequence at the finest level, so without it they would be other samples.
+        if wanted != [level for level in known if level in wanted] or known[-1] not in wanted:
+            raise ConfigError(
+                f"model.granularities {wanted} must be some of the levels of model.start, {known}, in this order and "
+                "with the finest among them"
+            )
+        model_config.granularities = wanted
 
 
 def build_collator(

@@ -109,6 +109,40 @@ def test_stage_1_needs_backbones(write):
         load_config(write(1), ["--model.vision", "null"])
 
 
+def test_a_file_extends_another(write, tmp_path):
+    """Sections are merged, everything else is replaced, and options go over both."""
+    base = write(4)
+    (tmp_path / "sweeps").mkdir()
+    middle, path = tmp_path / "sweeps/middle.yaml", tmp_path / "sweeps/last.yaml"
+    middle.write_text(
+        f"extends: ../{base.name}\noptim:\n  lr: 5e-3\n  eps: 1e-6\ndata:\n  sources: [{{path: mine.json}}]\n"
+    )
+    path.write_text("extends: middle.yaml\noptim: {lr: 7e-3}\nobjective: {rank_loss_weight: 0.0}\n")
+    before, config = load_config(base), load_config(path, ["--optim.eps", "1e-7"])
+    assert (config.optim.lr, config.optim.eps) == (7e-3, 1e-7)
+    assert config.objective.rank_loss_weight == 0
+    assert [source.path for source in config.data.sources] == ["mine.json"]
+    assert config.optim.global_batch_size == before.optim.global_batch_size
+    assert config.model == before.model
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("extends: none.yaml", r"configuration file .*none\.yaml does not exist"),
+        ("extends: self.yaml", r"self\.yaml extends .*self\.yaml: files that extend one another in a circle"),
+        ("extends: [a.yaml]", r"self\.yaml: extends must be the path of a YAML file"),
+        ("extends: {base}\noptim: {{leaning_rate: 1}}", r"unknown key optim\.leaning_rate"),
+        ("extends: {base}\noptim: 1", r"optim must be a mapping"),
+    ],
+)
+def test_mistakes_in_extending(write, tmp_path, content, message):
+    path = tmp_path / "self.yaml"
+    path.write_text(content.format(base=write().name))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
 def test_missing_required_key(write):
     values = read_yaml(write())
     del values["optim"]["lr"]

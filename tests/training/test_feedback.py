@@ -316,16 +316,10 @@ def test_a_run_from_a_store_is_resumed(root, store, direct, tmp_path, monkeypatc
 
 
 def test_one_store_serves_every_sweep(root, store, tmp_path):
-    """Another k, other routers, other weights of the losses, sums for means, fewer samples in another order."""
-    other = shutil.copytree(root / "stage3", tmp_path / "stage3")
-    weights = load_file(other / "model.safetensors")
-    weights["model.router.voter"] = torch.cat([weights["model.router.voter"], torch.ones(3, 1)])
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    model_config = json.loads((other / "config.json").read_text())
-    model_config["router_config"]["num_text_tokens"] += 3
-    (other / "config.json").write_text(json.dumps(model_config))
+    """Another k, other levels, other weights of the losses, sums for means, fewer samples in another order."""
     sweep = {
-        "model.start": str(other),
+        "model.router": "{num_text_tokens: 9, num_attention_heads: 4}",
+        "model.granularities": "[4, 16, 64]",
         "objective.feedback_store": str(store),
         "objective.rank_loss_weight": "0",
         "objective.feedback": "sum",
@@ -336,10 +330,29 @@ def test_one_store_serves_every_sweep(root, store, tmp_path):
     config = configuration(root, 4, *(word for key, value in sweep.items() for word in (f"--{key}", value)))
     folder = run.run_stage(config)
     assert read_manifest(folder).finished
-    assert load_model(folder).config.router_config.num_text_tokens == 9
+    found = load_model(folder)
+    assert (found.config.router_config.num_text_tokens, found.config.granularities) == (9, [4, 16, 64])
+    assert found.model.router.voter.shape == (4 + 16 + 64 + 9, 1)
     direct = replace(config, objective=replace(config.objective, feedback_store=None))
     direct = replace(direct, output=replace(config.output, dir=str(tmp_path / "direct")))
     assert losses(folder) == pytest.approx(losses(run.run_stage(direct)), abs=1e-5)
+    for name, tensor in load_model(tmp_path / "direct").state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_routers_weights_do_not_matter_to_a_store(root, store, tmp_path):
+    other = shutil.copytree(root / "stage3", tmp_path / "stage3")
+    weights = load_file(other / "model.safetensors")
+    weights["model.router.voter"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    overrides = ("--model.start", str(other), "--objective.feedback_store", str(store), "--optim.max_steps", "1")
+    run.run_stage(configuration(root, 4, *overrides, "--output.dir", str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("levels", ["[4, 16]", "[64, 4]", "[4, 12, 64]", "[]"])
+def test_levels_that_the_start_does_not_offer(root, levels):
+    with pytest.raises(ConfigError, match=r"model\.granularities .* some of the levels of model\.start"):
+        run.build_model(configuration(root, 4, "--model.granularities", levels))
 
 
 @pytest.mark.parametrize(

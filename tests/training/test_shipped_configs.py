@@ -1,6 +1,7 @@
 """Every shipped configuration is read, and says what the paper says."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from transformers import LlamaConfig
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.data.conversation import TEMPLATES
 from avg_llava.model.loading import KNOWN_TOWERS
-from avg_llava.training.config import load_config
+from avg_llava.training.config import RouterSettings, load_config
 from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import STAGES, count_parameters, set_trainable
 from tests.parity.golden import GOLDEN
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "configs").glob("*/*.yaml"))
+ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS))
 WIDTH = 4096
 
 
@@ -32,6 +34,27 @@ def test_shipped_configuration(path, monkeypatch):
     settings = read_deepspeed_file(config.runtime.deepspeed)
     assert settings["zero_optimization"]["stage"] == (2 if config.stage == 1 else 3)
     assert config.accumulation_steps(2) >= 1
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_shipped_ablation(path, monkeypatch):
+    """Stage 4 of the paper but for one thing, from the one store of feedback, with an output of its own."""
+    monkeypatch.chdir(ROOT)
+    full, config = load_config("configs/vicuna-7b/stage4.yaml").to_dict(), load_config(path).to_dict()
+    assert path.read_text().count("stage: 4") == 1, "what scripts/train_stage4.sh looks for"
+    assert config["output"].pop("dir") == f"runs/ablations/{path.stem}"
+    assert config["objective"].pop("feedback_store") == "runs/vicuna-7b/feedback"
+    full["output"].pop("dir")
+    full["objective"].pop("feedback_store")
+    changed = [
+        f"{section}.{key}"
+        for section in ("model", "data", "objective", "optim", "runtime", "logging", "output")
+        for key in full[section]
+        if full[section][key] != config[section][key]
+    ]
+    assert len(changed) == (path.stem != "full"), changed
+    if changed == ["model.router"]:
+        assert config["model"]["router"] == {**asdict(RouterSettings()), "num_text_tokens": int(path.stem[2:])}
 
 
 def test_there_is_a_configuration_for_every_stage():
