@@ -110,12 +110,12 @@ def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], flo
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(4))
-    figure.supxlabel(label, fontsize=10)
+    figure.supxlabel(label, fontsize=9)
     figure.legend(
         list(legend.values()),
         list(legend),
         loc="outside upper center",
-        ncols=min(4, len(legend)),
+        ncols=_legend_columns(len(legend), len(panels)),
         frameon=False,
         fontsize=8,
     )
@@ -188,11 +188,17 @@ def draw_curve(grouped: SeriesResults) -> Figure | None:
         _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
         axes.set_xlim(0, 1.08)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.supxlabel("visual tokens, share of the finest level's (small figures: token cost)", fontsize=10)
+    figure.supxlabel("share of the finest level's visual tokens\n(small figures: token cost)", fontsize=9)
     if len(colors) > 1:
         handles, labels = places[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+        num_columns = _legend_columns(len(labels), len(panels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False, fontsize=8)
     return figure
+
+
+def _legend_columns(num_entries: int, num_panels: int) -> int:
+    """As many as fit above the panels."""
+    return min(4, num_entries, num_panels)
 
 
 def _by_benchmark(grouped: SeriesResults) -> Panels:
