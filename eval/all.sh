@@ -14,7 +14,7 @@ if [[ ${1:-} == --sample ]]; then
     export HF_HUB_OFFLINE=1
     data=playground/data/benchmarks
     avg-llava mini benchmarks --output "$data"
-    set -- --data "$data" --model avg_llava/mini/model --check eval/expected/sample.json --output runs/eval-sample "$@"
+    set -- --data "$data" --model avg_llava/mini/checkpoint --check eval/expected/sample.json --output runs/eval-sample "$@"
 fi
 for ((i = 1; i < $#; i++)); do
     if [[ ${!i} == --output ]]; then output=${*:i+1:1}; fi

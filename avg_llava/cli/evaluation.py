@@ -17,7 +17,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from avg_llava.evaluation.benchmarks import BENCHMARKS
     from avg_llava.evaluation.evaluate import evaluate as evaluate_benchmark
     from avg_llava.evaluation.published import compare_with_expected, read_expected
-    from avg_llava.evaluation.workers import default_workers
 
     hide_bars_from_files()
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
@@ -38,10 +37,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             dtype=getattr(torch, arguments.dtype),
         )
-        result = evaluate_benchmark(setting, arguments.output, arguments.workers or default_workers(), arguments.timed)
+        result = evaluate_benchmark(setting, arguments.output, arguments.workers, arguments.timed)
         results.append(result)
         failures += [f"failed: {failure.error}" for failure in result.failures]
-        compared = {item.expected.metric: item for item in compare_with_expected(result, expected) if expected}
+        compared = {item.expected.metric: item for item in compare_with_expected(result, expected)} if expected else {}
         differences += [f"{name} {metric}" for metric, item in compared.items() if not item.agrees]
         lines += _lines(result, compared)
     text = "\n".join([_HEAD, *lines, *failures, *(f"differs from what is expected: {name}" for name in differences)])

@@ -5,6 +5,7 @@ Batches are made once, of all questions, so that a killed run that goes on makes
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +21,14 @@ from avg_llava.evaluation.benchmarks import Protocol
 from avg_llava.evaluation.predictor import Choice, Encoded, Prediction, Predictor, Request, cut_at
 from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.evaluation.tasks import BenchmarkQuestions
-from avg_llava.evaluation.workers import map_batches, open_store, read_answers
+from avg_llava.evaluation.workers import default_workers, map_batches, open_store, read_answers
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.loading import load
 from avg_llava.model.modeling import PromptTooLongError
 
 AUTO, RANDOM, ALL = "auto", "random", "all"
+BATCHES_PER_WORKER = 64
+"""Fewer are sooner answered than another process has started."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _told(prediction: Prediction, num_questions: int) -> dict[str, Any]:
 
 
 def collect_answers(
-    setting: Setting, questions: BenchmarkQuestions, folder: Path, identity: Mapping[str, Any], num_workers: int
+    setting: Setting, questions: BenchmarkQuestions, folder: Path, identity: Mapping[str, Any], num_workers: int | None
 ) -> tuple[dict[int, dict[str, Any]], list[Failure]]:
     """Answers whatever is not answered yet.
 
@@ -183,7 +186,7 @@ def collect_answers(
         questions: The setting's questions.
         folder: Where answers are kept.
         identity: What the answers depend on.
-        num_workers: Processes that answer.
+        num_workers: Processes that answer; None takes one per GPU or core where there is enough to do.
 
     Returns:
         The store's lines by question number, in order; and the questions that failed.
@@ -206,7 +209,7 @@ def collect_answers(
             dynamic_ncols=True,
         ) as progress,
     ):
-        for lines in map_batches(start, _answer_batch, todo, min(num_workers, max(1, len(todo)))) if todo else ():
+        for lines in map_batches(start, _answer_batch, todo, _num_workers(num_workers, len(todo))) if todo else ():
             for line in lines:
                 if isinstance(line, Failure):
                     failures.append(line)
@@ -216,6 +219,12 @@ def collect_answers(
             progress.update(len(lines))
     found = {int(key): line for key, line in read_answers(store).items() if int(key) in numbers}
     return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
+
+
+def _num_workers(wanted: int | None, num_batches: int) -> int:
+    if wanted is None:
+        wanted = min(default_workers(), math.ceil(num_batches / BATCHES_PER_WORKER))
+    return max(1, min(wanted, num_batches))
 
 
 __all__ = ["ALL", "AUTO", "RANDOM", "Setting", "collect_answers", "load_predictor"]

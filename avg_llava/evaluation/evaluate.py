@@ -44,14 +44,14 @@ Line = Mapping[str, Any]
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 
 
-def evaluate(setting: Setting, output: Path, num_workers: int, num_timed: int) -> Result:
+def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed: int) -> Result:
     """Answers, scores and times one benchmark, and writes `<output>/<benchmark>.json` and its answers beside it.
 
     Args:
         setting: Who answers what.
         output: Folder of the result. Answers are kept in `<output>/store/<benchmark>`; a second call answers only what
             is missing.
-        num_workers: Processes that answer.
+        num_workers: Processes that answer; None takes one per GPU or core where there is enough to do.
         num_timed: Questions on which the model is timed against its finest level and against transformers' LLaVA-NeXT;
             0 leaves that out.
 

@@ -265,8 +265,8 @@ def pretrain(output: str | Path, recipe: Recipe | None = None) -> None:
 
 
 def save_vision(tower: CLIPVisionModel, folder: Path) -> None:
-    """Writes the tower and its preprocessor_config.json."""
-    tower.save_pretrained(folder)
+    """Writes the tower, in half precision, and its preprocessor_config.json."""
+    tower.half().save_pretrained(folder)
     statistics = image_processor().to_dict()
     kept = {name: statistics[name] for name in ("image_mean", "image_std", "rescale_factor", "resample")}
     content = {
@@ -283,8 +283,8 @@ def save_vision(tower: CLIPVisionModel, folder: Path) -> None:
 
 
 def save_language(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, folder: Path) -> None:
-    """Writes the language model and its tokenizer."""
-    model.save_pretrained(folder)
+    """Writes the language model, in half precision, and its tokenizer."""
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

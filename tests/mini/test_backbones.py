@@ -43,10 +43,10 @@ def test_weights_fit_into_eight_megabytes():
 
 
 def test_transformers_loads_all_parts():
-    tower = CLIPVisionModel.from_pretrained(SHIPPED / "vision")
-    language = LlamaForCausalLM.from_pretrained(SHIPPED / "language")
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "language")
-    crop = CLIPImageProcessor.from_pretrained(SHIPPED / "vision").crop_size
+    tower = CLIPVisionModel.from_pretrained(SHIPPED / "vision", dtype=torch.float32)
+    language = LlamaForCausalLM.from_pretrained(SHIPPED / "language", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "language", dtype=torch.float32)
+    crop = CLIPImageProcessor.from_pretrained(SHIPPED / "vision", dtype=torch.float32).crop_size
     assert crop["height"] == crop["width"] == tower.config.image_size
     assert isinstance(tokenizer, LlamaTokenizer)
     assert len(tokenizer) == language.config.vocab_size
@@ -59,7 +59,7 @@ def test_model_starts_from_the_shipped_backbones():
 
 
 def test_shipped_tokenizer_is_the_one_the_recipe_builds():
-    shipped, built = AutoTokenizer.from_pretrained(SHIPPED / "language"), build_tokenizer()
+    shipped, built = AutoTokenizer.from_pretrained(SHIPPED / "language", dtype=torch.float32), build_tokenizer()
     text = VICUNA_SYSTEM + " USER: Which digits follow the star? ASSISTANT: 4 7 1</s>USER: Why? über"
     assert shipped(text).input_ids == built(text).input_ids
 
@@ -98,7 +98,7 @@ def test_padding_has_no_label():
 
 def test_shipped_tower_sees_marks():
     """A linear probe on its frozen features tells apart what covers a patch: 45 kinds, where chance is below 10%."""
-    tower = CLIPVisionModel.from_pretrained(SHIPPED / "vision").eval()
+    tower = CLIPVisionModel.from_pretrained(SHIPPED / "vision", dtype=torch.float32).eval()
     processor = image_processor()
 
     def features(seed: str, scenes: int):
