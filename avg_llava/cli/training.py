@@ -50,7 +50,12 @@ def verify_data(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config)
     data = replace(config.data, on_bad_sample="skip", skip_list=None)
-    dataset = build_dataset(replace(config, data=data), *load_processor(config))
+    try:
+        processor, model_config = load_processor(load_config(arguments.model_of or arguments.config))
+    except ValueError as error:
+        raise ValueError(f"{error}; if model.start is not trained yet, name stage 1's file with --model-of") from error
+    model_config.max_sequence_length = config.model.max_length or model_config.max_sequence_length
+    dataset = build_dataset(replace(config, data=data), processor, model_config)
     with tqdm(desc="verifying", unit="sample", dynamic_ncols=True, disable=not config.logging.progress_bar) as progress:
 
         def show(done: int, total: int) -> None:
@@ -142,6 +147,15 @@ def add_training(commands: Any) -> None:
             (
                 ("--output",),
                 {"type": Path, "metavar": "FILE", "help": "skip list to write, for data.skip_list of a configuration"},
+            ),
+            (
+                ("--model-of",),
+                {
+                    "type": Path,
+                    "metavar": "FILE",
+                    "help": "YAML file to take tokenizer and image settings from: stage 1's, where model.start is not "
+                    "trained yet",
+                },
             ),
             (
                 ("--num-processes",),

@@ -19,6 +19,7 @@ import yaml
 
 from avg_llava import load_model
 from avg_llava.training.config import load_config
+from avg_llava.training.feedback import collect
 from avg_llava.training.manifest import read_manifest
 from avg_llava.training.run import build_model, run_stage
 from avg_llava.training.stages import STAGES, part_of
@@ -171,6 +172,32 @@ def test_other_ways_to_compute_learn_the_same(two_processes, one_process, name, 
     assert _losses(two_processes / name) == pytest.approx(_losses(one_process / "stage3")[:3], abs=tolerance)
     expected = torch.bfloat16 if name == "bf16" else torch.float32
     assert load_model(two_processes / name).dtype == expected
+
+
+def test_router_from_stored_feedback(one_process, world, tmp_path):
+    """Two processes under ZeRO-3 that hold no language model, against one that computes feedback as it goes."""
+    config = _write_config(4, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[4]))
+    values = yaml.safe_load(config.read_text())
+    values["model"]["start"] = str(one_process / "stage3")
+    values["objective"] = {"feedback_store": str(tmp_path / "feedback")}
+    values["output"]["save_every"] = 2
+    config.write_text(yaml.safe_dump(values))
+    collect(load_config(config), tmp_path / "feedback", num_processes=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*launch, "-m", "avg_llava.training.run", str(config)],
+        cwd=ROOT,
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    assert _losses(tmp_path / "stage4") == pytest.approx(_losses(one_process / "stage4"), abs=1e-5)
+    expected, found = (load_model(folder / "stage4").state_dict() for folder in (one_process, tmp_path))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_nothing_was_compiled(two_processes):

@@ -42,5 +42,13 @@ def test_command(path, tmp_path, capsys):
     assert facts["sources"][0]["groups"] == {"images": 6}
     assert facts["sources"][0]["problems"] == {"unreadable": 1}
 
+    values = stage_values(2, tmp_path, tmp_path)  # whose start is not trained yet
+    (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(values))
+    later = ["verify-data", "--config", str(tmp_path / "stage2.yaml"), "--model-of", str(path)]
+    assert cli.main(later) == 1
+    assert "instruct.json: 6 records" in capsys.readouterr().out
+    assert cli.main(later[:3]) == 1
+    assert "name stage 1's file with --model-of" in capsys.readouterr().err
+
     folder = run.run_stage(load_config(path, ["--data.skip_list", str(tmp_path / "skip.json"), "--output.overwrite"]))
     assert read_manifest(folder).finished
