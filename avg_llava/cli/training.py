@@ -1,7 +1,6 @@
 """Commands that train, and that prepare training."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ def verify_data(arguments: argparse.Namespace) -> int:
 
     from avg_llava.data.verify import verify
     from avg_llava.training.config import load_config
+    from avg_llava.training.machine import num_cores
     from avg_llava.training.run import build_dataset, load_processor
 
     config = load_config(arguments.config)
@@ -62,7 +62,7 @@ def verify_data(arguments: argparse.Namespace) -> int:
             progress.total = total
             progress.update(done - progress.n)
 
-        verification = verify(dataset, arguments.num_processes or os.cpu_count() or 1, arguments.output, show)
+        verification = verify(dataset, arguments.num_processes or num_cores(), arguments.output, show)
     facts = {
         "sources": [vars(source) for source in verification.sources],
         "num_skipped": verification.num_skipped,

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,9 +20,11 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.model.weight_files import CheckpointError, list_tensors, weight_files
+from avg_llava.model.weight_files import CheckpointError, StoredTensor, list_tensors, weight_files
 
 ORIGINAL_PREFIX = "llava_"  # model types of the original code: llava_llama, llava_mistral, ...
+
+TensorT = TypeVar("TensorT")
 
 # Key renamings to this package's names (pattern, replacement); first match wins, None drops the key.
 Renaming = list[tuple[str, str | None]]
@@ -45,6 +47,11 @@ LANGUAGE_KEYS: Renaming = [
     (r"^.*rotary_emb\.inv_freq$", None),
     (r"^model\.", "model.language_model."),
     (r"^lm_head\.", "lm_head."),
+]
+# What transformers makes of this package's names in some of the files that it saves.
+SAVED_KEYS: Renaming = [
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", r"model.\1"),
 ]
 ROUTER_KEYS = "model.router."
 
@@ -274,7 +281,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def rename_keys(tensors: Mapping[str, Tensor], renaming: Renaming) -> dict[str, Tensor]:
+def list_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Where the weights of a checkpoint of this package are, under this package's names."""
+    return rename_keys(list_tensors(weight_files(folder)), SAVED_KEYS)
+
+
+def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:
     """Renames keys by the first pattern that matches; keys that no pattern matches stay as they are."""
     renamed = {}
     for key, tensor in tensors.items():

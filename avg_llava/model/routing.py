@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import ROUTER_KEYS, check_loaded, config_from_transformers, read_config, resolve_folder
+from avg_llava.model.loading import (
+    ROUTER_KEYS,
+    check_loaded,
+    config_from_transformers,
+    list_weights,
+    read_config,
+    resolve_folder,
+)
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.weight_files import INDEX_NAME, CheckpointError, list_tensors, merge, weight_files
+from avg_llava.model.weight_files import INDEX_NAME, CheckpointError, list_tensors, merge
 
 _OWN_NAME = ".own.safetensors"
 
@@ -64,7 +71,7 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         router = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(ROUTER_KEYS)}
         own = folder / _OWN_NAME
         save_file(router, own)
-        merged = list_tensors(weight_files(self.source))
+        merged = list_weights(self.source)
         unknown = [name for name in weights if not name.startswith(ROUTER_KEYS) and name not in merged]
         if unknown:
             raise CheckpointError(

@@ -25,6 +25,7 @@ from avg_llava.training.config import TrainConfig
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe
 from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
 from avg_llava.training.losses import num_supervised
+from avg_llava.training.machine import num_cores
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import uses_cpu
 from avg_llava.training.run import build_dataset, build_model, describe_start, load_processor
@@ -116,7 +117,7 @@ def _share_of_this_machine(shards: list[int]) -> list[int]:
 
 
 def _default_processes(config: TrainConfig) -> int:
-    return (os.cpu_count() or 1) if uses_cpu(config) else torch.cuda.device_count()
+    return num_cores() if uses_cpu(config) else torch.cuda.device_count()
 
 
 def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_processes: int, progress: tqdm) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import ROUTER_KEYS, resolve_folder
+from avg_llava.model.loading import ROUTER_KEYS, list_weights, resolve_folder
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.model.weight_files import fingerprint, list_tensors, weight_files
+from avg_llava.model.weight_files import fingerprint
 from avg_llava.training.parsing import ConfigError
 
 MANIFEST_NAME = "store.json"
@@ -108,7 +108,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
     """
     _refuse_ambiguous_files(dataset)
     origins = [dataset.origins[index] for index in dataset.unique()]
-    tensors = list_tensors(weight_files(resolve_folder(start)))
+    tensors = list_weights(resolve_folder(start))
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
         model=fingerprint({name: each for name, each in tensors.items() if not name.startswith(ROUTER_KEYS)}),
