@@ -44,7 +44,7 @@ class ObjectiveOutput(TypedDict):
     Attributes:
         loss: Scalar to differentiate; the mean over the micro-batch's supervised tokens (or, for the router, images).
         metrics: Scalars for the log, each a mean over `num_items`.
-        num_items: Weight of the metrics: supervised tokens, or images that took part.
+        num_items: Weight of the loss and the metrics: supervised tokens, or images that took part.
     """
 
     loss: Tensor
@@ -91,6 +91,10 @@ class Objective(nn.Module, ABC):
             return self.model.encode_blank_image()
         return self.model.encode_images(pixel_values, image_sizes)
 
+    def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
+        """What a micro-batch weighs in its optimizer step: supervised tokens, before any is cut off; both (B, L)."""
+        return int(num_supervised(labels).sum())
+
     @abstractmethod
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
         """The objective, of a micro-batch whose images are encoded."""
@@ -101,7 +105,7 @@ class InstructionObjective(Objective):
 
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
         answers = answers_at(self.model, features, texts, self.config.granularities[-1])
-        num_items = int(num_supervised(texts.labels).sum())
+        num_items = self.num_items(texts.input_ids, texts.labels)
         return {"loss": -answers.log_probs.sum() / max(num_items, 1), "metrics": {}, "num_items": num_items}
 
 
@@ -112,7 +116,7 @@ class MultiGranularityObjective(Objective):
         """The metrics are the loss of each level."""
         levels = self.config.granularities
         total, answers = total_log_prob(self.model, features, texts)
-        num_items = int(num_supervised(texts.labels).sum())
+        num_items = self.num_items(texts.input_ids, texts.labels)
         losses = -answers.log_probs.sum(dim=0) / answers.num_tokens.sum(dim=0).clamp(min=1)  # (G,)
         metrics = {f"loss_{level}": loss for level, loss in zip(levels, losses.unbind(), strict=True)}
         return {"loss": -total / (len(levels) * max(num_items, 1)), "metrics": metrics, "num_items": num_items}
@@ -177,6 +181,11 @@ class RouterObjective(Objective):
         if len(items) > 0:
             metrics |= self._routing_metrics(item_logits.detach().float(), item_log_probs)
         return {"loss": loss, "metrics": metrics, "num_items": len(items)}
+
+    def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
+        """The images of samples with supervised tokens; `loss` may find that some of these take no part."""
+        num_images = (input_ids == self.config.image_token_id).sum(dim=1)
+        return int(num_images[num_supervised(labels) > 0].sum())
 
     def feedback(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """What the router is to learn from the language model's answers under each level.

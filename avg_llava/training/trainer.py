@@ -1,7 +1,8 @@
 """transformers' Trainer, told how this project optimizes, logs and saves.
 
-Loss normalisation, as in the released training: the mean over the supervised tokens of each micro-batch, then the mean
-over micro-batches and processes.
+Loss normalisation: every supervised token of an optimizer step weighs the same (every image, where the router learns),
+in whichever micro-batch and process it is. The released training took the mean of each micro-batch, then the mean over
+micro-batches and processes, so that a token weighed less the more answers it shared its micro-batch with.
 """
 
 import json
@@ -89,7 +90,7 @@ class StageTrainer(Trainer):
         self.manifest = manifest
         self._metric_totals: dict[str, tuple[Tensor, int]] = {}
         super().__init__(model=objective, args=arguments, train_dataset=dataset, data_collator=collator)
-        self.loss_is_scaled_for_ga = False
+        self.loss_is_scaled_for_ga = True  # by compute_loss
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if config.logging.progress_bar:
@@ -105,6 +106,11 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self.sampler
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """What all micro-batches of an optimizer step weigh together, on all processes; transformers calls this."""
+        mine = sum(self.model.num_items(batch["input_ids"], batch["labels"]) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([mine], device=device)).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -112,7 +118,9 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The objective's loss; its metrics are kept for the next line of the log.
+        """The objective's loss, times the micro-batch's share in the optimizer step; metrics are kept for the log.
+
+        Processes average their gradients, hence a share of 1 is one process's.
 
         Raises:
             TrainingError: the loss is not finite; the micro-batch's samples are named.
@@ -126,6 +134,10 @@ class StageTrainer(Trainer):
                 "samples, or lower optim.lr"
             )
         num_items = outputs["num_items"]
+        assert isinstance(num_items_in_batch, Tensor), "by _get_num_items_in_batch"
+        outputs["loss"] = outputs["loss"] * (
+            num_items * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        )
         for name, value in outputs["metrics"].items():
             total, count = self._metric_totals.get(name, (torch.zeros_like(value), 0))
             self._metric_totals[name] = (total + value * num_items, count + num_items)
