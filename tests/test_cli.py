@@ -21,6 +21,7 @@ COMMANDS = [
     ["mini", "data"],
     ["mini", "pretrain"],
     ["mini", "claims"],
+    ["bench", "train"],
 ]
 
 
@@ -46,7 +47,7 @@ def fails_in_one_line(capsys, arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["mini"]], ids=" ".join)
+@pytest.mark.parametrize("command", [*COMMANDS, ["mini"], ["bench"]], ids=" ".join)
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from avg_llava.cli.bench import add_bench
 from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(commands)
     add_report(commands)
     add_mini(commands)
+    add_bench(commands)
     return parser
 
 

@@ -52,7 +52,7 @@ def _train(stage: int, world: Path, folder: Path, micro_batch_size: int, monkeyp
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_one_by_eight_is_eight_by_one(world, tmp_path, stage, monkeypatch):
-    runs = {size: _train(stage, world, tmp_path, size, monkeypatch) for size in (8, 1, 4)}
+    runs = {size: _train(stage, world, tmp_path, size, monkeypatch) for size in (8, 1)}
     expected_gradients, expected_log = runs.pop(8)
     assert len(expected_gradients) == len(expected_log) == 2
     for gradients, log in runs.values():

@@ -1,0 +1,63 @@
+"""Commands that measure this machine."""
+
+import argparse
+from typing import Any
+
+from avg_llava.cli.parsing import FINE, JSON, add_command, tell
+
+
+def bench_train(arguments: argparse.Namespace) -> int:
+    """Measures a training step against the plain loop's: speed, memory, and what the operations allow."""
+    from avg_llava.training import bench
+
+    result = bench.bench_train(arguments.stage, arguments.preset, arguments.repeats)
+    tell(arguments, result, "\n".join(bench.table_lines(result)))
+    return FINE
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def add_bench(commands: Any) -> None:
+    """Adds the commands of this module."""
+    parser = commands.add_parser(
+        "bench",
+        help="Measurements of speed and memory on this machine.",
+        description="Measurements of speed and memory on this machine.",
+        epilog="example:\n  avg-llava bench train --stage 3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    add_command(
+        commands,
+        "train",
+        bench_train,
+        "avg-llava bench train --stage 3 --preset proportioned --json",
+        [
+            (("--stage",), {"type": int, "required": True, "choices": (1, 2, 3, 4), "help": "training stage"}),
+            (
+                ("--preset",),
+                {
+                    "choices": ("mini", "proportioned", "7b"),
+                    "default": "proportioned",
+                    "help": "size of the model: mini takes seconds; proportioned (the default) divides its work as the "
+                    "7B model and takes minutes on a CPU; 7b needs a GPU",
+                },
+            ),
+            (
+                ("--repeats",),
+                {
+                    "type": _positive,
+                    "default": 3,
+                    "metavar": "N",
+                    "help": "timed steps of each way, of which the median counts (default 3)",
+                },
+            ),
+            JSON,
+        ],
+    )
