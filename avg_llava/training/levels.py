@@ -1,15 +1,15 @@
 """What the language model makes of a micro-batch's answers at every level, from one encoding of the images.
 
-Where attention over sequences of different lengths costs no more than its parts (a GPU), and where every call of a
-module gathers its weights from all ranks (ZeRO-3), all levels go through the language model as one packed row of
-tokens. Elsewhere they go one after another, the finest first; a level's gradients are then taken before the next level
-begins, so that the activations of a single level are in memory. A sample without images is the same at every level
-and goes once.
+Every sample at every level is a sequence; one without images is the same at all levels and is one sequence. Where
+attention over sequences of different lengths costs no more than its parts (a GPU), and where every call of a module
+gathers its weights from all ranks (ZeRO-3), all sequences go through the language model as one packed row of tokens.
+Elsewhere they are packed into several rows, none longer than the longest sequence, which go one after another; a row's
+gradients are then taken before the next row begins, so that the activations of one row are in memory.
 
-Shapes: B samples, L positions, G levels coarse to fine, K supervised tokens.
+Shapes: B samples, L positions, G levels coarse to fine, U sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.attention import PACKED
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.packing import pack
+from avg_llava.model.splice import check_placeholders
 
 
 class Texts(NamedTuple):
@@ -62,40 +64,30 @@ def runs_levels_together(model: AvgLlavaForConditionalGeneration) -> bool:
     return is_sharded or model.device.type != "cpu"
 
 
-def answers_at(
-    model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, granularity: int
-) -> Answers:
-    """The answers with every image at one level; B columns of G = 1."""
-    return _run(model, features, texts, [granularity], with_text=True)
-
-
 def answers_by_level(model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts) -> Answers:
     """The answers under every level of the model."""
-    finest_first = model.config.granularities[::-1]
-    if runs_levels_together(model):
-        return _in_level_order(model, texts, [_run(model, features, texts, finest_first, with_text=True)])
-    passes = [_run(model, features, texts, [level], with_text=level == finest_first[0]) for level in finest_first]
-    return _in_level_order(model, texts, passes)
+    return _answers(model, features, texts, _plan(model, features, texts, model.config.granularities))
 
 
 def total_log_prob(
-    model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts
+    model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, levels: Sequence[int]
 ) -> tuple[Tensor, Answers]:
     """The sum over samples and levels of the answers' log-probabilities, to be differentiated once.
 
     Returns:
-        A float32 scalar, and the answers it is the sum of, without gradients.
+        A float32 scalar, and the answers it is the sum of, without gradients; its levels are those given.
     """
-    if runs_levels_together(model) or not torch.is_grad_enabled():
-        answers = answers_by_level(model, features, texts)
+    plan = _plan(model, features, texts, levels)
+    if len(plan.rows) == 1 or not torch.is_grad_enabled():
+        answers = _answers(model, features, texts, plan)
         return answers.log_probs.sum(), Answers(answers.log_probs.detach(), answers.num_tokens)
     inputs = [tensor for tensor in (features.crops, *_language_parameters(model)) if tensor.requires_grad]
-    total, log_probs, num_tokens = _LevelByLevel.apply(model, features, texts, *inputs)
+    total, log_probs, num_tokens = _RowByRow.apply(model, features, texts, plan, *inputs)
     return total, Answers(log_probs, num_tokens)
 
 
-class _LevelByLevel(torch.autograd.Function):
-    """`total_log_prob` of one level after another: the forward pass takes the gradients, the backward pass scales them.
+class _RowByRow(torch.autograd.Function):
+    """`total_log_prob` of one row after another: the forward pass takes the gradients, the backward pass scales them.
 
     For the world outside it is one operation with one gradient for every parameter, so that what counts on that (data
     parallelism, ZeRO-2) works as ever.
@@ -103,28 +95,32 @@ class _LevelByLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, *inputs: Tensor
+        ctx: Any,
+        model: AvgLlavaForConditionalGeneration,
+        features: ImageFeatures,
+        texts: Texts,
+        plan: "_Plan",
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The total, and the answers' `log_probs` and `num_tokens`."""
         crops = features.crops.detach().requires_grad_(features.crops.requires_grad)
         leaves = [crops if tensor is features.crops else tensor for tensor in inputs]
         gradients: list[Tensor | None] = [None] * len(leaves)
-        num_levels = len(model.config.granularities)
-        passes: list[Answers] = []
-        for level in model.config.granularities[::-1]:
+        weights = plan.places.flatten().bincount()  # (U,)
+        answers = []
+        for row in plan.rows:
             with torch.enable_grad():
-                answers = _run(model, replace(features, crops=crops), texts, [level], with_text=not passes)
-                weights = torch.where(_has_image(model, texts), 1, 1 if passes else num_levels)
-                total = (answers.log_probs[:, 0] * weights).sum()
-            passes.append(Answers(answers.log_probs.detach(), answers.num_tokens))
+                log_probs, num_tokens = _run(model, replace(features, crops=crops), texts, plan, row)
+                total = (log_probs * weights[row]).sum()
+            answers.append((log_probs.detach(), num_tokens))
             if total.requires_grad:
                 found = torch.autograd.grad(total, leaves, allow_unused=True)
                 for place, gradient in enumerate(found):
                     gradients[place] = _sum(gradients[place], gradient)
         ctx.gradients = gradients
-        answers = _in_level_order(model, texts, passes)
-        ctx.mark_non_differentiable(answers.log_probs, answers.num_tokens)
-        return answers.log_probs.sum(), answers.log_probs, answers.num_tokens
+        result = _by_level(plan, answers)
+        ctx.mark_non_differentiable(result.log_probs, result.num_tokens)
+        return result.log_probs.sum(), result.log_probs, result.num_tokens
 
     @staticmethod
     @once_differentiable
@@ -134,52 +130,92 @@ class _LevelByLevel(torch.autograd.Function):
         while ctx.gradients:
             gradient = ctx.gradients.pop()
             scaled.append(None if gradient is None else gradient * grad_total)
-        return None, None, None, *reversed(scaled)
+        return None, None, None, None, *reversed(scaled)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The sequences of a micro-batch, and which go together.
+
+    Attributes:
+        levels: the G levels.
+        sequences: U pairs of a level and a sample.
+        places: (B, G) number of the sequence that each sample is at each level.
+        rows: the sequences of each row, by number.
+    """
+
+    levels: list[int]
+    sequences: list[tuple[int, int]]
+    places: Tensor
+    rows: list[list[int]]
+
+
+def _plan(
+    model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, levels: Sequence[int]
+) -> _Plan:
+    """The sequences of every sample at the given levels, in one row or several."""
+    is_image = (texts.input_ids == model.config.image_token_id) & texts.attention_mask.bool()
+    check_placeholders(is_image, len(features.image_sizes))
+    num_texts = (texts.attention_mask.bool() & ~is_image).sum(dim=1).tolist()
+    sizes = iter(features.image_sizes)
+    sequences: list[tuple[int, int]] = []
+    lengths, places = [], []
+    for sample, (num_images, num_text) in enumerate(zip(is_image.sum(dim=1).tolist(), num_texts, strict=True)):
+        own_sizes = [next(sizes) for _ in range(num_images)]
+        places.append([len(sequences) + (place if own_sizes else 0) for place in range(len(levels))])
+        for level in levels if own_sizes else levels[-1:]:
+            num_visual = sum(num_visual_tokens(size, level, model.config) for size in own_sizes)
+            sequences.append((level, sample))
+            lengths.append(min(num_text + num_visual, model.config.max_sequence_length))
+    rows = [list(range(len(lengths)))] if runs_levels_together(model) else _fill_rows(lengths)
+    return _Plan(list(levels), sequences, torch.tensor(places, device=texts.input_ids.device), rows)
+
+
+def _fill_rows(lengths: list[int]) -> list[list[int]]:
+    """Numbers of sequences in rows as long as the longest: longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        place = next((place for place, left in enumerate(room) if left >= lengths[number]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[place].append(number)
+        room[place] -= lengths[number]
+    return rows
+
+
+def _answers(model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, plan: _Plan) -> Answers:
+    return _by_level(plan, [_run(model, features, texts, plan, row) for row in plan.rows])
 
 
 def _run(
-    model: AvgLlavaForConditionalGeneration,
-    features: ImageFeatures,
-    texts: Texts,
-    levels: list[int],
-    with_text: bool,
-) -> Answers:
-    """One packed pass: the samples with images at every level, those without at the first one, if `with_text`.
-
-    What is left out counts 0.
-    """
-    has_image = _has_image(model, texts)
+    model: AvgLlavaForConditionalGeneration, features: ImageFeatures, texts: Texts, plan: _Plan, row: list[int]
+) -> tuple[Tensor, Tensor]:
+    """One pass of a row's sequences: the log-probabilities of their answers, and the number of tokens of these."""
+    sequences = [plan.sequences[number] for number in row]
+    levels = plan.levels
+    if len(plan.rows) > 1:  # in a single row all levels are spliced, so that all ranks run the same modules
+        levels = [level for level in levels if any(level == own for own, _ in sequences)]
     batches = []
-    for place, level in enumerate(levels):
+    for level in levels:
         spliced = model.splice(features, *texts, granularity=level, padding_side="right")
-        if place > 0 or not with_text:
-            spliced = replace(spliced, attention_mask=spliced.attention_mask * has_image[:, None])
-        batches.append(spliced)
+        takes_part = torch.zeros_like(spliced.attention_mask)
+        takes_part[[sample for own, sample in sequences if own == level]] = 1
+        batches.append(replace(spliced, attention_mask=spliced.attention_mask * takes_part))
     packed = pack(batches)
-    shape = (len(levels), len(texts.input_ids))
-    if not any(packed.lengths):
-        zeros = torch.zeros(shape, device=has_image.device).T
-        return Answers(zeros, zeros.long())
+    num_samples = len(texts.input_ids)
+    places = [levels.index(level) * num_samples + sample for level, sample in sequences]
     log_probs = model.token_log_probs(packed)
     num_tokens = packed.sums(torch.ones_like(log_probs, dtype=torch.long))
-    return Answers(packed.sums(log_probs).view(shape).T, num_tokens.view(shape).T)
+    return packed.sums(log_probs)[places], num_tokens[places]
 
 
-def _in_level_order(model: AvgLlavaForConditionalGeneration, texts: Texts, passes: list[Answers]) -> Answers:
-    """Columns that come finest first as (B, G), coarse to fine; a sample without images counts alike in all."""
-    has_image = _has_image(model, texts)[:, None]
-    log_probs = torch.cat([each.log_probs for each in passes], dim=1)
-    num_tokens = torch.cat([each.num_tokens for each in passes], dim=1)
-    return Answers(
-        torch.where(has_image, log_probs, log_probs[:, :1]).flip(1),
-        torch.where(has_image, num_tokens, num_tokens[:, :1]).flip(1),
-    )
-
-
-def _has_image(model: AvgLlavaForConditionalGeneration, texts: Texts) -> Tensor:
-    """(B,) bool."""
-    is_image = (texts.input_ids == model.config.image_token_id) & texts.attention_mask.bool()
-    return is_image.any(dim=1)
+def _by_level(plan: _Plan, rows: list[tuple[Tensor, Tensor]]) -> Answers:
+    """(B, G) answers from those of each row's sequences."""
+    back = torch.tensor([number for row in plan.rows for number in row], device=plan.places.device).argsort()
+    log_probs, num_tokens = (torch.cat(values)[back][plan.places] for values in zip(*rows, strict=True))
+    return Answers(log_probs, num_tokens)
 
 
 def _language_parameters(model: AvgLlavaForConditionalGeneration) -> Iterator[nn.Parameter]:

@@ -19,14 +19,7 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.training.config import ObjectiveSettings
-from avg_llava.training.levels import (
-    Answers,
-    Texts,
-    answers_at,
-    answers_by_level,
-    total_log_prob,
-    use_packed_attention,
-)
+from avg_llava.training.levels import Answers, Texts, answers_by_level, total_log_prob, use_packed_attention
 from avg_llava.training.losses import (
     answer_log_prob,
     best_level,
@@ -104,9 +97,9 @@ class InstructionObjective(Objective):
     """Stages 1 and 2: next-token loss on supervised tokens, images at the finest level."""
 
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
-        answers = answers_at(self.model, features, texts, self.config.granularities[-1])
+        total, _ = total_log_prob(self.model, features, texts, self.config.granularities[-1:])
         num_items = self.num_items(texts.input_ids, texts.labels)
-        return {"loss": -answers.log_probs.sum() / max(num_items, 1), "metrics": {}, "num_items": num_items}
+        return {"loss": -total / max(num_items, 1), "metrics": {}, "num_items": num_items}
 
 
 class MultiGranularityObjective(Objective):
@@ -115,7 +108,7 @@ class MultiGranularityObjective(Objective):
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
         """The metrics are the loss of each level."""
         levels = self.config.granularities
-        total, answers = total_log_prob(self.model, features, texts)
+        total, answers = total_log_prob(self.model, features, texts, levels)
         num_items = self.num_items(texts.input_ids, texts.labels)
         losses = -answers.log_probs.sum(dim=0) / answers.num_tokens.sum(dim=0).clamp(min=1)  # (G,)
         metrics = {f"loss_{level}": loss for level, loss in zip(levels, losses.unbind(), strict=True)}

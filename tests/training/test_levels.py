@@ -1,4 +1,4 @@
-"""Packed = level by level = the plain loop, on every attention that runs here; and what is not computed."""
+"""One packed row = row by row = the plain loop, on every attention that runs here; and what is not computed."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def _assert_same(found, expected, rtol=1e-6):
     assert sum(gradient.abs().max() > 1e-6 for gradient in expected[1].values()) > len(expected[1]) / 2
 
 
-@pytest.fixture(params=["together", "level by level"])
+@pytest.fixture(params=["together", "row by row"])
 def way(request, monkeypatch):
     monkeypatch.setattr(levels, "runs_levels_together", lambda model: request.param == "together")
     return request.param
@@ -148,7 +148,7 @@ def test_answers_are_the_same_without_gradients(model, batch, way):
     features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
     with torch.no_grad():
         found = answers_by_level(model, features, _texts(batch))
-    total, expected = total_log_prob(model, features, _texts(batch))
+    total, expected = total_log_prob(model, features, _texts(batch), model.config.granularities)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     torch.testing.assert_close(found.log_probs.sum(), total.detach())
     assert torch.equal(found.num_tokens, torch.tensor([6, 4, 7])[:, None].expand(3, 5))
@@ -179,13 +179,24 @@ def test_no_padding_and_text_goes_once(model, batch, way):
     objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
     objective(**batch)
     expected = []
-    for level in model.config.granularities[::-1]:
+    for level in model.config.granularities:
         features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
         mask = model.splice(features, *_texts(batch), granularity=level).attention_mask
-        expected.append(int(mask[[0, 2]].sum()))
-    expected[0] += 14
+        expected += mask[[0, 2]].sum(dim=1).tolist()
+    expected.append(14)
     assert [shape[0] for shape in seen] == [1] * len(seen)
-    assert [shape[1] for shape in seen] == (expected if way == "level by level" else [sum(expected)])
+    lengths = [shape[1] for shape in seen]
+    assert sum(lengths) == sum(expected)
+    if way == "together":
+        assert len(lengths) == 1
+    else:
+        assert max(lengths) == max(expected)
+        assert len(lengths) == -(-sum(expected) // max(expected)), "no more rows than it takes"
+
+
+def test_rows_are_filled_longest_first():
+    assert levels._fill_rows([3, 10, 7, 2, 5, 4]) == [[1], [2, 0], [4, 5], [3]]
+    assert levels._fill_rows([4]) == [[0]]
 
 
 class _LargestLogits(TorchDispatchMode):
@@ -216,7 +227,7 @@ def test_logits_exist_for_a_few_supervised_tokens_at_a_time(batch, stage, way, m
     if stage == 4:
         batch |= {name: batch[name][[0, 2]] for name in Texts._fields}
     expected = _loss_and_gradients(model, stage, batch, plain=True)
-    for rows, most in ((3, 3), (1000, 13 * 5 + 4 if way == "together" else 17)):
+    for rows, most in ((3, 3), (1000, 13 * 5 + 4)):
         monkeypatch.setattr(packing, "MAX_LOGITS", rows * vocabulary + 1)
         with _LargestLogits(vocabulary) as largest:
             _assert_same(_loss_and_gradients(model, stage, batch), expected)
