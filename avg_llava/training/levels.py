@@ -78,7 +78,7 @@ def total_log_prob(
         A float32 scalar, and the answers it is the sum of, without gradients; its levels are those given.
     """
     plan = _plan(model, features, texts, levels)
-    if len(plan.rows) == 1 or not torch.is_grad_enabled():
+    if runs_levels_together(model) or not torch.is_grad_enabled():
         answers = _answers(model, features, texts, plan)
         return answers.log_probs.sum(), Answers(answers.log_probs.detach(), answers.num_tokens)
     inputs = [tensor for tensor in (features.crops, *_language_parameters(model)) if tensor.requires_grad]
@@ -90,7 +90,8 @@ class _RowByRow(torch.autograd.Function):
     """`total_log_prob` of one row after another: the forward pass takes the gradients, the backward pass scales them.
 
     For the world outside it is one operation with one gradient for every parameter, so that what counts on that (data
-    parallelism, ZeRO-2) works as ever.
+    parallelism, ZeRO-2) works as ever. Micro-batches of a single row are no exception: on all ranks gradients must come
+    in the same order.
     """
 
     @staticmethod
