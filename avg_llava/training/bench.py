@@ -146,7 +146,7 @@ def bench_train(stage: int, preset: Preset = "proportioned", repeats: int = 3) -
     levels = config.granularities if stage > 2 else config.granularities[-1:]
     num_tokens = sum(sample.length(level, config) for level in levels for sample in samples)
 
-    with tqdm(total=len(WAYS) * (repeats + 1), desc=f"bench stage {stage}", unit="step") as bar:
+    with tqdm(total=len(WAYS) * (repeats + 1), desc=f"bench stage {stage}", unit="step", disable=None) as bar:
         measured = _take_turns(stage, preset, repeats, bar.update)
     losses = {way: steps[0]["loss"] for way, steps in measured.items()}
     if abs(losses["ours"] - losses["plain"]) > (2e-2 if use_gpu else 1e-3) * abs(losses["plain"]):

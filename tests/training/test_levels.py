@@ -95,6 +95,20 @@ def test_in_float32_too(batch, way):
     _assert_same(found, expected, rtol=1e-4)
 
 
+def test_in_mixed_precision(batch, way):
+    """Autocast to bfloat16, whose rounding is all that differs; gradients stay in float32."""
+    model = tiny_model()
+    expected = torch.cat([gradient.flatten() for gradient in _loss_and_gradients(model, 3, batch)[1].values()])
+    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(**batch)["loss"]
+    loss.backward()
+    found = torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None])
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 3e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "packed"])
 @pytest.mark.parametrize("num_key_value_heads", [4, 2])
 def test_every_attention_keeps_packed_sequences_apart(batch, attention, num_key_value_heads, way):
