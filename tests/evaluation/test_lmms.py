@@ -69,7 +69,9 @@ def test_a_failed_sample_is_no_empty_answer(data, checkpoint, tmp_path):
     (file,) = (data / "ChartQA" / "data").glob("*.parquet")
     model = AvgLlava(str(checkpoint), granularity=16, batch_size=4)
     model.predictor.model.config.max_sequence_length = 20
-    with pytest.raises(FailedSamplesError, match=r"16 of 16 questions failed: local_task question 0 \(test\): a prompt"):
+    with pytest.raises(
+        FailedSamplesError, match=r"16 of 16 questions failed: local_task question 0 \(test\): a prompt"
+    ):
         simple_evaluate(
             model, tasks=["local_task"], task_manager=_task(tmp_path, "chartqa/chartqa", file), batch_size=4
         )

@@ -1,0 +1,75 @@
+"""AVG-LLaVA in VLMEvalKit, whose models are otherwise named in its own source: registers ours, then runs its run.py.
+
+python eval/vlmevalkit.py --kit VLMEvalKit --model DIR [--granularity N] [--token-cost X] -- --data MMBench_DEV_EN
+
+VLMEvalKit is no requirement of this project: clone it and install its requirements. Written against its interface
+(`vlmeval.vlm.base.BaseModel.generate_inner`, `vlmeval.config.supported_VLM`), and not run with it here.
+"""
+
+import argparse
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+NAME = "avg_llava"
+MAX_NEW_TOKENS = 2048
+
+
+def to_request(message: list[dict[str, Any]]) -> Any:
+    """VLMEvalKit's message, a list of texts and image files in order, as a request with images in their places."""
+    from avg_llava.evaluation.predictor import Request
+
+    unknown = {part["type"] for part in message} - {"image", "text"}
+    if unknown:
+        raise ValueError(f"AVG-LLaVA reads images and text, not {', '.join(sorted(unknown))}")
+    images = tuple(Path(part["value"]) for part in message if part["type"] == "image")
+    text = "".join("<image>\n" if part["type"] == "image" else part["value"] for part in message)
+    return Request(text, images)
+
+
+def register(model: str, granularity: int | None, token_cost: float) -> None:
+    """Adds the model to VLMEvalKit's table."""
+    import torch
+    from vlmeval.config import supported_VLM
+    from vlmeval.vlm.base import BaseModel
+
+    from avg_llava import load
+    from avg_llava.evaluation.predictor import Predictor
+
+    class AvgLlava(BaseModel):
+        INTERLEAVE = True
+
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.predictor = Predictor(*load(path, device=device))
+
+        def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
+            (answer,) = self.predictor.predict([to_request(message)], granularity, token_cost, MAX_NEW_TOKENS)
+            return answer.text
+
+    supported_VLM[NAME] = partial(AvgLlava, path=model)
+
+
+def main() -> None:
+    """Registers the model and hands over to VLMEvalKit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kit", type=Path, required=True, metavar="DIR", help="a clone of VLMEvalKit")
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
+    parser.add_argument("--granularity", type=int, metavar="N", help="visual tokens per crop (default: the router)")
+    parser.add_argument("--token-cost", type=float, default=0.0, metavar="X", help="the router's price (default 0)")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="after --: arguments of VLMEvalKit's run.py")
+    arguments = parser.parse_args()
+    run = arguments.kit / "run.py"
+    if not run.is_file():
+        parser.error(f"{run} is missing: --kit names a clone of VLMEvalKit")
+    sys.path.insert(0, str(arguments.kit))
+    register(arguments.model, arguments.granularity, arguments.token_cost)
+    sys.argv = [str(run), "--model", NAME, *(word for word in arguments.rest if word != "--")]
+    runpy.run_path(str(run), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
