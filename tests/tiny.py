@@ -33,7 +33,7 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     LlamaForCausalLM(language).save_pretrained(folder / "language")
     tokenizer.save_pretrained(folder / "language")
     router = RouterConfig(num_text_tokens=4, num_attention_heads=2)
-    model = build_from_backbones(folder / "vision", folder / "language", router=router)
+    model = build_from_backbones(folder / "vision", folder / "language", router_config=router)
     processor = AvgLlavaProcessor.from_backbones(folder / "vision", folder / "language", model.config)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from avg_llava.training.machine import num_cores
-from avg_llava.training.watchdog import end_with_parent
+from avg_llava.training.workers import Work, run_in_workers
 
 logger = logging.getLogger(__name__)
 
@@ -53,32 +52,21 @@ def map_batches(
     Raises:
         WorkerError: a process was killed.
     """
-    devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-    if num_workers == 1:
-        start(devices[0])
-        yield from map(answer, batches)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    queue = context.Queue()
-    for number in range(num_workers):
-        queue.put(devices[number % len(devices)])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(start, queue))
     try:
-        for future in as_completed([pool.submit(answer, batch) for batch in batches]):
-            yield future.result()
+        yield from run_in_workers(_start, (start, answer), batches, num_workers, advance=lambda amount: None)
     except BrokenProcessPool as error:
         raise WorkerError(
             "a process that answers was killed, perhaps for want of memory; run again with --workers 1, which keeps "
             "the answers that are there"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _start(start: Callable[[str], None], devices: Any) -> None:
-    end_with_parent()
-    torch.set_num_threads(1)
-    start(devices.get())
+def _start(number: int, start: Callable[[str], None], answer: Callable[[Batch], Lines]) -> Work[Batch, Lines]:
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the others have the other cores
+    num_gpus = torch.cuda.device_count()
+    start(f"cuda:{number % num_gpus}" if num_gpus else "cpu")
+    return lambda batch, advance: answer(batch)
 
 
 # ---- the store of answers -----------------------------------------------------------------------------------------
