@@ -23,6 +23,8 @@ from avg_llava.mini.scenes import Scene, draw_scene
 MANIFEST = "manifest.json"
 CAPTIONED_LAYOUTS = {(8, 8): 1}
 """Captioned pictures are of one crop, full of marks: the projector finds out sooner what each patch is called."""
+CAPTIONED_CODES = 0.6
+"""Share of captioned pictures that are drawn again until they hold a code: reading those is learnt last."""
 
 
 NOT_ASKED = ("ground_side", "place")
@@ -42,7 +44,7 @@ class WorldError(ValueError):
 class WorldSize:
     """Number of images per split, and of questions per image."""
 
-    num_captions: int = 6000
+    num_captions: int = 8000
     num_instruct: int = 4000
     num_router: int = 4000
     num_eval: int = 500
@@ -58,7 +60,13 @@ class WorldSize:
 def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
     """The scene of one image and the generator that goes on to draw its questions."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    return draw_scene(rng, CAPTIONED_LAYOUTS if split == "captions" else None), rng
+    if split != "captions":
+        return draw_scene(rng), rng
+    wanted = rng.random() < CAPTIONED_CODES
+    scene = draw_scene(rng, CAPTIONED_LAYOUTS)
+    while wanted and not scene.codes:
+        scene = draw_scene(rng, CAPTIONED_LAYOUTS)
+    return scene, rng
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
