@@ -46,7 +46,7 @@ def test_script_parses(script):
 def project(tmp_path):
     """A folder in which the real quickstart.sh runs stand-ins."""
     files = {
-        "pyproject.toml": "",
+        "avg_llava/mini/world.py": "",
         "scripts/setup.sh": SETUP,
         ".venv/bin/avg-llava": COMMAND,
         ".venv/bin/python": PYTHON,

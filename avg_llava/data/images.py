@@ -1,13 +1,15 @@
 """Image files into RGB images, or an error that names the file."""
 
+import contextlib
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from avg_llava.data.records import DataError
 
@@ -54,9 +56,20 @@ def decode_image(content: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) 
     return _read(BytesIO(content), name, max_pixels)
 
 
+@contextlib.contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Some libraries tell Pillow, for the whole process, to take what is left of a truncated image for the image."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _whole_images_only():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 width, height = image.size

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from avg_llava.data.images import load_image
 from avg_llava.data.records import DataError
@@ -85,13 +85,17 @@ def damaged_files() -> list:
 
 
 @pytest.mark.parametrize(("image", "kind", "share"), damaged_files())
-def test_files_that_are_cut_off(tmp_path, image, kind, share):
+@pytest.mark.parametrize("lenient", [False, True])
+def test_files_that_are_cut_off(tmp_path, monkeypatch, image, kind, share, lenient):
+    """Also where another library has told Pillow to take what is left of an image."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     path = tmp_path / "a"
     image.save(path, format=kind)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DataError, match=r"/a: cannot be read as an image"):
         load_image(path)
+    assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"])
