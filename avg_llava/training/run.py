@@ -181,8 +181,9 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
         )
     if not manifest.finished and manifest.world_size != world_size():
         raise ConfigError(
-            f"{folder} was written by {manifest.world_size} processes and can only be continued by as many, not by "
-            f"{world_size()}; or pass --output.overwrite to train from the beginning"
+            f"{folder} was written by {manifest.world_size} processes, each with its share of the optimizer's state, "
+            f"and can only be continued by as many, not by {world_size()}. Run it with {manifest.world_size} "
+            "processes (NPROC_PER_NODE x NNODES), or pass --output.overwrite to train from the beginning"
         )
     return EarlierRun(folder, manifest)
 
@@ -318,6 +319,15 @@ def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> Sampler[
     )
 
 
+def message_of(error: Exception) -> str:
+    """An error's message, without the traceback that torch puts before it where a loader's worker met the error."""
+    kind = type(error)
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker process" in text:
+        text = text.rsplit(f"{kind.__module__}.{kind.__qualname__}: ", 1)[-1].strip()
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line.
 
@@ -339,10 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 2
         if rank() == 0:
             sys.stderr.write(f"error: {error}\n")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         code = 1
         logger.debug("traceback", exc_info=True)
-        sys.stderr.write(f"error (process {rank()}): {error}\n")
+        sys.stderr.write(f"error (process {rank()}): {message_of(error)}\n")
     if torch.distributed.is_initialized():
         leave(code)
     return code

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from avg_llava.training.config import TrainConfig
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
+from avg_llava.training.saving import checkpoint_bytes, writing
 
 LOG_NAME = "log_history.jsonl"
 CONFIG_NAME = "train_config.yaml"
@@ -174,21 +176,26 @@ class StageTrainer(Trainer):
         """A checkpoint to continue from. Its manifest is written once every rank's files are, and only then are older
         checkpoints removed: at any moment a kill leaves one complete checkpoint behind.
         """
-        super()._save_checkpoint(model, trial)
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        with self._writing(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            output_dir = Path(self.args.output_dir)
-            self._write_manifest(output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}", finished=False)
+            with self._writing(folder):
+                self._write_manifest(folder, finished=False)
             _remove_checkpoints(output_dir, keep=self.config.output.keep)
         self.accelerator.wait_for_everyone()
 
     def save_stage(self) -> None:
         """Write the stage's result, and remove the checkpoints that are no longer needed to get there."""
-        self.save_model()
+        output_dir = Path(self.args.output_dir)
+        with self._writing(output_dir):
+            self.save_model()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            output_dir = Path(self.args.output_dir)
-            self._write_manifest(output_dir, finished=True)
+            with self._writing(output_dir):
+                self._write_manifest(output_dir, finished=True)
             _remove_checkpoints(output_dir, keep=0)
         self.accelerator.wait_for_everyone()
 
@@ -202,6 +209,11 @@ class StageTrainer(Trainer):
                 (output_dir / name).unlink(missing_ok=True)
             shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _writing(self, folder: Path) -> AbstractContextManager[None]:
+        """Around what writes `folder`: a full disk is an error in one line."""
+        needed = checkpoint_bytes(self.model, has_master_weights=self.is_deepspeed_enabled)
+        return writing(folder, Path(self.args.output_dir), needed)
 
     def _write_manifest(self, folder: Path, finished: bool) -> None:
         fields = {**vars(self.manifest), "finished": finished, "step": self.state.global_step}

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from avg_llava.data import ConversationDataset, DataError, DataSource
 from avg_llava.data import verify as verification
 from avg_llava.data.skip_list import read_skip_list
 from avg_llava.data.verify import verify
+from avg_llava.training.run import message_of
 from tests.datasets.conftest import record, write
 
 WIDE = "images/wide.png"
@@ -115,6 +118,43 @@ def test_every_fault_is_found(bad, make, tmp_path, num_processes):
         assert name in records.skip[position]
     assert found.num_skipped == len(EXPECTED)
     assert [path.name for path in output.parent.iterdir()] == ["skip.json"]
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ("truncated JPEG", r"images/cut\.jpg: cannot be read as an image"),
+        ("0 bytes", r"images/empty\.jpg: cannot be read as an image"),
+        ("bomb", r"images/bomb\.png: .*limit of 89478485 pixels"),
+        ("link", r"images/link\.png leads out of the image root"),
+        ("dots", r"image path '\.\./wide\.png' leaves the image root"),
+        ("roles out of order", r"turns must alternate between human and gpt"),
+        ("placeholders", r"1 images but 2 <image> placeholders"),
+        ("missing", r"images/nowhere\.png: image file not found"),
+    ],
+)
+def test_a_worker_names_the_sample_in_one_line(bad, make, identity, message):
+    """Through a loader's worker, as in training, and as the training command prints it."""
+    (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
+    path = write(bad.parent, record("sound", "Hi", "Yes"), only, name="one.json")
+    with pytest.raises(DataError) as caught:
+        list(DataLoader(make(path), num_workers=1, collate_fn=list))
+    line = message_of(caught.value).replace("\n  ", " ")  # malformed records are a list, of one here
+    assert "\n" not in line
+    assert re.search(rf"sample '{identity}' \(.*one\.json, record 1\): .*{message}", line)
+
+
+@pytest.mark.parametrize(
+    ("identity", "trouble"),
+    [("over-long", "over-long sample cut"), ("masked", "sample without supervised tokens"), ("GIF named .jpg", None)],
+)
+def test_what_training_can_use_is_used(bad, make, caplog, identity, trouble):
+    """Named in one line where something is lost; a GIF under another name is an image."""
+    (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
+    dataset = make(write(bad.parent, only, name="one.json"))
+    assert len(dataset[0]["pixel_values"]) == 1
+    lines = [entry.getMessage() for entry in caplog.records if trouble and entry.getMessage().startswith(trouble)]
+    assert (len(lines) == 1 and f"sample '{identity}'" in lines[0]) if trouble else not caplog.records
 
 
 def test_training_data_without_what_the_list_names(bad, make, tmp_path):

@@ -235,6 +235,36 @@ def test_killed_and_resumed(two_processes, tmp_path):
     assert not list(output.glob("checkpoint-*"))
 
 
+def test_a_worker_of_one_rank_meets_a_bad_sample(world, tmp_path):
+    """Two ZeRO-3 processes, a truncated image in a loader's worker of one: both end, and one line names the sample."""
+    records = json.loads((world / "captions.json").read_text())
+    config = _write_config(1, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[1]))
+    values = yaml.safe_load(config.read_text())
+    order = list(ShuffledSampler(len(records), seed=values["seed"]))
+    victim = records[order[1]]  # of micro-batches of one sample, the second process takes every second
+    content = (world / victim["image"]).read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "images").symlink_to(world / "images")
+    victim["image"] = "cut.png"
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    values["data"] |= {"sources": [{"path": str(tmp_path / "captions.json"), "follow_links": True}], "num_workers": 1}
+    config.write_text(yaml.safe_dump(values))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*launch, "-m", "avg_llava.training.run", str(config)],
+        cwd=ROOT,
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert finished.returncode != 0
+    named = [line for line in finished.stderr.splitlines() if "cut.png" in line]
+    assert len(named) == 1, finished.stderr[-5000:]
+    assert named[0].startswith(f"error (process 1): sample '{victim['id']}' (")
+
+
 def _wait_for(path: Path, launched: subprocess.Popen) -> None:
     deadline = time.monotonic() + PATIENCE
     while not path.exists():
