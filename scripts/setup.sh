@@ -53,7 +53,7 @@ options=(--disable-pip-version-check)
 [[ -t 1 ]] || options+=(--quiet)  # a person sees the progress, a log only what went wrong
 # Build environments take the same pins as the environment itself, so that one pin of torch holds everywhere.
 export PIP_CONSTRAINT=$PWD/constraints.txt
-$venv/bin/python -m pip install "${options[@]}" --editable '.[train,eval,dev]'
+$venv/bin/python -m pip install "${options[@]}" --editable '.[train,eval,serve,demo,quant,dev]'
 # Its requirements are those of all its tasks and models; what ours need is in the extra `eval`.
 $venv/bin/python -m pip install "${options[@]}" --no-deps lmms-eval
 echo "$wanted" >$stamp
