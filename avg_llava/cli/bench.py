@@ -10,7 +10,7 @@ def bench_train(arguments: argparse.Namespace) -> int:
     """Measures a training step against the plain loop's: speed, memory, and what the operations allow."""
     from avg_llava.training import bench
 
-    result = bench.bench_train(arguments.stage, arguments.preset, arguments.repeats)
+    result = bench.bench_train(arguments.stage, arguments.preset, arguments.repeats, arguments.stored_feedback)
     tell(arguments, result, "\n".join(bench.table_lines(result)))
     return FINE
 
@@ -57,6 +57,10 @@ def add_bench(commands: Any) -> None:
                     "metavar": "N",
                     "help": "timed steps of each way, of which the median counts (default 3)",
                 },
+            ),
+            (
+                ("--stored-feedback",),
+                {"action": "store_true", "help": "stage 4 as from a feedback store, with no language model in memory"},
             ),
             JSON,
         ],

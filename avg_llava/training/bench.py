@@ -5,27 +5,33 @@ else the machine does meets both. Weights, pixels and texts are random: they cha
 """
 
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.routing import load_routing_model
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.flops import SampleShape, StepFlops, step_flops
+from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
+from avg_llava.training.machine import machine_facts
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.plain import plain_loss
 from avg_llava.training.stages import STAGES, set_trainable
@@ -79,8 +85,8 @@ PRESETS: dict[Preset, ModelShape] = {
 _LARGE, _PHOTO, _SMALL = (2.0, 2.0), (333 / 336, 500 / 336), (0.6, 0.8)
 BATCHES: dict[int, tuple[tuple[tuple[float, float] | None, int, int], ...]] = {
     1: ((_LARGE, 2, 30), (_PHOTO, 2, 12), (_SMALL, 2, 18), (_PHOTO, 2, 24)),
-    2: ((_LARGE, 60, 40), (_PHOTO, 180, 120), (_SMALL, 40, 10), (None, 300, 200)),
-    3: ((_LARGE, 60, 40), (_PHOTO, 180, 120)),
+    2: ((_LARGE, 20, 20), (_SMALL, 40, 10), (None, 300, 200)),
+    3: ((_LARGE, 20, 20), (_PHOTO, 60, 40)),
     4: ((_LARGE, 60, 40), (_PHOTO, 180, 120)),
 }
 
@@ -123,21 +129,27 @@ def make_batch(samples: list[SampleShape], config: AvgLlavaConfig, device: torch
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def bench_train(stage: int, preset: Preset = "proportioned", repeats: int = 3) -> dict[str, Any]:
+def bench_train(
+    stage: int, preset: Preset = "proportioned", repeats: int = 3, stored_feedback: bool = False
+) -> dict[str, Any]:
     """Measure both ways and compare them.
 
     Args:
         stage: 1 to 4.
         preset: size of the model.
         repeats: timed steps of each way, after one that is not timed.
+        stored_feedback: stage 4 as from a feedback store: our way holds no language model.
 
     Returns:
         `speedup` and `memory_ratio` (ours to plain), `flop_bound_speedup` (what the operations saved would give at the
         same speed of computing), for each way seconds per step, rates, peak memory and operations; settings, machine.
 
     Raises:
-        ValueError: the preset needs a GPU, a process ended early, or the two ways disagree about the loss.
+        ValueError: the preset needs a GPU, a process ended early, the two ways disagree about the loss, or feedback is
+            to be stored for another stage than 4.
     """
+    if stored_feedback and stage != 4:
+        raise ValueError(f"only stage 4 learns from stored feedback, not stage {stage}")
     use_gpu = torch.cuda.is_available()
     if preset == "7b" and not use_gpu:
         raise ValueError("the preset 7b needs a GPU; on a CPU, --preset proportioned keeps its proportions")
@@ -146,18 +158,25 @@ def bench_train(stage: int, preset: Preset = "proportioned", repeats: int = 3) -
     levels = config.granularities if stage > 2 else config.granularities[-1:]
     num_tokens = sum(sample.length(level, config) for level in levels for sample in samples)
 
-    with tqdm(total=len(WAYS) * (repeats + 1), desc=f"bench stage {stage}", unit="step", disable=None) as bar:
-        measured = _take_turns(stage, preset, repeats, bar.update)
+    with (
+        tempfile.TemporaryDirectory(prefix="avg-llava-bench-") as folder,
+        tqdm(total=len(WAYS) * (repeats + 1), desc=f"bench stage {stage}", unit="step", disable=None) as bar,
+    ):
+        measured = _take_turns(stage, preset, repeats, Path(folder) if stored_feedback else None, bar.update)
     losses = {way: steps[0]["loss"] for way, steps in measured.items()}
     if abs(losses["ours"] - losses["plain"]) > (2e-2 if use_gpu else 1e-3) * abs(losses["plain"]):
         raise ValueError(f"the two ways disagree about the loss, so their times compare nothing: {losses}")
 
-    flops = {way: step_flops(stage, samples, config, plain=way == "plain") for way in WAYS}
+    flops = {
+        "plain": step_flops(stage, samples, config, plain=True),
+        "ours": step_flops(stage, samples, config, plain=False, stored_feedback=stored_feedback),
+    }
     figures = {way: _figures(measured[way], flops[way], len(samples), num_tokens) for way in WAYS}
     ours, plain = figures["ours"], figures["plain"]
     return {
         "stage": stage,
         "preset": preset,
+        "stored_feedback": stored_feedback,
         "speedup": plain["seconds_per_step"] / ours["seconds_per_step"],
         "memory_ratio": ours["peak_memory_bytes"] / plain["peak_memory_bytes"],
         "flop_bound_speedup": flops["plain"].total / flops["ours"].total,
@@ -172,7 +191,7 @@ def bench_train(stage: int, preset: Preset = "proportioned", repeats: int = 3) -
             "dtype": "bfloat16" if use_gpu else "float32",
             "recomputed_activations": use_gpu,
         },
-        "machine": _machine(),
+        "machine": machine_facts() | {"threads": torch.get_num_threads()},
     }
 
 
@@ -193,17 +212,23 @@ def _figures(steps: list[dict[str, float]], flops: StepFlops, num_samples: int, 
 
 
 def _take_turns(
-    stage: int, preset: Preset, repeats: int, progress: Callable[[], Any]
+    stage: int, preset: Preset, repeats: int, folder: Path | None, progress: Callable[[], Any]
 ) -> dict[Way, list[dict[str, float]]]:
-    """Steps of each way, in processes of their own, one step at a time."""
+    """Steps of each way, in processes of their own, one step at a time; `folder` is for stored feedback."""
     context = multiprocessing.get_context("spawn")
+    if folder is not None:
+        collector = context.Process(target=_store_feedback, args=(folder, preset), daemon=True)
+        collector.start()
+        collector.join()
+        if collector.exitcode != 0:
+            raise ValueError(f"the process that stores feedback ended with code {collector.exitcode}")
     measured: dict[Way, list[dict[str, float]]] = {way: [] for way in WAYS}
     connections: dict[Way, Connection] = {}
     processes = {}
     try:
         for way in WAYS:
             connections[way], theirs = context.Pipe()
-            processes[way] = context.Process(target=_work, args=(theirs, stage, preset, way), daemon=True)
+            processes[way] = context.Process(target=_work, args=(theirs, stage, preset, way, folder), daemon=True)
             processes[way].start()
             theirs.close()
         for _ in range(repeats + 1):
@@ -228,9 +253,10 @@ def _receive(connection: Connection, process: Any, way: Way) -> dict[str, float]
     return answer
 
 
-def _work(connection: Connection, stage: int, preset: Preset, way: Way) -> None:
+def _work(connection: Connection, stage: int, preset: Preset, way: Way, folder: Path | None) -> None:
     """A process's life: build the model, then one step for every message."""
-    step = prepare_step(stage, preset, way)
+    disable_progress_bar()
+    step = prepare_step(stage, preset, way, folder if way == "ours" else None)
     while True:
         try:
             connection.recv()
@@ -242,20 +268,21 @@ def _work(connection: Connection, stage: int, preset: Preset, way: Way) -> None:
         connection.send({"seconds": seconds, "loss": loss, "peak_memory_bytes": _peak_memory()})
 
 
-def prepare_step(stage: int, preset: Preset, way: Way) -> Callable[[], float]:
-    """A function that takes one optimizer step on the preset's micro-batch and gives its loss."""
-    use_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if use_gpu else "cpu")
-    torch.manual_seed(0)
-    config = PRESETS[preset].config()
-    torch.set_default_dtype(torch.bfloat16 if use_gpu else torch.float32)
-    with device:
-        model = AvgLlavaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+def prepare_step(stage: int, preset: Preset, way: Way, folder: Path | None = None) -> Callable[[], float]:
+    """A function that takes one optimizer step on the preset's micro-batch and gives its loss.
+
+    With a `folder` written by `_store_feedback` the step is that of our router training with stored feedback.
+    """
+    device = _device()
+    batch = make_batch(sample_shapes(stage, PRESETS[preset].config()), PRESETS[preset].config(), device)
+    if folder is None:
+        model = _random_model(preset)
+    else:
+        model = load_routing_model(folder).to(device)
+        batch |= load_file(folder / _FEEDBACK, device=device.type)
     set_trainable(model, STAGES[stage])
-    if use_gpu and stage != 4:
+    if device.type == "cuda" and stage != 4:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    batch = make_batch(sample_shapes(stage, config), config, device)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5)
     name, settings = STAGES[stage].objective, ObjectiveSettings()
     objective = OBJECTIVES[name](model, settings).train() if way == "ours" else None
@@ -272,28 +299,54 @@ def prepare_step(stage: int, preset: Preset, way: Way) -> Callable[[], float]:
     return step
 
 
+_FEEDBACK = "feedback.safetensors"
+
+
+def _store_feedback(folder: Path, preset: Preset) -> None:
+    """Writes the model and the feedback for stage 4's micro-batch, as arguments of the router's objective."""
+    disable_progress_bar()
+    model = _random_model(preset).eval()
+    batch = make_batch(sample_shapes(4, model.config), model.config, model.device)
+    use_packed_attention(model)
+    with torch.inference_mode():
+        features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
+        answers = answers_by_level(model, features, Texts(*(batch[name] for name in Texts._fields)))
+    model.save_pretrained(folder)
+    feedback = {"answer_log_probs": answers.log_probs, "num_answer_tokens": answers.num_tokens[:, 0]}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in feedback.items()}, folder / _FEEDBACK)
+
+
+def _random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:
+    """The same weights in every process."""
+    device = _device()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with device:
+        model = AvgLlavaForConditionalGeneration(PRESETS[preset].config())
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _peak_memory() -> int:
     """Bytes: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def table_lines(result: dict[str, Any]) -> list[str]:
     """A result for people."""
-    lines = [f"stage {result['stage']}, preset {result['preset']}", "", f"{'':<22}{'plain loop':>16}{'ours':>16}"]
+    stored = ", stored feedback" if result["stored_feedback"] else ""
+    lines = [
+        f"stage {result['stage']}, preset {result['preset']}{stored}",
+        "",
+        f"{'':<22}{'plain loop':>16}{'ours':>16}",
+    ]
     for name, key, unit, scale in (
         ("seconds per step", "seconds_per_step", "", 1),
         ("samples per second", "samples_per_second", "", 1),

@@ -49,7 +49,9 @@ class StepFlops:
         return self.vision + self.language + self.head + self.router
 
 
-def step_flops(stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfig, plain: bool) -> StepFlops:
+def step_flops(
+    stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfig, plain: bool, stored_feedback: bool = False
+) -> StepFlops:
     """Operations of a step of a stage on a micro-batch.
 
     Args:
@@ -58,6 +60,7 @@ def step_flops(stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfi
         config: a model with a language model of Llama's shape.
         plain: as the plain loop does it: images encoded for every level (and for the router), all samples as long as
             the longest, attention under a mask, logits of every token.
+        stored_feedback: the language model's answers are known, as they are to stage 4 with a feedback store.
     """
     trains = STAGES[stage].trains
     levels = config.granularities if stage > 2 else config.granularities[-1:]
@@ -67,7 +70,7 @@ def step_flops(stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfi
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
     encodings = (len(levels) + (1 if stage == 4 else 0)) if plain else 1
     language = head = 0.0
-    for level in levels:
+    for level in () if stored_feedback else levels:
         # Texts are the same at all levels and go through the language model once, if not in the plain loop.
         seen = [each for each in samples if plain or each.image_size is not None or level == levels[-1]]
         lengths = [sample.length(level, config) for sample in seen]

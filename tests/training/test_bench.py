@@ -23,6 +23,18 @@ def test_both_ways_take_the_same_steps(stage):
     assert len(set(losses["ours"])) == 3, "the optimizer moves"
 
 
+def test_stored_feedback_gives_the_same_steps(tmp_path):
+    bench._store_feedback(tmp_path, "mini")
+    steps = {way: prepare_step(4, "mini", way, tmp_path if way == "ours" else None) for way in bench.WAYS}
+    losses = {way: [step() for _ in range(3)] for way, step in steps.items()}
+    assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-4)
+
+
+def test_only_the_router_learns_from_stored_feedback(capsys):
+    assert main(["bench", "train", "--stage", "3", "--preset", "mini", "--stored-feedback"]) == 1
+    assert "only stage 4 learns from stored feedback, not stage 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_lengths_are_the_model_s(stage):
     config = PRESETS["mini"].config()
