@@ -15,6 +15,7 @@ COMMANDS = [
     ["train"],
     ["feedback"],
     ["verify-data"],
+    ["estimate"],
     ["generate"],
     ["convert"],
     ["report"],

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from avg_llava.cli.bench import add_bench
+from avg_llava.cli.estimate import add_estimate
 from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_training(commands)
+    add_estimate(commands)
     add_inference(commands)
     add_evaluation(commands)
     add_report(commands)
