@@ -7,10 +7,11 @@ shift
 
 usage() {
     cat <<EOF
-usage: bash scripts/train_stage$stage.sh [CONFIG] [--key.subkey value ...]
+usage: bash scripts/train_stage$stage.sh [CONFIG] [--key.subkey value ...] [--dry-run]
 
 Trains stage $stage as CONFIG (default: configs/vicuna-7b/stage$stage.yaml) says; options go over its values. Paths inside a
 configuration are relative to the root of the project. Run again, it continues a killed run and leaves a finished one alone.
+With --dry-run it looks for all that could go wrong (configuration, weights, data, disk), trains nothing and leaves nothing.
 
   bash scripts/train_stage$stage.sh configs/mini/stage$stage.yaml --optim.lr 5e-4
 

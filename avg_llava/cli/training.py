@@ -108,7 +108,7 @@ def add_training(commands: Any) -> None:
                 {
                     "nargs": argparse.REMAINDER,
                     "metavar": "--key.subkey value ...",
-                    "help": "over values of the YAML file",
+                    "help": "over values of the YAML file; --dry-run looks for what could go wrong, without training",
                 },
             ),
         ],

@@ -58,9 +58,10 @@ from avg_llava.training.watchdog import end_with_parent
 logger = logging.getLogger(__name__)
 
 USAGE = """\
-usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
+usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start] [--dry-run]
 
-Train one stage as a YAML file says; options go over the file's values.
+Train one stage as a YAML file says; options go over the file's values. With --dry-run, look for all that could go wrong
+(configuration, weights, data, disk) and do not train.
 example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
 """
 
@@ -342,6 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_logging()
     if world_size() > 1:
         end_with_parent()
+    if "--dry-run" in arguments:
+        from avg_llava.training import dry_run  # which imports this module
+
+        return dry_run.main(arguments[0], [argument for argument in arguments[1:] if argument != "--dry-run"])
     code = 0
     try:
         run_stage(load_config(arguments[0], arguments[1:]))
