@@ -22,7 +22,8 @@ from torch import Tensor
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
-from avg_llava.data.records import DataError
+from avg_llava.data.images import load_image
+from avg_llava.data.records import DataError, parse_record, read_records
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import (
     LANGUAGE_KEYS,
@@ -38,7 +39,7 @@ from avg_llava.model.loading import (
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.weight_files import list_tensors, weight_files
-from avg_llava.training.blueprint import meta_model
+from avg_llava.training.blueprint import find_blueprint, meta_model
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
 from avg_llava.training.processes import rank, read_deepspeed_file, world_size
@@ -96,7 +97,8 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
     config = report.attempt("configuration", lambda: load_config(path, overrides))
     if config is None:
         return report
-    report.facts.append(f"stage {config.stage} of {path}, {world_size()} processes, into {config.output.dir}")
+    processes = f"{world_size()} process{'es' * (world_size() > 1)}"
+    report.facts.append(f"stage {config.stage} of {path}, {processes}, into {config.output.dir}")
     parent = report.attempt("start", lambda: describe_start(config))
     if parent is not None:
         earlier = report.attempt("earlier run", lambda: find_earlier_run(config, parent))
@@ -108,24 +110,30 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
         file = config.runtime.deepspeed
         report.attempt("DeepSpeed", lambda: read_deepspeed_file(file))
     found = report.attempt("model", lambda: load_processor(config))
-    if found is None:
-        return report
-    processor, model_config = found
-    num_parameters = report.attempt("weights", lambda: check_weights(config, model_config))
-    if num_parameters is not None:
-        report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
-    num_samples = _look_at_data(config, processor, model_config, report)
-    if num_samples is not None and accumulation is not None:
-        report.facts.append(
-            f"data: {num_samples:,} samples, {config.optim.global_batch_size} per step in {accumulation} micro-batches "
-            f"of {config.optim.micro_batch_size} per process"
-        )
-    needed = report.attempt("model", lambda: bytes_to_write(config, model_config))
+    processor = None
+    if found is not None:
+        processor, model_config = found
+        num_parameters = report.attempt("weights", lambda: check_weights(config, model_config))
+        if num_parameters is not None:
+            report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
+        num_samples = _look_at_data(config, processor, model_config, report)
+        if num_samples is not None and accumulation is not None:
+            report.facts.append(
+                f"data: {num_samples:,} samples, {config.optim.global_batch_size} per step in {accumulation} "
+                f"micro-batches of {config.optim.micro_batch_size} per process"
+            )
+    else:
+        _look_at_files(config, report)
+        blueprint = report.attempt("model's shape", lambda: find_blueprint(config, Path(path)))
+        if blueprint is None:
+            return report
+        model_config = blueprint.config
+        report.facts += [f"assumed: {assumption}" for assumption in blueprint.assumptions]
     with report_failure(report, f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
-        if needed is not None:
-            _look_at_disk(folder, needed, report)
-        num_bytes = trial_save(folder, config, processor, model_config)
-        report.facts.append(f"trial save: {num_bytes / 2**20:.1f} MiB written, read and removed")
+        _look_at_disk(folder, bytes_to_write(config, model_config), report)
+        if processor is not None:
+            num_bytes = trial_save(folder, config, processor, model_config)
+            report.facts.append(f"trial save: {num_bytes / 2**20:.1f} MiB written, read and removed")
     return report
 
 
@@ -238,6 +246,24 @@ def _look_at_disk(folder: Path, needed: int, report: Report) -> None:
             "output.dir, or lower output.keep"
         )
     report.facts.append(f"disk: about {needed / GIB:.2f} GiB to write, {free / GIB:.2f} GiB free")
+
+
+def _look_at_files(config: TrainConfig, report: Report) -> None:
+    """What can be seen of the data without a tokenizer: the first records of every source, and their images."""
+    for source in config.data.sources:
+        file = report.attempt(f"data {source.path}", partial(read_records, source.path))
+        root = Path(source.path).parent if source.image_root is None else Path(source.image_root)
+        if not root.is_dir():
+            report.problems.append(f"data {source.path}: image root {root} is no folder; check data.sources")
+        elif file is not None:
+            for record in file.records[: NUM_FIRST + NUM_RANDOM]:
+                if record.error is not None:
+                    report.problems.append(f"data: {record.source}: {record.error}")
+                    continue
+                with report_failure(report, "data"):
+                    for path in parse_record(record.value, root, record.source).images:
+                        load_image(path)
+            report.facts.append(f"{source.path}: {len(file.records):,} records, of which the first were looked at")
 
 
 def _look_at_data(

@@ -22,7 +22,7 @@ from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.run import build_dataset, load_processor
 from avg_llava.training.stages import count_parameters
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
 NUM_DRAWN = 64  # samples that are looked at where the data are there
 RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
@@ -167,28 +167,30 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
 def table_lines(result: dict[str, Any]) -> list[str]:
     """An estimate for people."""
     model, hardware, step = result["model"], result["hardware"], result["step"]
+    is_large = max(memory["total"] for memory in result["memory"].values()) >= GIB
+    unit, name_of_unit = (GIB, "GiB") if is_large else (MIB, "MiB")
     lines = [
         f"stage {result['stage']} ({result['config']}) in {result['precision']} on {hardware['gpus']} x "
         f"{hardware['gpu']}, ZeRO: {result['sharding']}",
         f"model: {model['parameters']:,} parameters, {model['trained']:,} trained",
         *(f"assumed: {assumption}" for assumption in result["assumptions"]),
         "",
-        f"{'GiB per GPU, ZeRO:':<20}" + "".join(f"{name:>12}" for name in result["memory"]),
+        f"{name_of_unit + ' per GPU, ZeRO:':<20}" + "".join(f"{name:>12}" for name in result["memory"]),
     ]
     for part in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host"):
-        values = "".join(f"{memory[part] / GIB:>12.2f}" for memory in result["memory"].values())
+        values = "".join(f"{memory[part] / unit:>12.2f}" for memory in result["memory"].values())
         lines.append(f"{'in host memory' if part == 'host' else part:<20}{values}")
     fits = "".join(f"{'yes' if memory['fits'] else 'no':>12}" for memory in result["memory"].values())
     lines += [
         f"{'fits into ' + str(round(hardware['memory'] / 1e9)) + ' GB':<20}{fits}",
         "",
         f"a step: {step['samples']} samples in {step['accumulation_steps']} x {step['micro_batch_size']} per GPU, "
-        f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.1f} TFLOP, {step['seconds']:.2f} s at an MFU of "
+        f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.2f} TFLOP, {step['seconds']:.3g} s at an MFU of "
         f"{result['mfu']:.0%}",
     ]
     if result["steps"] is None:
         return [*lines, "a run: the number of samples is not known; give it with --num-samples"]
-    return [*lines, f"a run: {result['steps']:,} steps, {result['hours']:.2f} hours"]
+    return [*lines, f"a run: {result['steps']:,} steps, {result['hours']:.3g} hours"]
 
 
 def _memory(

@@ -149,3 +149,17 @@ def test_only_the_first_process_looks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert dry_run.main("absent.yaml", []) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_data_and_disk_are_looked_at_although_the_start_is_not_there(world, monkeypatch):
+    """The shape of the start is that of the files around the configuration."""
+    (world / "images/2.png").write_bytes(b"")
+    _write(world, 1)
+    path = _write(world, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+    report = dry_run.dry_run(path)
+    problems = "\n".join(report.problems)
+    for part in ("start: stage 2 starts from a finished stage 1", "model: ", "images/2.png", "1 are free"):
+        assert part in problems
+    assert any("stage1.yaml" in fact for fact in report.facts)
+    assert not (world.parent / "runs").exists()

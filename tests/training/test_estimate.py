@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from avg_llava import AvgLlavaForConditionalGeneration, cli, load_model
 from avg_llava.cli.estimate import GPU_NAMES, ZERO_NAMES
+from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.training import estimate, levels
 from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.blueprint import find_blueprint
@@ -17,8 +19,10 @@ from avg_llava.training.memory import SHARDINGS, Activations, Sharding, activati
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
+from avg_llava.training.run import build_dataset, load_processor
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.parity.golden import GOLDEN
+from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
 MINI = "avg_llava/mini/checkpoint"
@@ -72,6 +76,31 @@ def test_a_local_start_is_counted_exactly(tmp_path, capsys):
     assert "parameters, " in capsys.readouterr().out
     assert cli.main([*command, "--gpus", "3"]) == 1
     assert "is not a multiple of" in capsys.readouterr().err
+
+
+def test_samples_are_drawn_from_data_that_are_there(tmp_path):
+    """All of them, since they are few: tokens and operations are those of the data set's own samples."""
+    write_backbones(tmp_path)
+    write_data(tmp_path, num_samples=6)
+    values = stage_values(1, tmp_path, tmp_path)
+    values["optim"] |= {"max_steps": None, "epochs": 2}
+    path = tmp_path / "stage1.yaml"
+    path.write_text(yaml.safe_dump(values))
+    result = estimate.estimate(path, estimate.Request(num_gpus=1))
+    assert result["assumptions"] == ["samples are as 6 drawn from the data"]
+    assert (result["samples"], result["steps"], result["sharding"]) == (6, 4, "none")
+    config = load_config(path)
+    processor, model_config = load_processor(config)
+    dataset = build_dataset(config, processor, model_config)
+    num_tokens = 0
+    for index in range(len(dataset)):
+        item = dataset[index]
+        visual = sum(
+            num_visual_tokens(size, model_config.granularities[-1], model_config)
+            for size in item["image_sizes"].tolist()
+        )
+        num_tokens += len(item["input_ids"]) - len(item["image_sizes"]) + int(visual)
+    assert result["step"]["tokens"] == round(num_tokens / 6 * 4)
 
 
 def test_a_start_that_nothing_describes(tmp_path):
