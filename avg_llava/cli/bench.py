@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, tell
+from avg_llava.cli.parsing import FINE, JSON, add_command, add_group, at_least_one, tell
 
 
 def bench_train(arguments: argparse.Namespace) -> int:
@@ -15,26 +15,13 @@ def bench_train(arguments: argparse.Namespace) -> int:
     return FINE
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
 def add_bench(commands: Any) -> None:
     """Adds the commands of this module."""
-    parser = commands.add_parser(
-        "bench",
-        help="Measurements of speed and memory on this machine.",
-        description="Measurements of speed and memory on this machine.",
-        epilog="example:\n  avg-llava bench train --stage 3",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    bench = add_group(
+        commands, "bench", "Measurements of speed and memory on this machine.", "avg-llava bench train --stage 3"
     )
-    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_command(
-        commands,
+        bench,
         "train",
         bench_train,
         "avg-llava bench train --stage 3 --preset proportioned --json",
@@ -52,7 +39,7 @@ def add_bench(commands: Any) -> None:
             (
                 ("--repeats",),
                 {
-                    "type": _positive,
+                    "type": at_least_one,
                     "default": 3,
                     "metavar": "N",
                     "help": "timed steps of each way, of which the median counts (default 3)",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, hide_bars_from_files, tell
+from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -78,12 +78,6 @@ def _granularity(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r} is none of auto, random, all, and no number of visual tokens per crop")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
-
-
 def add_evaluation(commands: Any) -> None:
     """Adds the commands of this module."""
     add_command(
@@ -129,11 +123,14 @@ def add_evaluation(commands: Any) -> None:
                     "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
                 },
             ),
-            (("--limit",), {"type": _positive, "metavar": "N", "help": "only the first N questions"}),
-            (("--batch-size",), {"type": _positive, "default": 1, "metavar": "N", "help": "questions at a time (1)"}),
+            (("--limit",), {"type": at_least_one, "metavar": "N", "help": "only the first N questions"}),
+            (
+                ("--batch-size",),
+                {"type": at_least_one, "default": 1, "metavar": "N", "help": "questions at once (1)"},
+            ),
             (
                 ("--workers",),
-                {"type": _positive, "metavar": "N", "help": "processes (default: one per GPU, or per core)"},
+                {"type": at_least_one, "metavar": "N", "help": "processes (default: one per GPU, or per core)"},
             ),
             (
                 ("--timed",),

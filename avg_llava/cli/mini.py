@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, tell
+from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, add_group, tell
 
 
 def mini_data(arguments: argparse.Namespace) -> int:
@@ -49,15 +49,10 @@ def mini_claims(arguments: argparse.Namespace) -> int:
 
 def add_mini(commands: Any) -> None:
     """Adds the commands of this module."""
-    mini = commands.add_parser(
-        "mini",
-        help="The drawn world of the quickstart.",
-        description="The drawn world of the quickstart.",
-        epilog="example:\n  avg-llava mini data --output playground/data/mini",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    mini = add_group(
+        commands, "mini", "The drawn world of the quickstart.", "avg-llava mini data --output playground/data/mini"
     )
-    _add_commands(mini.add_subparsers(title="commands", metavar="<command>", required=True))
+    _add_commands(mini)
 
 
 def _add_commands(commands: Any) -> None:

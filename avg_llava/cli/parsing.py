@@ -9,6 +9,19 @@ from typing import Any
 FINE, FAILED, INTERRUPTED = 0, 1, 130
 
 
+def add_group(commands: Any, name: str, description: str, example: str) -> Any:
+    """A command that has commands of its own: where to add them."""
+    parser = commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser.add_subparsers(title="commands", metavar="<command>", required=True)
+
+
 def add_command(
     commands: Any, name: str, run: Any, example: str, arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
 ) -> None:
@@ -46,10 +59,9 @@ def hide_bars_from_files() -> None:
 
 def at_least_one(text: str) -> int:
     """The type of an argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def pick_device(name: str) -> str:

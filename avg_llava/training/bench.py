@@ -5,6 +5,7 @@ else the machine does meets both. Weights, pixels and texts are random: they cha
 """
 
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -255,7 +256,7 @@ def _receive(connection: Connection, process: Any, way: Way) -> dict[str, float]
 
 def _work(connection: Connection, stage: int, preset: Preset, way: Way, folder: Path | None) -> None:
     """A process's life: build the model, then one step for every message."""
-    disable_progress_bar()
+    _leave_stdout_alone()
     step = prepare_step(stage, preset, way, folder if way == "ours" else None)
     while True:
         try:
@@ -304,7 +305,7 @@ _FEEDBACK = "feedback.safetensors"
 
 def _store_feedback(folder: Path, preset: Preset) -> None:
     """Writes the model and the feedback for stage 4's micro-batch, as arguments of the router's objective."""
-    disable_progress_bar()
+    _leave_stdout_alone()
     model = _random_model(preset).eval()
     batch = make_batch(sample_shapes(4, model.config), model.config, model.device)
     use_packed_attention(model)
@@ -314,6 +315,12 @@ def _store_feedback(folder: Path, preset: Preset) -> None:
     model.save_pretrained(folder)
     feedback = {"answer_log_probs": answers.log_probs, "num_answer_tokens": answers.num_tokens[:, 0]}
     save_file({name: tensor.contiguous().cpu() for name, tensor in feedback.items()}, folder / _FEEDBACK)
+
+
+def _leave_stdout_alone() -> None:
+    """What libraries say in this process goes to standard error: the command's answer may be JSON."""
+    disable_progress_bar()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
 def _random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:

@@ -67,6 +67,13 @@ def test_command(capsys):
     assert f"speed-up {result['speedup']:.2f}x" in text
 
 
+def test_nothing_but_json_goes_to_standard_output(capfd):
+    """Libraries write log lines to standard output in the processes that the command starts."""
+    arguments = ["--stage", "4", "--preset", "mini", "--stored-feedback", "--repeats", "1", "--json"]
+    assert main(["bench", "train", *arguments]) == 0
+    assert json.loads(capfd.readouterr().out)["stored_feedback"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_7b_preset_needs_a_gpu(capsys):
     assert main(["bench", "train", "--stage", "3", "--preset", "7b"]) == 1
