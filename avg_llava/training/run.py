@@ -32,6 +32,7 @@ from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.routing import load_routing_model
 from avg_llava.training.config import ModelSettings, TrainConfig, load_config
+from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.manifest import (
     StageManifest,
@@ -52,7 +53,7 @@ from avg_llava.training.processes import (
     world_size,
 )
 from avg_llava.training.stages import STAGES, set_trainable
-from avg_llava.training.trainer import ShuffledSampler, StageTrainer, training_arguments
+from avg_llava.training.trainer import ShuffledSampler, StageTrainer, load_weights, training_arguments
 from avg_llava.training.watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ def run_stage(config: TrainConfig) -> Path:
     set_seed(config.seed)
 
     model, processor = build_model(config)
+    if deepspeed is not None and earlier is not None and earlier.manifest.world_size != world_size():
+        make_universal(earlier.folder)
+        deepspeed |= LOAD_UNIVERSAL
+        # DeepSpeed itself gives the small parameters that ZeRO-3 keeps whole their values only after the next step.
+        load_weights(model, earlier.folder)
     set_trainable(model, stage)
     if config.runtime.gradient_checkpointing and stage.objective != "router":
         # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
@@ -160,7 +166,7 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
     """The finished result or the latest complete checkpoint in the output folder, if there is one.
 
     Raises:
-        ConfigError: it comes from another configuration, another start or another number of processes.
+        ConfigError: it comes from another configuration or another start.
     """
     if config.output.overwrite:
         return None
@@ -179,12 +185,6 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
         raise ConfigError(
             f"{output_dir} holds a run with other settings ({'; '.join(changes)}). Choose another output.dir, restore "
             "the settings to continue it, or pass --output.overwrite to discard it"
-        )
-    if not manifest.finished and manifest.world_size != world_size():
-        raise ConfigError(
-            f"{folder} was written by {manifest.world_size} processes, each with its share of the optimizer's state, "
-            f"and can only be continued by as many, not by {world_size()}. Run it with {manifest.world_size} "
-            "processes (NPROC_PER_NODE x NNODES), or pass --output.overwrite to train from the beginning"
         )
     return EarlierRun(folder, manifest)
 

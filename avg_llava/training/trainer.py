@@ -18,7 +18,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from avg_llava.data.dataset import ConversationDataset
@@ -103,7 +111,24 @@ class StageTrainer(Trainer):
         """AdamW with the learning rates of the stage's parts."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model.model, self.config.optim)
+            self._group_settings = [
+                {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            ]
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers does. What ZeRO-3 gets wrong where it loads a converted checkpoint is put right: all groups
+        get the settings of the first, and one tensor, counted up by each group, as the number of steps.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None, "created before it is loaded"
+        rates = self.lr_scheduler.get_last_lr()
+        for group, settings, lr in zip(self.optimizer.param_groups, self._group_settings, rates, strict=True):
+            group.update(settings, lr=lr, initial_lr=settings["lr"])
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self.sampler
@@ -168,9 +193,7 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The counterpart of `_save`, for runs without DeepSpeed (which loads its own files)."""
-        load_own = load_routing_model if isinstance(self.model.model, RoutingModel) else load_model
-        weights = load_own(resume_from_checkpoint, dtype=self.model.model.dtype).state_dict()
-        self.model.model.load_state_dict(weights)
+        load_weights(self.model.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint to continue from. Its manifest is written once every rank's files are, and only then are older
@@ -332,6 +355,12 @@ def training_arguments(
         run_name=config.logging.run_name or f"stage{config.stage}",
         disable_tqdm=not config.logging.progress_bar,
     )
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model, whole or for routing alone, the weights of a checkpoint of its own kind."""
+    load_own = load_routing_model if isinstance(model, RoutingModel) else load_model
+    model.load_state_dict(load_own(str(folder), dtype=model.dtype).state_dict())
 
 
 def _weighted_means(records: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

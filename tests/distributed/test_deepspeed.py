@@ -235,6 +235,34 @@ def test_killed_and_resumed(two_processes, tmp_path):
     assert not list(output.glob("checkpoint-*"))
 
 
+def test_one_rank_is_killed_and_one_process_goes_on(two_processes, tmp_path):
+    """Kill -9 of one rank of two: the other ends too. One process alone, under the same ZeRO, continues the curve."""
+    output = tmp_path / "run"
+    command = ["bash", "scripts/train_stage3.sh", str(two_processes / "stage3.yaml"), "--output.dir", str(output)]
+    settings = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=_environment(tmp_path), **settings) as launched:
+        _wait_for(output / "checkpoint-3" / "stage.json", launched)
+        ranks = [
+            process
+            for process in psutil.Process(launched.pid).children(recursive=True)
+            if "avg_llava.training.run" in process.cmdline() and "RANK" in process.environ()
+        ]
+        (second,) = [process for process in ranks if process.environ()["RANK"] == "1"]
+        second.kill()
+        launched.communicate(timeout=PATIENCE)
+    assert launched.returncode != 0
+    assert not any(process.is_running() for process in ranks)
+    assert read_manifest(output) is None, "killed before it was finished"
+
+    environment = _environment(tmp_path) | {"NPROC_PER_NODE": "1"}
+    resumed = subprocess.run(command, env=environment, timeout=PATIENCE, check=False, **settings)
+    assert resumed.returncode == 0, resumed.stderr[-5000:]
+    assert "for another number of processes" in resumed.stderr
+    assert "continuing from step" in resumed.stderr
+    assert _losses(output) == pytest.approx(_losses(two_processes / "stage3"), abs=1e-5)
+    assert read_manifest(output).world_size == 1
+
+
 def test_a_worker_of_one_rank_meets_a_bad_sample(world, tmp_path):
     """Two ZeRO-3 processes, a truncated image in a loader's worker of one: both end, and one line names the sample."""
     records = json.loads((world / "captions.json").read_text())

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from avg_llava import load
 from avg_llava.training import run
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
-from avg_llava.training.manifest import read_manifest, write_manifest
+from avg_llava.training.manifest import read_manifest
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import ShuffledSampler, TrainingError, _weighted_means
 from tests.training.tiny_world import stage_values, write_backbones, write_data
@@ -170,21 +170,6 @@ def test_overwrite_starts_anew(stages, world, tmp_path):
     config = _config(4, stages, world, (*arguments, "--optim.lr", "2e-3", "--output.overwrite"))
     run.run_stage(config)
     assert read_manifest(tmp_path / "run").config["optim"]["lr"] == 2e-3
-
-
-def test_a_checkpoint_of_another_world_size_is_refused(stages, world, tmp_path, monkeypatch):
-    config = _config(2, stages, world, ("--output.dir", str(tmp_path / "run"), "--output.save_every", "1"))
-    parent = run.describe_start(config)
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
-    fields = vars(read_manifest(stages / "stage2")) | {"finished": False, "step": 1, "world_size": 2}
-    fields |= {"config": config.to_dict(), "parent": parent}
-    run_manifest = type(read_manifest(stages / "stage2"))(**fields)
-    write_manifest(checkpoint, run_manifest)
-    with pytest.raises(ConfigError, match="written by 2 processes"):
-        run.run_stage(config)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run.find_earlier_run(config, parent).folder == checkpoint
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(stages, world, tmp_path, monkeypatch):
