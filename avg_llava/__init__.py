@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from avg_llava.model.answers import Answer, Decoding, Request
+from avg_llava.model.budget import Budget, BudgetError
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.loading import CheckpointError, build_from_backbones, load, load_model
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -13,11 +15,16 @@ AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGener
 register()
 
 __all__ = [
+    "Answer",
     "AvgLlavaConfig",
     "AvgLlavaForConditionalGeneration",
     "AvgLlavaOutput",
     "AvgLlavaProcessor",
+    "Budget",
+    "BudgetError",
     "CheckpointError",
+    "Decoding",
+    "Request",
     "RouterConfig",
     "build_from_backbones",
     "load",

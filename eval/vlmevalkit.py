@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 2048
 
 def to_request(message: list[dict[str, Any]]) -> Any:
     """VLMEvalKit's message, a list of texts and image files in order, as a request with images in their places."""
-    from avg_llava.evaluation.predictor import Request
+    from avg_llava import Request
 
     unknown = {part["type"] for part in message} - {"image", "text"}
     if unknown:
@@ -35,8 +35,7 @@ def register(model: str, granularity: int | None, token_cost: float) -> None:
     from vlmeval.config import supported_VLM
     from vlmeval.vlm.base import BaseModel
 
-    from avg_llava import load
-    from avg_llava.evaluation.predictor import Predictor
+    from avg_llava import Budget, Decoding, load
 
     class AvgLlava(BaseModel):
         INTERLEAVE = True
@@ -44,10 +43,11 @@ def register(model: str, granularity: int | None, token_cost: float) -> None:
         def __init__(self, path: str) -> None:
             super().__init__()
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.predictor = Predictor(*load(path, device=device))
+            self.predictor = load(path, device=device)[0].predictor
+            self.budget = Budget(granularity, token_cost)
 
         def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-            (answer,) = self.predictor.predict([to_request(message)], granularity, token_cost, MAX_NEW_TOKENS)
+            (answer,) = self.predictor.predict([to_request(message)], self.budget, Decoding(MAX_NEW_TOKENS))
             return answer.text
 
     supported_VLM[NAME] = partial(AvgLlava, path=model)

@@ -7,22 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, hide_bars_from_files, pick_device, tell
+from avg_llava.cli.parsing import FINE, JSON, add_command, at_least_one, hide_bars_from_files, pick_device, tell
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Answers one question."""
-    from avg_llava.evaluation.predictor import Predictor, Request
     from avg_llava.model.loading import load
 
     hide_bars_from_files()
-    model, processor = load(arguments.model)
-    predictor = Predictor(model.to(pick_device(arguments.device)), processor)
-    request = Request(arguments.prompt, tuple(arguments.image or ()))
-    (prediction,) = predictor.predict(
-        [request],
+    model, _ = load(arguments.model, device=pick_device(arguments.device))
+    prediction = model.ask(
+        arguments.image,
+        arguments.prompt,
         granularity=arguments.granularity,
         token_cost=arguments.token_cost,
+        max_visual_tokens=arguments.max_visual_tokens,
         max_new_tokens=arguments.max_new_tokens,
     )
     if not arguments.json:
@@ -30,7 +29,7 @@ def generate(arguments: argparse.Namespace) -> int:
         return FINE
     probabilities = None
     if prediction.router_probs is not None:
-        levels = list(map(str, predictor.granularities))
+        levels = list(map(str, model.config.granularities))
         probabilities = [dict(zip(levels, row, strict=True)) for row in prediction.router_probs]
     result = {
         "text": prediction.text,
@@ -95,6 +94,10 @@ def add_inference(commands: Any) -> None:
                     "metavar": "X",
                     "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
                 },
+            ),
+            (
+                ("--max-visual-tokens",),
+                {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
             ),
             (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
             (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avg_llava.data.conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
-from avg_llava.data.images import MAX_IMAGE_PIXELS, load_image
 from avg_llava.data.records import DataError, Sample, dialogue, parse_record, read_records
 from avg_llava.data.sampling import sample_records
 from avg_llava.data.skip_list import SkipList
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.images import MAX_IMAGE_PIXELS, load_image
 from avg_llava.model.processing import AvgLlavaProcessor
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avg_llava.model.images import DataError
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
 
 HUMAN, ASSISTANT = "human", "gpt"
-
-
-class DataError(ValueError):
-    """A file, record or image that cannot be used; the message names it and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

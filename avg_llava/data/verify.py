@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from avg_llava.data.dataset import ConversationDataset, OutsideRootError
-from avg_llava.data.images import MissingImageError, OversizedImageError
 from avg_llava.data.records import DataError
 from avg_llava.data.skip_list import SkipList, SkippedRecords
+from avg_llava.model.images import MissingImageError, OversizedImageError
 
 Problem = Literal["malformed", "missing", "outside root", "oversized", "unreadable", "masked", "over-long"]
 """`masked`: nothing is supervised. `over-long`: text is cut off at the end, which training does too, so these samples

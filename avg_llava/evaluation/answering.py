@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
-from avg_llava.evaluation.predictor import Choice, Encoded, Prediction, Predictor, Request, cut_at
 from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.evaluation.tasks import BenchmarkQuestions
 from avg_llava.evaluation.workers import default_workers, map_batches, open_store, read_answers
+from avg_llava.model.answers import Answer, Decoding, Request, cut_at
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.budget import Budget
 from avg_llava.model.loading import load
 from avg_llava.model.modeling import PromptTooLongError
+from avg_llava.model.predictor import Choice, Encoded, Predictor
 
 AUTO, RANDOM, ALL = "auto", "random", "all"
 BATCHES_PER_WORKER = 64
@@ -133,11 +135,11 @@ def _answer_keys(
     setting: Setting,
     questions: BenchmarkQuestions,
     predictor: Predictor,
-) -> tuple[dict[str, list[Prediction]], list[Any] | None]:
+) -> tuple[dict[str, list[Answer]], list[Any] | None]:
     """Key -> predictions, and each question's router log-probabilities, image by image."""
 
-    def answer(granularity: int | Sequence[int] | Choice | None) -> list[Prediction]:
-        predictions = predictor.answer(encoded, granularity, questions.max_new_tokens)
+    def answer(granularity: int | Sequence[int] | Choice | None) -> list[Answer]:
+        predictions = predictor.answer(encoded, granularity, Decoding(questions.max_new_tokens))
         return [replace(prediction, text=cut_at(prediction.text, questions.stops)) for prediction in predictions]
 
     if encoded.features is None:
@@ -151,7 +153,8 @@ def _answer_keys(
             for image in range(count)
         ]
         return {RANDOM: answer(levels)}, None
-    choice = predictor.choose(encoded, setting.token_cost)
+    choice = predictor.choose(encoded, Budget(token_cost=setting.token_cost))
+    assert choice.log_probs is not None, "the router was asked"
     answers = {AUTO: answer(choice)}
     if setting.granularity == ALL:
         answers |= {str(level): answer(level) for level in predictor.granularities}
@@ -163,7 +166,7 @@ def _by_request(rows: list[Any], encoded: Encoded) -> list[Any]:
     return [[next(remaining) for _ in range(count)] for count in encoded.images_of_request]
 
 
-def _told(prediction: Prediction, num_questions: int) -> dict[str, Any]:
+def _told(prediction: Answer, num_questions: int) -> dict[str, Any]:
     """A prediction as the store keeps it; of a batch's time, the question's share."""
     return {
         "prediction": prediction.text,

@@ -18,9 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from avg_llava.data.records import DataError
-from avg_llava.evaluation.predictor import Predictor, Request, cut_at
+from avg_llava.model.answers import Decoding, Request, cut_at
+from avg_llava.model.budget import Budget
 from avg_llava.model.loading import load
 from avg_llava.model.modeling import PromptTooLongError
+from avg_llava.model.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +70,11 @@ class AvgLlava(lmms):
         on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
         self.device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
         self.batch_size = int(batch_size)
-        self.token_cost = float(token_cost)
         model, processor = load(pretrained, dtype=dtype, device=self.device)
         self.predictor = Predictor(model, processor)
-        self.granularity = None if granularity == "auto" else int(granularity)
-        if self.granularity is not None and self.granularity not in self.predictor.granularities:
+        forced = None if granularity == "auto" else int(granularity)
+        self.budget = Budget(forced, float(token_cost))
+        if forced is not None and forced not in self.predictor.granularities:
             raise ValueError(
                 f"granularity {granularity} is neither auto nor one of this model's levels "
                 f"{self.predictor.granularities}"
@@ -116,7 +118,7 @@ class AvgLlava(lmms):
         if not requests:
             return {}
         longest = int(options.get("max_new_tokens", MAX_NEW_TOKENS))
-        predictions = self.predictor.predict(list(requests.values()), self.granularity, self.token_cost, longest)
+        predictions = self.predictor.predict(list(requests.values()), self.budget, Decoding(longest))
         texts = [cut_at(prediction.text, _stops(options)) for prediction in predictions]
         return dict(zip(requests, texts, strict=True))
 

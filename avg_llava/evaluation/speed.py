@@ -9,9 +9,11 @@ import torch
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.answering import RANDOM, Setting
 from avg_llava.evaluation.baseline import as_llava_next, expand_placeholders
-from avg_llava.evaluation.predictor import Predictor, Request
 from avg_llava.evaluation.results import Speed
 from avg_llava.evaluation.tasks import BenchmarkQuestions
+from avg_llava.model.answers import Decoding, Request
+from avg_llava.model.budget import Budget
+from avg_llava.model.predictor import Predictor
 
 
 def measure_speed(
@@ -35,12 +37,13 @@ def measure_speed(
     requests = [request for request in requests if request.images]
     if not requests:
         return None
-    finest, level = predictor.granularities[-1], setting.granularity if isinstance(setting.granularity, int) else None
-    longest = questions.max_new_tokens
+    finest, decoding = Budget(predictor.granularities[-1]), Decoding(questions.max_new_tokens)
+    forced = setting.granularity
+    budget = Budget(forced) if isinstance(forced, int) else Budget(token_cost=setting.token_cost)
     ways: dict[str, Callable[[Request], object]] = {
-        "routed": lambda request: predictor.predict([request], level, setting.token_cost, longest),
-        "finest": lambda request: predictor.predict([request], finest, max_new_tokens=longest),
-        "llava_next": _llava_next(predictor, longest),
+        "routed": lambda request: predictor.predict([request], budget, decoding),
+        "finest": lambda request: predictor.predict([request], finest, decoding),
+        "llava_next": _llava_next(predictor, questions.max_new_tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number, request in enumerate([requests[0], *requests]):

@@ -20,11 +20,11 @@ from lmms_eval.utils import load_yaml_config
 from loguru import logger as harness_logger
 from PIL import Image
 
-from avg_llava.data.images import decode_image, load_image
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Benchmark, Protocol
-from avg_llava.evaluation.predictor import Request
 from avg_llava.evaluation.protocols import PAPER_TASKS
+from avg_llava.model.answers import Request
+from avg_llava.model.images import decode_image, load_image
 
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit, as in the published harness."""

@@ -20,12 +20,14 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from avg_llava.data.records import parse_record
-from avg_llava.evaluation.predictor import Predictor, Request
 from avg_llava.evaluation.workers import hash_file, map_batches, open_store, read_answers
 from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
+from avg_llava.model.answers import Decoding, Request
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.budget import Budget
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import load
+from avg_llava.model.predictor import Predictor
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
 
 BATCH_SIZE = 32
@@ -120,7 +122,7 @@ def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any
         levels = {f"fixed-{granularity}": granularity for granularity in predictor.granularities}
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, granularity in levels.items():
-        predictions = predictor.answer(encoded, granularity, MAX_NEW_TOKENS)
+        predictions = predictor.answer(encoded, granularity, Decoding(MAX_NEW_TOKENS))
         lines[name] = [
             {
                 "id": item.question.id,
@@ -131,7 +133,9 @@ def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any
             for item, prediction in zip(items, predictions, strict=True)
         ]
     if which != BASELINE:
-        log_probs = predictor.choose(encoded).log_probs.tolist()
+        choice = predictor.choose(encoded)
+        assert choice.log_probs is not None, "the router was asked"
+        log_probs = choice.log_probs.tolist()
         lines[ROUTER] = [{"id": item.question.id, "log_probs": row} for item, row in zip(items, log_probs, strict=True)]
     return lines
 
@@ -274,7 +278,7 @@ def verify_routing(
     for start in range(0, len(sample), BATCH_SIZE):
         batch = sample[start : start + BATCH_SIZE]
         routed = predictor.predict(
-            [items[index].request for index in batch], token_cost=token_cost, max_new_tokens=MAX_NEW_TOKENS
+            [items[index].request for index in batch], Budget(token_cost=token_cost), Decoding(MAX_NEW_TOKENS)
         )
         for index, prediction in zip(batch, routed, strict=True):
             level = outcomes.granularities[chosen[index]]

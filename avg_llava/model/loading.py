@@ -70,9 +70,10 @@ KNOWN_TOWERS = {
 
 
 def load(path: str | Path, **kwargs: Any) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
-    """Loads a model and its processor; arguments as for :func:`load_model`."""
+    """Loads a model and its processor, with which `model.ask` works; arguments as for :func:`load_model`."""
     model = load_model(path, **kwargs)
-    return model, AvgLlavaProcessor.from_checkpoint(resolve_folder(path), model.config)
+    model.processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(path), model.config)
+    return model, model.processor
 
 
 def load_model(

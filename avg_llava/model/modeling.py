@@ -18,9 +18,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
+from avg_llava.model.budget import level_values
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.packing import LanguageHead, PackedInputs
+from avg_llava.model.predictor import QuestionAnswering
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.model.splice import (
@@ -76,7 +78,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         return self.multi_modal_projector(hidden[:, 1:])  # the class token is dropped
 
 
-class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
+class AvgLlavaForConditionalGeneration(QuestionAnswering, AvgLlavaPreTrainedModel, GenerationMixin):
     """LLaVA-NeXT that picks, per image, how many visual tokens the language model sees.
 
     A prompt holds one `config.image_token_id` per image; it is expanded here, after routing.
@@ -290,10 +292,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Returns:
             (N,) visual tokens per crop.
         """
-        granularities = torch.tensor(self.config.granularities, device=router_logits.device)
-        price = torch.as_tensor(token_cost, device=router_logits.device, dtype=torch.float32).reshape(-1, 1)
-        value = router_logits.float().log_softmax(-1) - price * granularities.log2()
-        return granularities[value.argmax(-1)]
+        values = level_values(router_logits, self.config.granularities, token_cost)
+        return torch.tensor(self.config.granularities, device=values.device)[values.argmax(-1)]
 
     def splice(
         self,

@@ -1,7 +1,9 @@
 """What the model's steps hand to one another and to the caller. Shape letters as in modeling.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -25,6 +27,15 @@ class ImageFeatures:
     def is_blank(self) -> bool:
         """True where the only crop stands for a batch without images; it must count with weight 0."""
         return not self.num_crops
+
+    def of_images(self, numbers: Sequence[int]) -> "ImageFeatures":
+        """The features of some of the images."""
+        crops = self.crops.split(self.num_crops)
+        return ImageFeatures(
+            torch.cat([self.crops[:0], *(crops[number] for number in numbers)]),
+            [self.num_crops[number] for number in numbers],
+            [self.image_sizes[number] for number in numbers],
+        )
 
 
 @dataclass

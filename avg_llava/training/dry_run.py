@@ -22,9 +22,9 @@ from torch import Tensor
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
-from avg_llava.data.images import load_image
 from avg_llava.data.records import DataError, parse_record, read_records
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.images import load_image
 from avg_llava.model.loading import (
     LANGUAGE_KEYS,
     ORIGINAL_KEYS,

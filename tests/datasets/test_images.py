@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from avg_llava.data.images import load_image
 from avg_llava.data.records import DataError
+from avg_llava.model.images import load_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from avg_llava.data.records import DataError
-
 MAX_IMAGE_PIXELS = 89_478_485
 """Images with more pixels than this are refused unread: Pillow's own limit against decompression bombs."""
+
+
+class DataError(ValueError):
+    """A file, record or image that cannot be used; the message names it and says what to do."""
 
 
 class MissingImageError(DataError):
@@ -124,4 +126,12 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "MissingImageError", "OversizedImageError", "decode_image", "load_image", "to_rgb"]
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "DataError",
+    "MissingImageError",
+    "OversizedImageError",
+    "decode_image",
+    "load_image",
+    "to_rgb",
+]

@@ -1,0 +1,110 @@
+"""What is asked and what comes back: requests, how answers are written, and answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ImageInput = Image.Image | Path | str | bytes
+"""A Pillow image, the path of an image file, or what such a file holds."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question about images.
+
+    Attributes:
+        prompt: What the user says, or a conversation as transformers' chat templates take it: messages with `role` and
+            `content`. With one `<image>` per image, these are where the images stand; with none in a single question,
+            the images come before the text.
+        images: The images, in the order of their places. Empty for a text-only question.
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    images: tuple[ImageInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is written.
+
+    Attributes:
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 takes the likeliest token, the paper's way; above it, tokens are drawn.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        stop: Texts at which an answer ends; they are not part of it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Arguments of transformers' `generate`."""
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if self.temperature > 0:
+            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        if self.stop:
+            arguments |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
+        return arguments
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Milliseconds that each phase took for the whole batch; `route` is 0 where the level was forced."""
+
+    encode: float
+    route: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request.
+
+    Attributes:
+        text: The answer.
+        granularity: Visual tokens per crop, for each image of the request.
+        router_probs: The router's probabilities, levels coarse to fine, for each image; None at a forced level.
+        num_visual_tokens: Visual tokens that the language model saw, newlines included, over all images.
+        num_prompt_tokens: Tokens of the prompt, visual ones included.
+        num_new_tokens: Tokens of the answer, the closing one included.
+        finish_reason: "stop", or "length" where `max_new_tokens` cut the answer off.
+        timings: Of the batch in which the request was answered: encoding and routing of all its requests, prefill and
+            decoding of those at the same level.
+    """
+
+    text: str
+    granularity: tuple[int, ...]
+    router_probs: tuple[tuple[float, ...], ...] | None
+    num_visual_tokens: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    finish_reason: str
+    timings: PhaseTimes
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """An answer up to the first of the texts at which it ends."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text.strip()
+
+
+__all__ = ["Answer", "Decoding", "ImageInput", "PhaseTimes", "Request", "cut_at"]

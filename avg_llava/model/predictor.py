@@ -1,0 +1,366 @@
+"""Answers to questions about images: each image is encoded once, then routed or forced to a level, then answered.
+
+Legend: B requests, N images (request after request), G levels.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from avg_llava.model.answers import Answer, Decoding, ImageInput, PhaseTimes, Request, cut_at
+from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.budget import Budget, best_levels, level_values
+from avg_llava.model.images import decode_image, load_image, to_rgb
+from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
+
+if TYPE_CHECKING:  # which builds `ask` on this module
+    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of requests whose images are encoded; each level can be answered from it.
+
+    Attributes:
+        input_ids: (B, L) prompts with one placeholder per image, padded on the left.
+        attention_mask: (B, L).
+        features: The encoded images; None where no request has any.
+        images_of_request: How many images each request has.
+        milliseconds: What the encoding took.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    features: ImageFeatures | None
+    images_of_request: tuple[int, ...]
+    milliseconds: float
+
+    def slices(self) -> list[slice]:
+        """The images of each request."""
+        ends = [sum(self.images_of_request[: row + 1]) for row in range(len(self.images_of_request))]
+        return [slice(end - count, end) for end, count in zip(ends, self.images_of_request, strict=True)]
+
+    def of_requests(self, rows: Sequence[int]) -> "Encoded":
+        """Some of the requests."""
+        return Encoded(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            None if self.features is None else self.features.of_images(self.numbers(rows)),
+            tuple(self.images_of_request[row] for row in rows),
+            self.milliseconds,
+        )
+
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """The images of some of the requests."""
+        images = self.slices()
+        return [number for row in rows for number in range(images[row].start, images[row].stop)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The levels of an encoded batch.
+
+    Attributes:
+        levels: Visual tokens per crop for each of the N images.
+        log_probs: (N, G) the router's log-probabilities; None where every level was forced, so that it did not run.
+        milliseconds: What the routing took.
+    """
+
+    levels: list[int]
+    log_probs: Tensor | None = None
+    milliseconds: float = 0.0
+
+    def router_probs(self, images: slice) -> tuple[tuple[float, ...], ...] | None:
+        """The router's probabilities for some images; None for no images, or where it did not run."""
+        if self.log_probs is None or not self.levels[images]:
+            return None
+        return tuple(map(tuple, self.log_probs[images].exp().tolist()))
+
+
+@dataclass
+class _FirstTokenClock(StoppingCriteria):
+    """Reads the clock when the first new token is there, and never stops the generation."""
+
+    device: torch.device
+    first: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.first is None:
+            self.first = _now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _now(device: torch.device) -> float:
+    """Milliseconds of a running clock, after the device has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1000
+
+
+class Predictor:
+    """Answers requests with a model, routed or at a forced level.
+
+    Args:
+        model: The model, on the device where it shall run.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: "AvgLlavaForConditionalGeneration", processor: AvgLlavaProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+
+    @property
+    def granularities(self) -> list[int]:
+        """The model's levels in visual tokens per crop, coarse to fine."""
+        return list(self.model.config.granularities or ())
+
+    def predict(
+        self,
+        requests: Sequence[Request],
+        budget: Budget | Sequence[Budget] = Budget(),
+        decoding: Decoding = Decoding(),
+        streamer: BaseStreamer | None = None,
+    ) -> list[Answer]:
+        """Answers a batch. Requests at the same level are answered together, so that none waits for a finer one.
+
+        Args:
+            requests: The batch.
+            budget: How the levels are found; one for all requests, or one for each.
+            decoding: How the answers are written.
+            streamer: Takes the answer's tokens as they come, of a single request.
+        """
+        encoded = self.encode(requests)
+        levels = None if encoded.features is None else self.choose(encoded, budget)
+        return self.answer(encoded, levels, decoding, streamer)
+
+    def inputs(self, requests: Sequence[Request]) -> BatchFeature:
+        """What the model takes of a batch: prompts padded on the left, and the pixels of all images."""
+        texts = [self._prompt(request) for request in requests]
+        images = [[_open(image, place) for place, image in enumerate(request.images, 1)] for request in requests]
+        return self.processor(images=images, text=texts, padding=True, padding_side="left")
+
+    @torch.inference_mode()
+    def encode(self, requests: Sequence[Request]) -> Encoded:
+        """Tokenises the prompts, and sends all images through the vision tower and the projector."""
+        inputs = self.inputs(requests)
+        device = self.model.device
+        began = _now(device)
+        features = None
+        if "pixel_values" in inputs:
+            features = self.model.encode_images(inputs["pixel_values"].to(device), inputs["image_sizes"])
+        return Encoded(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            features=features,
+            images_of_request=tuple(len(request.images) for request in requests),
+            milliseconds=_now(device) - began,
+        )
+
+    @torch.inference_mode()
+    def choose(self, encoded: Encoded, budget: Budget | Sequence[Budget] = Budget()) -> Choice:
+        """Finds the level of each image of a batch that has images; the router runs only where it is asked.
+
+        Raises:
+            BudgetError: The images of a request do not fit into its budget.
+        """
+        if encoded.features is None:
+            raise ValueError("the router chooses a level for images, and none of these requests has one")
+        budgets = [budget] * len(encoded.images_of_request) if isinstance(budget, Budget) else list(budget)
+        owners = [own for own, count in zip(budgets, encoded.images_of_request, strict=True) for _ in range(count)]
+        if all(own.granularity is not None for own in owners):
+            values = [[0.0] * len(self.granularities)] * len(owners)
+            return Choice(self._levels_within(encoded, budgets, values))
+        began = _now(self.model.device)
+        logits = self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
+        prices = torch.tensor([own.token_cost for own in owners], device=logits.device)
+        worth = level_values(logits, self.granularities, prices)
+        levels = self._levels_within(encoded, budgets, worth.tolist())
+        return Choice(levels, logits.log_softmax(-1), _now(self.model.device) - began)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        encoded: Encoded,
+        granularity: int | Sequence[int] | Choice | None,
+        decoding: Decoding = Decoding(),
+        streamer: BaseStreamer | None = None,
+    ) -> list[Answer]:
+        """Answers an encoded batch at given levels.
+
+        Args:
+            encoded: The batch.
+            granularity: Visual tokens per crop: one number, one per image, or the router's choice. May be None for
+                text-only requests.
+            decoding: How the answers are written.
+            streamer: Takes the answer's tokens as they come, of a single request.
+        """
+        if streamer is not None and len(encoded.images_of_request) != 1:
+            raise ValueError(f"one answer can be streamed at a time, not {len(encoded.images_of_request)}")
+        levels = self._levels(granularity, sum(encoded.images_of_request))
+        rows_of_level: dict[int, list[int]] = {}
+        for row, own in enumerate(encoded.slices()):
+            rows_of_level.setdefault(max(levels[own], default=0), []).append(row)
+        answers: dict[int, Answer] = {}
+        for rows in rows_of_level.values():
+            numbers = encoded.numbers(rows)
+            group = Choice([levels[number] for number in numbers])
+            if isinstance(granularity, Choice) and granularity.log_probs is not None:
+                group = replace(group, log_probs=granularity.log_probs[numbers], milliseconds=granularity.milliseconds)
+            found = self._answer_group(encoded.of_requests(rows), group, decoding, streamer)
+            answers |= dict(zip(rows, found, strict=True))
+        return [answers[row] for row in range(len(answers))]
+
+    def _answer_group(
+        self,
+        encoded: Encoded,
+        choice: Choice,
+        decoding: Decoding,
+        streamer: BaseStreamer | None,
+    ) -> list[Answer]:
+        """Answers requests at the same level together."""
+        device = self.model.device
+        began = _now(device)
+        spliced = self.model.splice(
+            encoded.features, encoded.input_ids, encoded.attention_mask, granularity=choice.levels, padding_side="left"
+        )
+        clock = _FirstTokenClock(device)
+        tokenizer = self.processor.tokenizer
+        tokens = self.model.generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask,
+            stopping_criteria=[clock],
+            streamer=streamer,
+            **decoding.arguments(tokenizer),
+        )
+        ended = _now(device)
+        first = clock.first if clock.first is not None else ended
+        timings = PhaseTimes(encoded.milliseconds, choice.milliseconds, first - began, ended - first)
+        answers = []
+        for row, own in enumerate(encoded.slices()):
+            text, num_new_tokens, finish_reason = self._finish(tokens[row].tolist(), decoding)
+            answers.append(
+                Answer(
+                    text=text,
+                    granularity=tuple(choice.levels[own]),
+                    router_probs=choice.router_probs(own),
+                    num_visual_tokens=int(spliced.num_visual_tokens[own].sum()),
+                    num_prompt_tokens=int(spliced.attention_mask[row].sum()),
+                    num_new_tokens=num_new_tokens,
+                    finish_reason=finish_reason,
+                    timings=timings,
+                )
+            )
+        return answers
+
+    def _finish(self, ids: list[int], decoding: Decoding) -> tuple[str, int, str]:
+        """An answer's text, its number of tokens without padding, and why it ended."""
+        ends = self.model.generation_config.eos_token_id
+        closing = set(ends if isinstance(ends, list) else [ends])
+        length = next((place + 1 for place, token in enumerate(ids) if token in closing), len(ids))
+        text = str(self.processor.tokenizer.decode(ids[:length], skip_special_tokens=True))
+        stopped = ids[length - 1] in closing or any(stop in text for stop in decoding.stop)
+        return cut_at(text, decoding.stop), length, "stop" if stopped else "length"
+
+    def _levels_within(
+        self, encoded: Encoded, budgets: Sequence[Budget], values: Sequence[Sequence[float]]
+    ) -> list[int]:
+        """Visual tokens per crop for each image: the level that its request forces, or those of most value."""
+        assert encoded.features is not None, "checked by choose"
+        granularities, chosen = self.granularities, []
+        for budget, own in zip(budgets, encoded.slices(), strict=True):
+            known = granularities if budget.granularity is None else self._levels(budget.granularity, 1)
+            places = [granularities.index(level) for level in known]
+            worth = [[row[place] for place in places] for row in values[own]]
+            if budget.max_visual_tokens is None:
+                best = [row.index(max(row)) for row in worth]
+            else:
+                sizes = encoded.features.image_sizes[own]
+                tokens = [[num_visual_tokens(size, level, self.model.config) for level in known] for size in sizes]
+                best = best_levels(worth, tokens, budget.max_visual_tokens)
+            chosen += [known[place] for place in best]
+        return chosen
+
+    def _levels(self, granularity: int | Sequence[int] | Choice | None, num_images: int) -> list[int]:
+        if isinstance(granularity, Choice):
+            return granularity.levels
+        if granularity is None:
+            if num_images:
+                raise ValueError("a level is needed for each image: give one, or the router's choice")
+            return []
+        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
+        for level in levels:
+            if level not in self.granularities:
+                known = ", ".join(map(str, self.granularities))
+                raise ValueError(f"granularity {level} is not one of this model's levels: {known}")
+        return levels
+
+    def _prompt(self, request: Request) -> str:
+        messages = request.prompt
+        if isinstance(messages, str):
+            content = messages
+            if IMAGE_PLACEHOLDER not in content:
+                content = f"{IMAGE_PLACEHOLDER}\n" * len(request.images) + content
+            messages = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return str(prompt)
+
+
+def _open(image: ImageInput, place: int) -> Image.Image:
+    """An RGB image."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    return decode_image(image, f"image {place}") if isinstance(image, bytes) else load_image(image)
+
+
+class QuestionAnswering:
+    """What makes a model answer questions without more ado, once it has its processor."""
+
+    processor: AvgLlavaProcessor | None = None
+    """Attached by `avg_llava.load`."""
+
+    @property
+    def predictor(self) -> Predictor:
+        """Answers batches of requests, with a budget for each."""
+        if self.processor is None:
+            raise ValueError("the model has no processor: load both with avg_llava.load, or set model.processor")
+        return Predictor(cast("AvgLlavaForConditionalGeneration", self), self.processor)
+
+    def ask(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None,
+        question: str,
+        granularity: int | None = None,
+        token_cost: float = 0.0,
+        max_visual_tokens: int | None = None,
+        streamer: BaseStreamer | None = None,
+        **decoding: Any,
+    ) -> Answer:
+        """Answers one question.
+
+        Args:
+            images: One image (Pillow, path or file contents), several, or None.
+            question: With one `<image>` per image these are where the images stand, else they come first.
+            granularity: As the other two a field of :class:`Budget`.
+            token_cost: See there.
+            max_visual_tokens: See there.
+            streamer: Takes the answer's tokens as they come.
+            **decoding: Fields of :class:`Decoding`.
+
+        Raises:
+            DataError: An image cannot be read.
+            BudgetError: The budget makes no sense, or the images do not fit into it.
+        """
+        given = () if images is None else (images,) if isinstance(images, ImageInput) else tuple(images)
+        budget = Budget(granularity, token_cost, max_visual_tokens)
+        return self.predictor.predict([Request(question, given)], budget, Decoding(**decoding), streamer)[0]
+
+
+__all__ = ["Choice", "Encoded", "Predictor", "QuestionAnswering"]
