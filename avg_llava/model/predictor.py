@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.model.answers import Answer, Decoding, ImageInput, PhaseTimes, Request, cut_at
@@ -20,6 +21,7 @@ from avg_llava.model.budget import Budget, best_levels, level_values
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
+from avg_llava.model.splice import SplicedInputs
 
 if TYPE_CHECKING:  # which builds `ask` on this module
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -94,11 +96,11 @@ class _FirstTokenClock(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.first is None:
-            self.first = _now(self.device)
+            self.first = now(self.device)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Milliseconds of a running clock, after the device has done what it was told to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -143,8 +145,8 @@ class Predictor:
 
     def inputs(self, requests: Sequence[Request]) -> BatchFeature:
         """What the model takes of a batch: prompts padded on the left, and the pixels of all images."""
-        texts = [self._prompt(request) for request in requests]
-        images = [[_open(image, place) for place, image in enumerate(request.images, 1)] for request in requests]
+        texts = [self.prompt_text(request) for request in requests]
+        images = [[open_image(image, place) for place, image in enumerate(request.images, 1)] for request in requests]
         return self.processor(images=images, text=texts, padding=True, padding_side="left")
 
     @torch.inference_mode()
@@ -152,7 +154,7 @@ class Predictor:
         """Tokenises the prompts, and sends all images through the vision tower and the projector."""
         inputs = self.inputs(requests)
         device = self.model.device
-        began = _now(device)
+        began = now(device)
         features = None
         if "pixel_values" in inputs:
             features = self.model.encode_images(inputs["pixel_values"].to(device), inputs["image_sizes"])
@@ -161,7 +163,7 @@ class Predictor:
             attention_mask=inputs["attention_mask"].to(device),
             features=features,
             images_of_request=tuple(len(request.images) for request in requests),
-            milliseconds=_now(device) - began,
+            milliseconds=now(device) - began,
         )
 
     @torch.inference_mode()
@@ -174,16 +176,17 @@ class Predictor:
         if encoded.features is None:
             raise ValueError("the router chooses a level for images, and none of these requests has one")
         budgets = [budget] * len(encoded.images_of_request) if isinstance(budget, Budget) else list(budget)
+        sizes = [encoded.features.image_sizes[own] for own in encoded.slices()]
         owners = [own for own, count in zip(budgets, encoded.images_of_request, strict=True) for _ in range(count)]
         if all(own.granularity is not None for own in owners):
             values = [[0.0] * len(self.granularities)] * len(owners)
-            return Choice(self._levels_within(encoded, budgets, values))
-        began = _now(self.model.device)
+            return Choice(self.levels_within(sizes, budgets, values))
+        began = now(self.model.device)
         logits = self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
         prices = torch.tensor([own.token_cost for own in owners], device=logits.device)
         worth = level_values(logits, self.granularities, prices)
-        levels = self._levels_within(encoded, budgets, worth.tolist())
-        return Choice(levels, logits.log_softmax(-1), _now(self.model.device) - began)
+        levels = self.levels_within(sizes, budgets, worth.tolist())
+        return Choice(levels, logits.log_softmax(-1), now(self.model.device) - began)
 
     @torch.inference_mode()
     def answer(
@@ -226,26 +229,15 @@ class Predictor:
         streamer: BaseStreamer | None,
     ) -> list[Answer]:
         """Answers requests at the same level together."""
-        device = self.model.device
-        began = _now(device)
+        began = now(self.model.device)
         spliced = self.model.splice(
             encoded.features, encoded.input_ids, encoded.attention_mask, granularity=choice.levels, padding_side="left"
         )
-        clock = _FirstTokenClock(device)
-        tokenizer = self.processor.tokenizer
-        tokens = self.model.generate(
-            inputs_embeds=spliced.inputs_embeds,
-            attention_mask=spliced.attention_mask,
-            stopping_criteria=[clock],
-            streamer=streamer,
-            **decoding.arguments(tokenizer),
-        )
-        ended = _now(device)
-        first = clock.first if clock.first is not None else ended
+        tokens, first, ended = self.write(spliced, decoding, streamer)
         timings = PhaseTimes(encoded.milliseconds, choice.milliseconds, first - began, ended - first)
         answers = []
         for row, own in enumerate(encoded.slices()):
-            text, num_new_tokens, finish_reason = self._finish(tokens[row].tolist(), decoding)
+            text, num_new_tokens, finish_reason = self.finish(tokens[row].tolist(), decoding)
             answers.append(
                 Answer(
                     text=text,
@@ -260,7 +252,32 @@ class Predictor:
             )
         return answers
 
-    def _finish(self, ids: list[int], decoding: Decoding) -> tuple[str, int, str]:
+    def write(
+        self,
+        spliced: SplicedInputs,
+        decoding: Decoding,
+        streamer: BaseStreamer | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, float, float]:
+        """Generates the answers to spliced prompts; `cache` holds a beginning of the prompt that is not computed anew.
+
+        Returns:
+            (B, new tokens) ids, and when the first and the last of them were there, on the clock in milliseconds.
+        """
+        device = self.model.device
+        clock = _FirstTokenClock(device)
+        tokens = self.model.generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask,
+            past_key_values=cache,
+            stopping_criteria=[clock],
+            streamer=streamer,
+            **decoding.arguments(self.processor.tokenizer),
+        )
+        ended = now(device)
+        return tokens, ended if clock.first is None else clock.first, ended
+
+    def finish(self, ids: list[int], decoding: Decoding) -> tuple[str, int, str]:
         """An answer's text, its number of tokens without padding, and why it ended."""
         ends = self.model.generation_config.eos_token_id
         closing = set(ends if isinstance(ends, list) else [ends])
@@ -269,20 +286,27 @@ class Predictor:
         stopped = ids[length - 1] in closing or any(stop in text for stop in decoding.stop)
         return cut_at(text, decoding.stop), length, "stop" if stopped else "length"
 
-    def _levels_within(
-        self, encoded: Encoded, budgets: Sequence[Budget], values: Sequence[Sequence[float]]
+    def levels_within(
+        self,
+        image_sizes: Sequence[Sequence[tuple[int, int]]],
+        budgets: Sequence[Budget],
+        values: Sequence[Sequence[float]],
     ) -> list[int]:
-        """Visual tokens per crop for each image: the level that its request forces, or those of most value."""
-        assert encoded.features is not None, "checked by choose"
-        granularities, chosen = self.granularities, []
-        for budget, own in zip(budgets, encoded.slices(), strict=True):
+        """Visual tokens per crop for each image: the level that its request forces, or those of most value.
+
+        Args:
+            image_sizes: For each request its images' (height, width) in pixels.
+            budgets: The budget of each request.
+            values: What each level is worth, image after image.
+        """
+        granularities, rows, chosen = self.granularities, iter(values), []
+        for budget, sizes in zip(budgets, image_sizes, strict=True):
             known = granularities if budget.granularity is None else self._levels(budget.granularity, 1)
             places = [granularities.index(level) for level in known]
-            worth = [[row[place] for place in places] for row in values[own]]
+            worth = [[row[place] for place in places] for _, row in zip(sizes, rows, strict=False)]
             if budget.max_visual_tokens is None:
                 best = [row.index(max(row)) for row in worth]
             else:
-                sizes = encoded.features.image_sizes[own]
                 tokens = [[num_visual_tokens(size, level, self.model.config) for level in known] for size in sizes]
                 best = best_levels(worth, tokens, budget.max_visual_tokens)
             chosen += [known[place] for place in best]
@@ -302,22 +326,30 @@ class Predictor:
                 raise ValueError(f"granularity {level} is not one of this model's levels: {known}")
         return levels
 
-    def _prompt(self, request: Request) -> str:
+    def prompt_text(self, request: Request) -> str:
+        """A request in the format of the model's training, ready for the answer."""
         messages = request.prompt
         if isinstance(messages, str):
-            content = messages
-            if IMAGE_PLACEHOLDER not in content:
-                content = f"{IMAGE_PLACEHOLDER}\n" * len(request.images) + content
-            messages = [{"role": "user", "content": content}]
+            messages = [{"role": "user", "content": with_placeholders(messages, len(request.images))}]
         prompt = self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return str(prompt)
 
 
-def _open(image: ImageInput, place: int) -> Image.Image:
+def with_placeholders(question: str, num_images: int) -> str:
+    """A question with its images before it, unless it says itself where they stand."""
+    return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
+
+
+def open_image(image: ImageInput, place: int) -> Image.Image:
     """An RGB image."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     return decode_image(image, f"image {place}") if isinstance(image, bytes) else load_image(image)
+
+
+def as_images(images: ImageInput | Sequence[ImageInput] | None) -> tuple[ImageInput, ...]:
+    """One image, several or none, as a tuple."""
+    return () if images is None else (images,) if isinstance(images, ImageInput) else tuple(images)
 
 
 class QuestionAnswering:
@@ -358,9 +390,8 @@ class QuestionAnswering:
             DataError: An image cannot be read.
             BudgetError: The budget makes no sense, or the images do not fit into it.
         """
-        given = () if images is None else (images,) if isinstance(images, ImageInput) else tuple(images)
         budget = Budget(granularity, token_cost, max_visual_tokens)
-        return self.predictor.predict([Request(question, given)], budget, Decoding(**decoding), streamer)[0]
+        return self.predictor.predict([Request(question, as_images(images))], budget, Decoding(**decoding), streamer)[0]
 
 
 __all__ = ["Choice", "Encoded", "Predictor", "QuestionAnswering"]

@@ -22,10 +22,14 @@ def predictor(tmp_path_factory):
     return Predictor(model, processor)
 
 
+def noise_images():
+    noise = np.random.default_rng(0)
+    return [Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+
+
 @pytest.fixture(scope="module")
 def requests():
-    noise = np.random.default_rng(0)
-    images = [Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+    images = noise_images()
     questions = ["what color is the background?", "how many dots?", "which code is there in the strip?"]
     single = [Request(questions[index % 3], (image,)) for index, image in enumerate(images)]
     return [*single, Request("no image here"), Request("compare them", (images[0], images[1]))]
