@@ -17,6 +17,7 @@ COMMANDS = [
     ["verify-data"],
     ["estimate"],
     ["generate"],
+    ["chat"],
     ["convert"],
     ["report"],
     ["mini", "data"],
@@ -89,7 +90,10 @@ def test_generate_routes_and_answers_in_json(capsys, checkpoint, image):
     arguments = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "how many dots?", "--json"]
     assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert set(answer) == {"text", "granularity", "router_probs", "num_visual_tokens", "milliseconds"}
+    assert set(answer) == {
+        *("text", "granularity", "router_probs", "milliseconds", "finish_reason"),
+        *("num_visual_tokens", "num_prompt_tokens", "num_new_tokens"),
+    }
     assert sum(answer["router_probs"].values()) == pytest.approx(1, abs=1e-5)
     assert answer["granularity"] == int(max(answer["router_probs"], key=answer["router_probs"].get))
     assert set(answer["milliseconds"]) == {"encode", "route", "prefill", "decode"}

@@ -1,45 +1,86 @@
 """Commands that load a model and use or rewrite it."""
 
 import argparse
-import json
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, at_least_one, hide_bars_from_files, pick_device, tell
+from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, pick_device, tell
+
+if TYPE_CHECKING:
+    from avg_llava.model.answers import Answer
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Answers one question."""
+    """Answers one question, or a file of questions."""
+    from avg_llava.model.answers import Decoding, Request
+    from avg_llava.model.budget import Budget
     from avg_llava.model.loading import load
+
+    if (arguments.prompt is None) == (arguments.input is None) or (arguments.input is None) != (
+        arguments.output is None
+    ):
+        raise ValueError("give --prompt for one question, or --input and --output for a file of them")
+    hide_bars_from_files()
+    model, _ = load(arguments.model, device=pick_device(arguments.device))
+    budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+    decoding = Decoding(arguments.max_new_tokens)
+    if arguments.input is None:
+        (answer,) = model.predictor.predict([Request(arguments.prompt, tuple(arguments.image or ()))], budget, decoding)
+        tell(arguments, _told(answer, model.config.granularities), answer.text)
+        return FINE
+
+    from avg_llava.serving.batch import answer_file, read_questions
+
+    questions = read_questions(arguments.input, arguments.image_root or arguments.input.parent, budget)
+    num_failures = answer_file(model.predictor, questions, arguments.output, decoding, arguments.batch_size)
+    facts = {"questions": len(questions), "failures": num_failures, "output": str(arguments.output)}
+    errors = f", {num_failures} not: see {arguments.output.with_suffix('.errors.jsonl')}" if num_failures else ""
+    tell(arguments, facts, f"answered {len(questions) - num_failures} questions in {arguments.output}{errors}")
+    return FAILED if num_failures else FINE
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talks about images in the terminal; /help lists what can be done besides asking."""
+    from avg_llava.model.answers import Decoding
+    from avg_llava.model.budget import Budget
+    from avg_llava.model.loading import load
+    from avg_llava.serving.chat import Chat
 
     hide_bars_from_files()
     model, _ = load(arguments.model, device=pick_device(arguments.device))
-    prediction = model.ask(
-        arguments.image,
-        arguments.prompt,
-        granularity=arguments.granularity,
-        token_cost=arguments.token_cost,
-        max_visual_tokens=arguments.max_visual_tokens,
-        max_new_tokens=arguments.max_new_tokens,
-    )
-    if not arguments.json:
-        print(prediction.text)
-        return FINE
-    probabilities = None
-    if prediction.router_probs is not None:
-        levels = list(map(str, model.config.granularities))
-        probabilities = [dict(zip(levels, row, strict=True)) for row in prediction.router_probs]
-    result = {
-        "text": prediction.text,
-        "granularity": _single(prediction.granularity),
-        "router_probs": _single(probabilities),
-        "num_visual_tokens": prediction.num_visual_tokens,
-        "milliseconds": asdict(prediction.timings),
-    }
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+    conversation = Chat(model.predictor, budget, Decoding(arguments.max_new_tokens), print)
+    for path in arguments.image or ():
+        conversation.run([f"/image {path}"])
+    conversation.run(_typed_lines())
     return FINE
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of standard input, with a prompt and line editing where a person types them."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  (gives `input` a history)
+
+    print("/help lists commands, /quit leaves")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def _told(answer: "Answer", granularities: Sequence[int]) -> dict[str, Any]:
+    """An answer as JSON; values of a single image without a list around them."""
+    probabilities = None
+    if answer.router_probs is not None:
+        probabilities = [dict(zip(map(str, granularities), row, strict=True)) for row in answer.router_probs]
+    fields = asdict(answer)
+    fields["milliseconds"] = fields.pop("timings")
+    return fields | {"granularity": _single(answer.granularity), "router_probs": _single(probabilities)}
 
 
 def _single(per_image: Sequence[Any] | None) -> Any:
@@ -68,6 +109,34 @@ def convert(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+_MODEL = (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"})
+_IMAGE = (
+    ("--image",),
+    {"type": Path, "action": "append", "metavar": "FILE", "help": "image; again for several, or none"},
+)
+_ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (
+        ("--granularity",),
+        {"type": int, "metavar": "N", "help": "visual tokens per crop; without it the router chooses"},
+    ),
+    (
+        ("--token-cost",),
+        {
+            "type": float,
+            "default": 0.0,
+            "metavar": "X",
+            "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
+        },
+    ),
+    (
+        ("--max-visual-tokens",),
+        {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
+    ),
+    (("--max-new-tokens",), {"type": at_least_one, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
+    (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
+]
+
+
 def add_inference(commands: Any) -> None:
     """Adds the commands of this module."""
     add_command(
@@ -76,33 +145,33 @@ def add_inference(commands: Any) -> None:
         generate,
         "avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?' --json",
         [
-            (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"}),
+            _MODEL,
+            _IMAGE,
+            (("--prompt",), {"metavar": "TEXT", "help": "what to ask"}),
             (
-                ("--image",),
-                {"type": Path, "action": "append", "metavar": "FILE", "help": "image; again for several, or none"},
-            ),
-            (("--prompt",), {"required": True, "metavar": "TEXT", "help": "what to ask"}),
-            (
-                ("--granularity",),
-                {"type": int, "metavar": "N", "help": "visual tokens per crop; without it the router chooses"},
-            ),
-            (
-                ("--token-cost",),
+                ("--input",),
                 {
-                    "type": float,
-                    "default": 0.0,
-                    "metavar": "X",
-                    "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
+                    "type": Path,
+                    "metavar": "JSONL",
+                    "help": "instead of --prompt: a file of questions, one a line, each with prompt, image (path, list "
+                    "of paths, or none), and as it likes id, granularity, token_cost, max_visual_tokens",
                 },
             ),
             (
-                ("--max-visual-tokens",),
-                {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
+                ("--output",),
+                {"type": Path, "metavar": "JSONL", "help": "answers to --input; those that it holds are kept"},
             ),
-            (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
-            (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
+            (
+                ("--image-root",),
+                {"type": Path, "metavar": "DIR", "help": "folder of the images of --input (default: its own)"},
+            ),
+            (("--batch-size",), {"type": at_least_one, "default": 8, "metavar": "N", "help": "questions at once (8)"}),
+            *_ANSWERING,
             JSON,
         ],
+    )
+    add_command(
+        commands, "chat", chat, "avg-llava chat --model runs/mini/stage4 --image cat.png", [_MODEL, _IMAGE, *_ANSWERING]
     )
     add_command(
         commands,

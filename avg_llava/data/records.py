@@ -130,7 +130,7 @@ def parse_record(record: Any, image_root: str | Path, source: str = "record") ->
     name = f"sample {str(identity)!r} ({source})" if identity is not None else source
     root = Path(image_root)
     try:
-        images = tuple(root / relative for relative in _image_paths(record.get("image")))
+        images = tuple(root / relative for relative in image_paths(record.get("image")))
         turns = _with_placeholder(_turns(record.get("conversations")), len(images))
         _check_placeholders(turns, len(images))
     except DataError as error:
@@ -178,7 +178,12 @@ def _turns(conversations: Any) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _image_paths(image: Any) -> list[str]:
+def image_paths(image: Any) -> list[str]:
+    """A record's image paths, which stay below their root.
+
+    Raises:
+        DataError: They are no path and no list of paths, or one leaves the root.
+    """
     if image is None:
         return []
     entries = image if isinstance(image, list) else [image]
@@ -208,4 +213,14 @@ def _check_placeholders(turns: tuple[Turn, ...], num_images: int) -> None:
         )
 
 
-__all__ = ["DataError", "RawRecord", "RecordFile", "Sample", "Turn", "dialogue", "parse_record", "read_records"]
+__all__ = [
+    "DataError",
+    "RawRecord",
+    "RecordFile",
+    "Sample",
+    "Turn",
+    "dialogue",
+    "image_paths",
+    "parse_record",
+    "read_records",
+]

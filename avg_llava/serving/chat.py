@@ -1,0 +1,127 @@
+"""A conversation in the terminal."""
+
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from transformers import TextStreamer
+
+from avg_llava.model.answers import Answer, Decoding
+from avg_llava.model.budget import Budget
+from avg_llava.model.conversation import Conversation
+from avg_llava.model.images import decode_image, load_image
+from avg_llava.model.predictor import Predictor
+
+Number = TypeVar("Number", int, float)
+
+HELP = """\
+/image FILE or URL   show an image with the next question; again for several
+/granularity N       that many visual tokens per crop for new images; auto lets the router choose
+/cost X              the router's price in nats per doubling of visual tokens
+/reset               begin a new conversation
+/help                this list
+/quit                leave"""
+MAX_DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 32 * 2**20, 30.0
+
+
+def fetch_image(url: str) -> Image.Image:
+    """Downloads an image that the user of this machine names.
+
+    Raises:
+        OSError: It cannot be had.
+        DataError: It is no image, or too large.
+    """
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
+        content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url}: larger than {MAX_DOWNLOAD_BYTES} bytes")
+    return decode_image(content, url)
+
+
+class Chat:
+    """Reads lines, answers them as they come, and obeys commands.
+
+    Args:
+        predictor: Answers.
+        budget: How the levels of images are found at first.
+        decoding: How answers are written.
+        say: Takes each line of what is told to the user; answers stream to standard output by themselves.
+    """
+
+    def __init__(self, predictor: Predictor, budget: Budget, decoding: Decoding, say: Callable[[str], object]) -> None:
+        self.predictor = predictor
+        self.say = say
+        self.images: list[Image.Image] = []
+        self.conversation = Conversation(predictor, budget, decoding)
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Goes through lines until they end, or the user leaves."""
+        for line in lines:
+            words = line.strip()
+            if words == "/quit":
+                return
+            try:
+                if words.startswith("/"):
+                    self._obey(*words.split(maxsplit=1))
+                elif words:
+                    self._answer(words)
+            except (ValueError, OSError) as error:
+                self.say(f"error: {' '.join(str(error).split())}")
+
+    def _answer(self, question: str) -> None:
+        streamer = TextStreamer(self.predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = self.conversation.ask(question, self.images, streamer)
+        self.images = []
+        self.say(describe(answer))
+
+    def _obey(self, command: str, value: str = "") -> None:
+        conversation = self.conversation
+        if command == "/image":
+            is_url = value.startswith(("http://", "https://"))
+            image = fetch_image(value) if is_url else load_image(Path(value).expanduser())
+            self.images.append(image)
+            self.say(f"image of {image.width}x{image.height} pixels: ask about it")
+        elif command == "/granularity":
+            level = None if value == "auto" else _number(int, command, value)
+            known = self.predictor.granularities
+            if level is not None and level not in known:
+                raise ValueError(f"granularity {level} is not one of this model's levels: {', '.join(map(str, known))}")
+            conversation.budget = replace(conversation.budget, granularity=level, token_cost=0.0)
+            self.say("the router chooses" if level is None else f"{level} visual tokens per crop for new images")
+        elif command == "/cost":
+            cost = _number(float, command, value)
+            conversation.budget = replace(conversation.budget, granularity=None, token_cost=cost)
+            self.say(f"the router chooses, at {cost:g} nats per doubling of visual tokens")
+        elif command == "/reset":
+            self.images = []
+            self.conversation = Conversation(self.predictor, conversation.budget, conversation.decoding)
+            self.say("a new conversation")
+        elif command == "/help":
+            self.say(HELP)
+        else:
+            raise ValueError(f"unknown command {command}; /help lists them")
+
+
+def _number(kind: type[Number], command: str, value: str) -> Number:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ValueError(f"{command} needs a number, got {value!r}") from error
+
+
+def describe(answer: Answer) -> str:
+    """An answer's levels, tokens and time, in one line."""
+    levels = ", ".join(map(str, answer.granularity))
+    chosen = f"{levels} tokens per crop ({'routed' if answer.router_probs else 'forced'}), " if levels else ""
+    timings = answer.timings
+    first = timings.encode + timings.route + timings.prefill
+    return (
+        f"[{chosen}{answer.num_visual_tokens} visual of {answer.num_prompt_tokens} prompt tokens, "
+        f"first token after {first:.0f} ms, all after {first + timings.decode:.0f} ms]"
+    )
+
+
+__all__ = ["Chat", "describe", "fetch_image"]
