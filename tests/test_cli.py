@@ -24,6 +24,7 @@ COMMANDS = [
     ["mini", "pretrain"],
     ["mini", "claims"],
     ["bench", "train"],
+    ["bench", "inference"],
 ]
 
 

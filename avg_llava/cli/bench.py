@@ -15,6 +15,28 @@ def bench_train(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def bench_inference(arguments: argparse.Namespace) -> int:
+    """Measures answers at every level, forced and routed, against transformers' LLaVA-NeXT on the same weights."""
+    from avg_llava.serving import bench
+
+    result = bench.bench_inference(
+        arguments.preset, arguments.batch_size, arguments.new_tokens, repeats=arguments.repeats
+    )
+    tell(arguments, result, "\n".join(bench.table_lines(result)))
+    return FINE
+
+
+_PRESET = (
+    ("--preset",),
+    {
+        "choices": ("mini", "proportioned", "7b"),
+        "default": "proportioned",
+        "help": "size of the model: mini takes seconds; proportioned (the default) divides its work as the "
+        "7B model and takes minutes on a CPU; 7b needs a GPU",
+    },
+)
+
+
 def add_bench(commands: Any) -> None:
     """Adds the commands of this module."""
     bench = add_group(
@@ -27,15 +49,7 @@ def add_bench(commands: Any) -> None:
         "avg-llava bench train --stage 3 --preset proportioned --json",
         [
             (("--stage",), {"type": int, "required": True, "choices": (1, 2, 3, 4), "help": "training stage"}),
-            (
-                ("--preset",),
-                {
-                    "choices": ("mini", "proportioned", "7b"),
-                    "default": "proportioned",
-                    "help": "size of the model: mini takes seconds; proportioned (the default) divides its work as the "
-                    "7B model and takes minutes on a CPU; 7b needs a GPU",
-                },
-            ),
+            _PRESET,
             (
                 ("--repeats",),
                 {
@@ -48,6 +62,27 @@ def add_bench(commands: Any) -> None:
             (
                 ("--stored-feedback",),
                 {"action": "store_true", "help": "stage 4 as from a feedback store, with no language model in memory"},
+            ),
+            JSON,
+        ],
+    )
+    add_command(
+        bench,
+        "inference",
+        bench_inference,
+        "avg-llava bench inference --preset proportioned --json",
+        [
+            _PRESET,
+            (("--batch-size",), {"type": at_least_one, "default": 1, "metavar": "N", "help": "images at once (1)"}),
+            (("--new-tokens",), {"type": at_least_one, "default": 1, "metavar": "N", "help": "length of answers (1)"}),
+            (
+                ("--repeats",),
+                {
+                    "type": at_least_one,
+                    "default": 10,
+                    "metavar": "N",
+                    "help": "timed answers of each way, of which the median counts (default 10)",
+                },
             ),
             JSON,
         ],

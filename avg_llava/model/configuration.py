@@ -95,10 +95,23 @@ class AvgLlavaConfig(LlavaNextConfig):
         """Side of the square grid of tokens that the vision tower gives for one crop (24 for CLIP-L/14 at 336 px)."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
+    @property
+    def num_vision_layers(self) -> int:
+        """Layers of the vision tower that are run: the output of the last of them is `vision_feature_layer`."""
+        place = self.vision_feature_layer
+        return place if place >= 0 else self.vision_config.num_hidden_layers + 1 + place
+
     def _check_vision(self) -> None:
         crop, patch = self.vision_config.image_size, self.vision_config.patch_size
         if crop % patch:
             raise ValueError(f"vision_config.image_size {crop} is not a multiple of its patch_size {patch}")
+        if self.vision_config.model_type != "clip_vision_model":
+            raise ValueError(f"the vision tower must be CLIP's, got {self.vision_config.model_type!r}")
+        if not isinstance(self.vision_feature_layer, int) or self.num_vision_layers < 0:
+            raise ValueError(
+                f"vision_feature_layer must be one layer of the tower's {self.vision_config.num_hidden_layers}, got "
+                f"{self.vision_feature_layer!r}"
+            )
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
                 "AVG-LLaVA pools a square grid of patches, so vision_feature_select_strategy must be 'default' "

@@ -72,9 +72,10 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         self.post_init()
 
     def encode_crops(self, pixels: Tensor) -> Tensor:
-        """Vision tower and projector: (C, 3, S, S) pixels -> (C, T, D) tokens."""
-        outputs = self.vision_tower(pixels, output_hidden_states=True)
-        hidden = outputs.hidden_states[self.config.vision_feature_layer]
+        """Vision tower, up to the layer that is used, and projector: (C, 3, S, S) pixels -> (C, T, D) tokens."""
+        hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
+        for layer in self.vision_tower.encoder.layers[: self.config.num_vision_layers]:
+            hidden = layer(hidden, attention_mask=None)
         return self.multi_modal_projector(hidden[:, 1:])  # the class token is dropped
 
 

@@ -4,6 +4,8 @@ Shapes: N images, C crops of all images (image after image), P crops of one imag
 level, V tokens of all levels together, K text slots, M instruction tokens, D language-model width.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,13 +110,16 @@ class GranularityRouter(nn.Module):
         levels = [pool_tokens(crops, side, granularity) for granularity in self.config.granularities]
         tokens = torch.cat([*levels, slots.repeat_interleave(counts, 0)], 1)  # (C, V+K, D)
         if self.config.behavior == "released":
-            merged, votes = self._attend_across_crops(tokens, num_crops), self.voter[:, 0]
+            merged = self._attend_across_crops(tokens, num_crops)
+            votes = self.voter[:, 0].expand(len(tokens), -1)  # (C, V+K)
         else:
             absent = F.pad(~slot_mask, (tokens.shape[1] - slot_mask.shape[1], 0)).repeat_interleave(counts, 0)
-            merged = self.merger(F.layer_norm(tokens, tokens.shape[-1:]), src_key_padding_mask=absent)
-            votes = self.voter[:, 0].masked_fill(absent, 0)[:, None]  # (C, 1, V+K)
-        scores = self.router(merged)  # (C, V+K, G)
-        crop_logits = (votes @ scores).reshape(len(tokens), -1)  # (C, G)
+            merged = self._merge(F.layer_norm(tokens, tokens.shape[-1:]), absent)
+            votes = self.voter[:, 0].masked_fill(absent, 0)  # (C, V+K)
+        # The votes are summed before the last linear layer, which then sees one row a crop instead of V+K.
+        first, activation, last = cast(tuple[nn.Linear, nn.GELU, nn.Linear], tuple(self.router))
+        summed = (votes[:, None] @ activation(first(merged)))[:, 0]  # (C, D)
+        crop_logits = F.linear(summed, last.weight) + votes.sum(-1, keepdim=True) * last.bias  # (C, G)
         return self.norm(torch.stack([logits.mean(0) for logits in crop_logits.split(num_crops)]))
 
     def _text_slots(self, overview: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +132,22 @@ class GranularityRouter(nn.Module):
         missing = num_slots - order.shape[1]
         return F.pad(slots, (0, 0, 0, missing)), F.pad(valid, (0, missing))
 
+    def _merge(self, tokens: Tensor, absent: Tensor) -> Tensor:
+        """The Transformer layer on sequences (B, L, D), of which `absent` (B, L) says what is not there.
+
+        What `self.merger` computes; its own inference path writes the whole attention matrix where there is a mask.
+        """
+        layer, attention = self.merger, self.merger.self_attn
+        states = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = states.unflatten(-1, (3, attention.num_heads, -1)).transpose(1, 3).unbind(2)
+        dropout = attention.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, ~absent[:, None, None], dropout)
+        attended = attention.out_proj(attended.transpose(1, 2).flatten(2))
+        tokens = layer.norm1(tokens + layer.dropout1(attended))
+        return layer.norm2(
+            tokens + layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(tokens)))))
+        )
+
     def _attend_across_crops(self, tokens: Tensor, num_crops: list[int]) -> Tensor:
         """The Transformer layer with the crops of an image as its sequence, at each token position by itself."""
         images = pad_sequence(list(tokens.split(num_crops)), batch_first=True)  # (N, P, V+K, D)
@@ -134,7 +155,7 @@ class GranularityRouter(nn.Module):
         counts = torch.tensor(num_crops, device=tokens.device)
         absent = torch.arange(most_crops, device=tokens.device) >= counts[:, None]  # (N, P)
         sequences = images.transpose(1, 2).flatten(0, 1)  # (N*(V+K), P, D)
-        merged = self.merger(sequences, src_key_padding_mask=absent.repeat_interleave(num_tokens, 0))
+        merged = self._merge(sequences, absent.repeat_interleave(num_tokens, 0))
         merged = merged.unflatten(0, (num_images, num_tokens)).transpose(1, 2)  # (N, P, V+K, D)
         return merged[~absent]  # (C, V+K, D)
 

@@ -266,7 +266,7 @@ def _work(connection: Connection, stage: int, preset: Preset, way: Way, folder: 
         begin = time.perf_counter()
         loss = step()  # waits for the GPU
         seconds = time.perf_counter() - begin
-        connection.send({"seconds": seconds, "loss": loss, "peak_memory_bytes": _peak_memory()})
+        connection.send({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_memory()})
 
 
 def prepare_step(stage: int, preset: Preset, way: Way, folder: Path | None = None) -> Callable[[], float]:
@@ -274,10 +274,10 @@ def prepare_step(stage: int, preset: Preset, way: Way, folder: Path | None = Non
 
     With a `folder` written by `_store_feedback` the step is that of our router training with stored feedback.
     """
-    device = _device()
+    device = compute_device()
     batch = make_batch(sample_shapes(stage, PRESETS[preset].config()), PRESETS[preset].config(), device)
     if folder is None:
-        model = _random_model(preset)
+        model = random_model(preset)
     else:
         model = load_routing_model(folder).to(device)
         batch |= load_file(folder / _FEEDBACK, device=device.type)
@@ -306,7 +306,7 @@ _FEEDBACK = "feedback.safetensors"
 def _store_feedback(folder: Path, preset: Preset) -> None:
     """Writes the model and the feedback for stage 4's micro-batch, as arguments of the router's objective."""
     _leave_stdout_alone()
-    model = _random_model(preset).eval()
+    model = random_model(preset).eval()
     batch = make_batch(sample_shapes(4, model.config), model.config, model.device)
     use_packed_attention(model)
     with torch.inference_mode():
@@ -323,9 +323,9 @@ def _leave_stdout_alone() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
-def _random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:
+def random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:
     """The same weights in every process."""
-    device = _device()
+    device = compute_device()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     with device:
@@ -334,11 +334,12 @@ def _random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:
     return model
 
 
-def _device() -> torch.device:
+def compute_device() -> torch.device:
+    """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())

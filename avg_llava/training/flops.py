@@ -87,14 +87,18 @@ def step_flops(
     )
 
 
-def vision_flops(crops: int, config: AvgLlavaConfig) -> float:
-    """Forward pass of C crops through tower and projector."""
+def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) -> float:
+    """Forward pass of C crops through the tower, up to the layer that is used or as a whole, and the projector."""
     vision, width = config.vision_config, config.text_config.hidden_size
     patches, own = config.num_patches_per_side**2, vision.hidden_size
     embedding = patches * vision.num_channels * vision.patch_size**2 * own
     layer = (patches + 1) * (4 * own**2 + 2 * own * vision.intermediate_size) + 2 * (patches + 1) ** 2 * own
     projector = patches * (own * width + width**2)
-    return 2.0 * crops * (embedding + vision.num_hidden_layers * layer + projector)
+    return (
+        2.0
+        * crops
+        * (embedding + (vision.num_hidden_layers if whole_tower else config.num_vision_layers) * layer + projector)
+    )
 
 
 def language_flops(lengths: Sequence[int], config: AvgLlavaConfig, masked: bool = False) -> float:
