@@ -44,9 +44,9 @@ def verify_data(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from avg_llava.data.verify import verify
+    from avg_llava.training.assembly import build_dataset, load_processor
     from avg_llava.training.config import load_config
     from avg_llava.training.machine import num_cores
-    from avg_llava.training.run import build_dataset, load_processor
 
     config = load_config(arguments.config)
     data = replace(config.data, on_bad_sample="skip", skip_list=None)

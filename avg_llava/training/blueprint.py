@@ -15,9 +15,9 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.loading import KNOWN_TOWERS, config_from_backbones, load_model_config
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.routing import RoutingModel
+from avg_llava.training.assembly import adapt
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.parsing import ConfigError, read_yaml
-from avg_llava.training.run import adapt
 from avg_llava.training.stages import STAGES, set_trainable
 
 KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {

@@ -39,11 +39,12 @@ from avg_llava.model.loading import (
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.weight_files import list_tensors, weight_files
+from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
 from avg_llava.training.processes import rank, read_deepspeed_file, world_size
-from avg_llava.training.run import build_dataset, describe_start, find_earlier_run, load_processor
+from avg_llava.training.run import describe_start, find_earlier_run
 from avg_llava.training.saving import checkpoint_bytes
 from avg_llava.training.trainer import CONFIG_NAME
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, step_flops
@@ -19,7 +20,6 @@ from avg_llava.training.losses import num_supervised
 from avg_llava.training.memory import SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.run import build_dataset, load_processor
 from avg_llava.training.stages import count_parameters
 
 GIB, MIB = 2**30, 2**20

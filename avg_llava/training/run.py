@@ -7,33 +7,18 @@ same command continues a run that was killed and leaves a finished one alone.
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import set_seed
 
-from avg_llava.data.collator import Collator
-from avg_llava.data.dataset import ConversationDataset, DataSource
-from avg_llava.data.sampler import ModalityLengthSampler
-from avg_llava.data.skip_list import read_skip_list
-from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
-from avg_llava.model.loading import (
-    build_from_backbones,
-    config_from_backbones,
-    load,
-    load_model_config,
-    resolve_folder,
-)
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.model.router import GranularityRouter
-from avg_llava.model.routing import load_routing_model
-from avg_llava.training.config import ModelSettings, TrainConfig, load_config
+from avg_llava.training.assembly import build_collator, build_dataset, build_model, build_sampler
+from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
-from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.manifest import (
     StageManifest,
     changed_keys,
@@ -53,7 +38,7 @@ from avg_llava.training.processes import (
     world_size,
 )
 from avg_llava.training.stages import STAGES, set_trainable
-from avg_llava.training.trainer import ShuffledSampler, StageTrainer, load_weights, training_arguments
+from avg_llava.training.trainer import StageTrainer, load_weights, training_arguments
 from avg_llava.training.watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -203,121 +188,6 @@ def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
             "the files of data.sources have changed since this run started; pass --output.overwrite to train on the "
             "new ones, or choose another output.dir"
         )
-
-
-def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
-    """The model that the stage starts from, in the run's precision, and its processor.
-
-    Every process loads the whole model into memory; DeepSpeed takes its share from there.
-    """
-    dtype = torch.float32
-    if config.runtime.deepspeed is not None:
-        # DeepSpeed keeps float32 master weights itself; without it, autocast needs them in the model.
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
-    settings = config.model
-    if STAGES[config.stage].parent is not None:
-        assert settings.start is not None, "checked by TrainConfig"
-        if config.objective.feedback_store is None:
-            model, processor = load(settings.start, dtype=dtype)
-        else:
-            model = load_routing_model(settings.start, dtype=dtype)
-            processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model.config)
-        adapt(model.config, settings)
-        if settings.router is not None or settings.granularities is not None:
-            set_seed(config.seed)  # the same router, however the model was loaded
-            model.model.router = GranularityRouter(model.config).to(model.dtype)
-    else:
-        assert settings.vision is not None, "checked by TrainConfig"
-        assert settings.language is not None, "checked by TrainConfig"
-        model = build_from_backbones(settings.vision, settings.language, dtype=dtype, **config.architecture())
-        processor = AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model.config)
-    if config.runtime.attention is not None:
-        model.set_attn_implementation({"text_config": config.runtime.attention})
-    return model, processor
-
-
-def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConfig]:
-    """Tokenizer, image settings and configuration of the model that the stage starts from, without its weights."""
-    settings = config.model
-    if settings.start is None:
-        assert settings.vision is not None, "checked by TrainConfig"
-        assert settings.language is not None, "checked by TrainConfig"
-        model_config = config_from_backbones(settings.vision, settings.language, **config.architecture())
-        return AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model_config), model_config
-    model_config = load_model_config(settings.start)
-    adapt(model_config, settings)
-    return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
-
-
-def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:
-    """Change the configuration of a start as the settings say.
-
-    Raises:
-        ConfigError: They ask for levels that the start was not trained for.
-    """
-    if settings.max_length is not None:
-        model_config.max_sequence_length = settings.max_length
-    if settings.router is not None:
-        model_config.router_config = RouterConfig(**asdict(settings.router))
-    if settings.granularities is not None:
-        known, wanted = model_config.granularities, list(settings.granularities)
-        # Samples are cut to the longest sequence at the finest level, so without it they would be other samples.
-        if wanted != [level for level in known if level in wanted] or known[-1] not in wanted:
-            raise ConfigError(
-                f"model.granularities {wanted} must be some of the levels of model.start, {known}, in this order and "
-                "with the finest among them"
-            )
-        model_config.granularities = wanted
-
-
-def build_collator(
-    config: TrainConfig, processor: AvgLlavaProcessor, dataset: ConversationDataset
-) -> Collator | FeedbackCollator:
-    """Samples into batches, with stored feedback where there is a store.
-
-    Raises:
-        ConfigError: The store is of another model or of other data.
-    """
-    collator = Collator(pad_token_id=processor.tokenizer.pad_token_id)
-    if config.objective.feedback_store is None:
-        return collator
-    store = FeedbackStore.open(config.objective.feedback_store)
-    if rank() == 0:  # reads all weights
-        assert config.model.start is not None, "checked by TrainConfig"
-        store.check(describe(config.model.start, dataset, config.runtime.precision))
-    return FeedbackCollator(collator, *store.answers(dataset))
-
-
-def build_dataset(
-    config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig
-) -> ConversationDataset:
-    """The samples of `data.sources`."""
-    sources = [
-        DataSource(source.path, source.image_root, source.sampling, source.follow_links)
-        for source in config.data.sources
-    ]
-    return ConversationDataset(
-        sources,
-        processor,
-        config.data.template,
-        model_config,
-        on_bad_sample=config.data.on_bad_sample,
-        seed=config.seed,
-        skip_list=None if config.data.skip_list is None else read_skip_list(config.data.skip_list),
-    )
-
-
-def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> Sampler[int]:
-    """The order of the samples."""
-    if not config.data.group_by_modality_length:
-        return ShuffledSampler(len(dataset), config.seed)
-    return ModalityLengthSampler(
-        dataset.modality_lengths,
-        batch_size=config.optim.micro_batch_size,
-        world_size=world_size(),
-        accumulation_steps=config.accumulation_steps(world_size()),
-        seed=config.seed,
-    )
 
 
 def message_of(error: Exception) -> str:

@@ -18,10 +18,11 @@ import torch
 import yaml
 
 from avg_llava import load_model
+from avg_llava.training.assembly import build_model
 from avg_llava.training.config import load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.manifest import read_manifest
-from avg_llava.training.run import build_model, run_stage
+from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import ShuffledSampler
 from tests.training.tiny_world import stage_values, write_backbones, write_data

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from avg_llava import cli
 from avg_llava.training import dry_run
+from avg_llava.training.assembly import load_processor
 from avg_llava.training.config import load_config
-from avg_llava.training.run import load_processor
 from tests.tiny import make_checkpoint
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 

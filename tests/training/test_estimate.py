@@ -11,6 +11,7 @@ from avg_llava import AvgLlavaForConditionalGeneration, cli, load_model
 from avg_llava.cli.estimate import GPU_NAMES, ZERO_NAMES
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.training import estimate, levels
+from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.blueprint import find_blueprint
 from avg_llava.training.config import ObjectiveSettings, load_config
@@ -19,7 +20,6 @@ from avg_llava.training.memory import SHARDINGS, Activations, Sharding, activati
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.run import build_dataset, load_processor
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.parity.golden import GOLDEN
 from tests.training.tiny_world import stage_values, write_backbones, write_data

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from avg_llava import cli, load, load_model
 from avg_llava.data.records import DataError
 from avg_llava.model.routing import RoutingModel
-from avg_llava.training import feedback, run
+from avg_llava.training import assembly, feedback, run
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, describe
@@ -59,7 +59,7 @@ def configuration(root: Path, stage: int = 4, *overrides: str) -> TrainConfig:
 def begin(root: Path, folder: Path, shard_size: int) -> FeedbackStore:
     """An empty store with shards of another size than is usual."""
     config = configuration(root)
-    dataset = run.build_dataset(config, *run.load_processor(config))
+    dataset = assembly.build_dataset(config, *assembly.load_processor(config))
     manifest = describe(config.model.start, dataset, config.runtime.precision)
     return FeedbackStore.create(folder, replace(manifest, shard_size=shard_size))
 
@@ -84,7 +84,7 @@ def losses(folder: Path) -> list[float]:
 def test_values(root, store):
     """Against the public forward pass of the whole model, one sample and one level at a time."""
     model, processor = load(root / "stage3")
-    dataset = run.build_dataset(configuration(root), processor, model.config)
+    dataset = assembly.build_dataset(configuration(root), processor, model.config)
     found = rows(store)
     assert len(found) == len(dataset) == NUM_SAMPLES
     for index in range(len(dataset)):
@@ -286,7 +286,7 @@ def test_the_router_learns_the_same_from_a_store(root, store, direct):
 
 
 def test_no_language_model_is_in_memory(root, store):
-    model, _ = run.build_model(configuration(root, 4, "--objective.feedback_store", str(store)))
+    model, _ = assembly.build_model(configuration(root, 4, "--objective.feedback_store", str(store)))
     assert isinstance(model, RoutingModel)
     language = {name for name, _ in model.named_parameters() if name.startswith(("model.language_model", "lm_head"))}
     assert language == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
@@ -352,7 +352,7 @@ def test_the_routers_weights_do_not_matter_to_a_store(root, store, tmp_path):
 @pytest.mark.parametrize("levels", ["[4, 16]", "[64, 4]", "[4, 12, 64]", "[]"])
 def test_levels_that_the_start_does_not_offer(root, levels):
     with pytest.raises(ConfigError, match=r"model\.granularities .* some of the levels of model\.start"):
-        run.build_model(configuration(root, 4, "--model.granularities", levels))
+        assembly.build_model(configuration(root, 4, "--model.granularities", levels))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
 from avg_llava import load
-from avg_llava.training import run
+from avg_llava.training import assembly, run
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.manifest import read_manifest
 from avg_llava.training.stages import STAGES, part_of
@@ -70,7 +70,7 @@ def test_only_the_stage_s_parts_change(stages, world, stage):
     if stage == 1:
         config = _config(1, stages, world)
         set_seed(config.seed)
-        before, _ = run.build_model(config)
+        before, _ = assembly.build_model(config)
     else:
         before, _ = load(stages / f"stage{stage - 1}")
     after, _ = load(stages / f"stage{stage}")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avg_llava.training import run
+from avg_llava.training import assembly, run
 from avg_llava.training.config import load_config
 from avg_llava.training.manifest import latest_checkpoint, read_manifest
 from avg_llava.training.saving import SaveError, checkpoint_bytes, writing
+from avg_llava.training.stages import STAGES, set_trainable
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-saving")
@@ -94,8 +95,8 @@ def test_the_disk_is_full(config_file, whole, tmp_path, monkeypatch, capsys, vic
 def test_how_much_a_checkpoint_takes(config_file, whole, tmp_path):
     """The estimate, against the files of a checkpoint: within what headers and the other files take."""
     config = load_config(config_file, ["--output.dir", str(tmp_path / "run")])
-    model, _ = run.build_model(config)
-    run.set_trainable(model, run.STAGES[1])
+    model, _ = assembly.build_model(config)
+    set_trainable(model, STAGES[1])
     folder = config_file.parent / "stage1"
     weights = (folder / "model.safetensors").stat().st_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
