@@ -5,7 +5,6 @@ in whichever micro-batch and process it is. The released training took the mean 
 micro-batches and processes, so that a token weighed less the more answers it shared its micro-batch with.
 """
 
-import json
 import math
 import os
 import shutil
@@ -18,15 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    ProcessorMixin,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from avg_llava.data.dataset import ConversationDataset
@@ -36,9 +27,9 @@ from avg_llava.training.config import TrainConfig
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
+from avg_llava.training.progress import LOG_NAME, ProgressBar, RunFiles
 from avg_llava.training.saving import checkpoint_bytes, writing
 
-LOG_NAME = "log_history.jsonl"
 CONFIG_NAME = "train_config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -241,75 +232,6 @@ class StageTrainer(Trainer):
     def _write_manifest(self, folder: Path, finished: bool) -> None:
         fields = {**vars(self.manifest), "finished": finished, "step": self.state.global_step}
         write_manifest(folder, StageManifest(**fields))
-
-
-class RunFiles(TrainerCallback):
-    """Keeps `log_history.jsonl`, tells the sampler its epoch, and leaves the last save to the end of the run."""
-
-    def __init__(self, output_dir: Path, sampler: Sampler[int]):
-        self.path = output_dir / LOG_NAME
-        self.sampler = sampler
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the log file, with what a resumed checkpoint knows: lines of steps that will be repeated go."""
-        if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            self.path.write_text("".join(lines), encoding="utf-8")
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The samplers are wrapped too deeply, in a run resumed in a later epoch, for accelerate to find them."""
-        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))  # type: ignore[attr-defined]
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A checkpoint of the last step would be superseded at once by the stage's result."""
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append a line."""
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
-
-
-class ProgressBar(ProgressCallback):
-    """transformers' progress bar, with the loss beside the time left instead of a dictionary on a line of its own."""
-
-    def __init__(self, title: str):
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss and the learning rate."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
 
 
 def training_arguments(
