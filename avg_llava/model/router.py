@@ -108,12 +108,14 @@ class GranularityRouter(nn.Module):
         overview = crops[counts.cumsum(0) - counts]  # (N, T, D)
         slots, slot_mask = self._text_slots(overview, text, text_mask)  # (N, K, D), (N, K)
         levels = [pool_tokens(crops, side, granularity) for granularity in self.config.granularities]
-        tokens = torch.cat([*levels, slots.repeat_interleave(counts, 0)], 1)  # (C, V+K, D)
+        # With the output's size given, nobody waits for the GPU to say it.
+        tokens = torch.cat([*levels, slots.repeat_interleave(counts, 0, output_size=len(crops))], 1)  # (C, V+K, D)
         if self.config.behavior == "released":
             merged = self._attend_across_crops(tokens, num_crops)
             votes = self.voter[:, 0].expand(len(tokens), -1)  # (C, V+K)
         else:
-            absent = F.pad(~slot_mask, (tokens.shape[1] - slot_mask.shape[1], 0)).repeat_interleave(counts, 0)
+            absent = F.pad(~slot_mask, (tokens.shape[1] - slot_mask.shape[1], 0))
+            absent = absent.repeat_interleave(counts, 0, output_size=len(crops))
             merged = self._merge(F.layer_norm(tokens, tokens.shape[-1:]), absent)
             votes = self.voter[:, 0].masked_fill(absent, 0)  # (C, V+K)
         # The votes are summed before the last linear layer, which then sees one row a crop instead of V+K.

@@ -3,6 +3,7 @@
 Shapes: C crops, S patches per side, R rows, K columns, D width. Tokens are row-major. Pure functions.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,8 +49,9 @@ def pool_tokens(tokens: Tensor, side: int, granularity: int) -> Tensor:
     rows, columns = token_grid(side, granularity)
     if granularity == side * side:
         return tokens
-    cells = tokens.unflatten(1, (rows, side // rows, columns, side // columns))  # (C, R, S/R, K, S/K, D)
-    return cells.mean(dim=(2, 4)).flatten(1, 2)  # (C, R*K, D)
+    grid = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (C, D, S, S), the memory format "channels last"
+    pooled = F.avg_pool2d(grid, (side // rows, side // columns))  # (C, D, R, K)
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)  # (C, R*K, D)
 
 
 __all__ = ["granularity_pyramid", "pool_tokens", "token_grid"]
