@@ -275,9 +275,10 @@ def prepare_step(stage: int, preset: Preset, way: Way, folder: Path | None = Non
     With a `folder` written by `_store_feedback` the step is that of our router training with stored feedback.
     """
     device = compute_device()
-    batch = make_batch(sample_shapes(stage, PRESETS[preset].config()), PRESETS[preset].config(), device)
+    config = PRESETS[preset].config()
+    batch = make_batch(sample_shapes(stage, config), config, device)
     if folder is None:
-        model = random_model(preset)
+        model = random_model(config)
     else:
         model = load_routing_model(folder).to(device)
         batch |= load_file(folder / _FEEDBACK, device=device.type)
@@ -306,7 +307,7 @@ _FEEDBACK = "feedback.safetensors"
 def _store_feedback(folder: Path, preset: Preset) -> None:
     """Writes the model and the feedback for stage 4's micro-batch, as arguments of the router's objective."""
     _leave_stdout_alone()
-    model = random_model(preset).eval()
+    model = random_model(PRESETS[preset].config()).eval()
     batch = make_batch(sample_shapes(4, model.config), model.config, model.device)
     use_packed_attention(model)
     with torch.inference_mode():
@@ -323,13 +324,13 @@ def _leave_stdout_alone() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
-def random_model(preset: Preset) -> AvgLlavaForConditionalGeneration:
+def random_model(config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
     """The same weights in every process."""
     device = compute_device()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     with device:
-        model = AvgLlavaForConditionalGeneration(PRESETS[preset].config())
+        model = AvgLlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     return model
 

@@ -8,6 +8,7 @@ import torch
 from avg_llava.cli import main
 from avg_llava.serving import bench
 from avg_llava.serving.bench import BASELINE, Bench, Way, make_ways
+from avg_llava.training import flops
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_operations_are_torch_s_own_count(small):
             small.run(way)
         counted = counter.get_total_flops() / 1e9
         assert sum(small.flops(way).values()) / 1e9 == pytest.approx(counted, rel=0.25)
+
+
+def test_proportioned_is_the_7b_model_in_small():
+    """Tower and router take the same share of a routed answer at the finest level."""
+    shares = {}
+    for preset in ("proportioned", "7b"):
+        config = bench.SHAPES[preset].config()
+        parts = (flops.vision_flops(5, config), flops.router_flops(5, config), flops.language_flops([2952], config))
+        shares[preset] = [part / sum(parts) for part in parts]
+    assert shares["proportioned"] == pytest.approx(shares["7b"], rel=0.1)
 
 
 def test_ways_answer_alike(small):
