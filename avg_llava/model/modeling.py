@@ -274,8 +274,9 @@ class AvgLlavaForConditionalGeneration(QuestionAnswering, AvgLlavaPreTrainedMode
         text = text.gather(1, order[..., None].expand_as(text))
         if features.is_blank:
             return self.model.router(features.crops, [len(features.crops)], text[:1], instruction[:1])
-        check_placeholders(is_image & real, len(features.num_crops))
-        owner = torch.nonzero(is_image & real)[:, 0]  # (N,) the sample of each image
+        places = (is_image & real).cpu()
+        check_placeholders(places, len(features.num_crops))
+        owner = torch.nonzero(places)[:, 0].to(text.device)  # (N,) the sample of each image
         text, instruction = text[owner], instruction[owner]
         if self.config.behavior == "released":
             # The released code looks texts up by image number, so a sample's further images are routed without text.
@@ -324,8 +325,8 @@ class AvgLlavaForConditionalGeneration(QuestionAnswering, AvgLlavaPreTrainedMode
         longest = self.config.max_sequence_length
         spliced = splice_visual_tokens(
             text_embeds,
-            self._is_image(input_ids),
-            attention_mask,
+            self._is_image(input_ids).cpu(),
+            attention_mask.cpu(),
             visual_tokens,
             labels,
             padding_side,

@@ -77,7 +77,8 @@ def splice_visual_tokens(
     Args:
         text_embeds: (B, L, D); rows at placeholders are not used.
         is_image: (B, L) bool, True at placeholders.
-        attention_mask: (B, L), 0 at padding.
+        attention_mask: (B, L), 0 at padding. It and `is_image` decide where everything goes, in many small numbers: if
+            the embeddings are on a GPU, give these two on the host.
         visual_tokens: N tensors (V_n, D), in the order of the placeholders.
         labels: (B, L) or None. Visual tokens get `IGNORE_INDEX`.
         padding_side: Side on which shorter samples are padded.
@@ -87,11 +88,11 @@ def splice_visual_tokens(
         ValueError: the batch has more or fewer placeholders than images.
     """
     num_samples, length, width = text_embeds.shape
-    device = text_embeds.device
     real = attention_mask.bool()
     is_image = is_image & real
     check_placeholders(is_image, len(visual_tokens))
-    num_visual_tokens = torch.tensor([len(tokens) for tokens in visual_tokens], dtype=torch.long, device=device)
+    layout = real.device
+    num_visual_tokens = torch.tensor([len(tokens) for tokens in visual_tokens], dtype=torch.long, device=layout)
 
     # How many places each position of the old batch takes in the new one, and where they start.
     places = real.long()  # (B, L)
@@ -104,17 +105,13 @@ def splice_visual_tokens(
 
     # `source` holds every row that the new batch can need; `origin` says which one goes where (last row: padding).
     source = torch.cat([text_embeds.reshape(-1, width), *visual_tokens, text_embeds.new_zeros(1, width)])
-    flat_labels = None
-    if labels is not None:
-        ignored = labels.new_full((len(source) - labels.numel(),), IGNORE_INDEX)
-        flat_labels = torch.cat([labels.reshape(-1), ignored])
-    origin = torch.full((num_samples, new_length), len(source) - 1, device=device)
+    origin = torch.full((num_samples, new_length), len(source) - 1, device=layout)
     sample, position = torch.nonzero(real & ~is_image, as_tuple=True)
     target = starts[sample, position]
     origin_rows, origin_targets, origin_values = [sample], [target], [sample * length + position]
     visual_start = num_samples * length
     for count, (owner, place) in zip(num_visual_tokens.tolist(), torch.nonzero(is_image).tolist(), strict=True):
-        steps = torch.arange(count, device=device)
+        steps = torch.arange(count, device=layout)
         origin_rows.append(torch.full_like(steps, owner))
         origin_targets.append(starts[owner, place] + steps)
         origin_values.append(visual_start + steps)
@@ -125,15 +122,20 @@ def splice_visual_tokens(
     if padding_side == "left":
         targets = targets + (new_length - lengths)[rows]
     origin[rows, targets] = values
-
     mask = torch.zeros_like(origin)
     mask[rows, targets] = 1
+
+    origin, mask = origin.to(text_embeds.device), mask.to(text_embeds.device)
+    spliced_labels = None
+    if labels is not None:
+        ignored = labels.new_full((len(source) - labels.numel(),), IGNORE_INDEX)
+        spliced_labels = torch.cat([labels.reshape(-1), ignored])[origin]
     return SplicedInputs(
         inputs_embeds=source.index_select(0, origin.flatten()).view(num_samples, new_length, width),
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        labels=None if flat_labels is None else flat_labels[origin],
-        num_visual_tokens=num_visual_tokens,
+        labels=spliced_labels,
+        num_visual_tokens=num_visual_tokens.to(text_embeds.device),
     )
 
 
