@@ -110,6 +110,18 @@ def test_generate_routes_and_answers_in_json(capsys, checkpoint, image):
     assert json.loads(capsys.readouterr().out)["granularity"] == 1
 
 
+def test_generate_takes_a_data_type_and_quantised_weights(capsys, checkpoint, image):
+    arguments = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "how many dots?", "--json"]
+    answers = []
+    for more in ([], ["--dtype", "bfloat16"], ["--quantization", "8bit"]):
+        assert cli.main([*arguments, "--max-new-tokens", "1", *more]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    whole, half, quantised = (answer["router_probs"] for answer in answers)
+    assert quantised == whole
+    assert half != whole
+    assert list(half.values()) == pytest.approx(list(whole.values()), abs=0.02)
+
+
 def test_generate_prints_the_text(capsys, checkpoint):
     arguments = ["generate", "--model", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "3"]
     assert cli.main([*arguments, "--json"]) == 0

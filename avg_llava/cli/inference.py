@@ -8,7 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, pick_device, tell
+from avg_llava.cli.parsing import (
+    FAILED,
+    FINE,
+    JSON,
+    MODEL,
+    add_command,
+    at_least_one,
+    hide_bars_from_files,
+    load_model_of,
+    tell,
+)
 
 if TYPE_CHECKING:
     from avg_llava.model.answers import Answer
@@ -18,14 +28,12 @@ def generate(arguments: argparse.Namespace) -> int:
     """Answers one question, or a file of questions."""
     from avg_llava.model.answers import Decoding, Request
     from avg_llava.model.budget import Budget
-    from avg_llava.model.loading import load
 
     if (arguments.prompt is None) == (arguments.input is None) or (arguments.input is None) != (
         arguments.output is None
     ):
         raise ValueError("give --prompt for one question, or --input and --output for a file of them")
-    hide_bars_from_files()
-    model, _ = load(arguments.model, device=pick_device(arguments.device))
+    model = load_model_of(arguments)
     budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
     decoding = Decoding(arguments.max_new_tokens)
     if arguments.input is None:
@@ -47,11 +55,9 @@ def chat(arguments: argparse.Namespace) -> int:
     """Talks about images in the terminal; /help lists what can be done besides asking."""
     from avg_llava.model.answers import Decoding
     from avg_llava.model.budget import Budget
-    from avg_llava.model.loading import load
     from avg_llava.serving.chat import Chat
 
-    hide_bars_from_files()
-    model, _ = load(arguments.model, device=pick_device(arguments.device))
+    model = load_model_of(arguments)
     budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
     conversation = Chat(model.predictor, budget, Decoding(arguments.max_new_tokens), print)
     for path in arguments.image or ():
@@ -109,7 +115,6 @@ def convert(arguments: argparse.Namespace) -> int:
     return FINE
 
 
-_MODEL = (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"})
 _IMAGE = (
     ("--image",),
     {"type": Path, "action": "append", "metavar": "FILE", "help": "image; again for several, or none"},
@@ -133,7 +138,6 @@ _ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
     ),
     (("--max-new-tokens",), {"type": at_least_one, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
-    (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
 ]
 
 
@@ -145,7 +149,7 @@ def add_inference(commands: Any) -> None:
         generate,
         "avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?' --json",
         [
-            _MODEL,
+            *MODEL,
             _IMAGE,
             (("--prompt",), {"metavar": "TEXT", "help": "what to ask"}),
             (
@@ -171,7 +175,7 @@ def add_inference(commands: Any) -> None:
         ],
     )
     add_command(
-        commands, "chat", chat, "avg-llava chat --model runs/mini/stage4 --image cat.png", [_MODEL, _IMAGE, *_ANSWERING]
+        commands, "chat", chat, "avg-llava chat --model runs/mini/stage4 --image cat.png", [*MODEL, _IMAGE, *_ANSWERING]
     )
     add_command(
         commands,

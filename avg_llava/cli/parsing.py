@@ -4,7 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 FINE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -41,12 +44,35 @@ def add_command(
     parser.set_defaults(run=run)
 
 
+MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"}),
+    (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
+    (
+        ("--dtype",),
+        {"choices": ["float32", "bfloat16", "float16"], "help": "of weights (default: as in the checkpoint)"},
+    ),
+    (
+        ("--quantization",),
+        {"choices": ["8bit", "4bit"], "help": "of the language model's weights, through bitsandbytes"},
+    ),
+]
+"""Which model answers, and how its weights are held; for :func:`load_model_of`."""
+
 JSON = (("--json",), {"action": "store_true", "help": "print JSON for a program to read"})
 
 
 def tell(arguments: argparse.Namespace, facts: Any, text: str) -> None:
     """Prints a command's result: JSON where it was asked for, else text."""
     print(json.dumps(facts, indent=2) if arguments.json else text)
+
+
+def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGeneration":
+    """The model that a user named by `MODEL`, with its processor."""
+    from avg_llava.model.loading import load
+
+    hide_bars_from_files()
+    device = pick_device(arguments.device)
+    return load(arguments.model, dtype=arguments.dtype, device=device, quantization=arguments.quantization)[0]
 
 
 def hide_bars_from_files() -> None:

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, registered with transformers under the name `packed`.
+"""Which attention answers use, and attention over packed sequences, registered with transformers as `packed`.
 
 A packed batch is one row of tokens that holds several sequences one after another; each token attends to the earlier
 ones of its own sequence. Nothing is computed for padding, nor for pairs of tokens of different sequences. Batches that
@@ -108,7 +108,13 @@ def packed_mask(
     return mask
 
 
+def pick_attention(device: torch.device, dtype: torch.dtype, flash_installed: bool) -> str:
+    """The fastest attention that runs there: FlashAttention needs a GPU and half precision."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if flash_installed and device.type == "cuda" and half else "sdpa"
+
+
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
-__all__ = ["PACKED", "packed_attention", "packed_mask"]
+__all__ = ["PACKED", "packed_attention", "packed_mask", "pick_attention"]

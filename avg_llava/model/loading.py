@@ -16,10 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available
 
+from avg_llava.model.attention import pick_attention
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.model.weight_files import CheckpointError, StoredTensor, list_tensors, weight_files
 
 ORIGINAL_PREFIX = "llava_"  # model types of the original code: llava_llama, llava_mistral, ...
@@ -82,11 +85,13 @@ def load_model(
     behavior: Behavior | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
 ) -> AvgLlavaForConditionalGeneration:
     """Loads a model in evaluation mode from a local folder or a hub id.
 
     Takes original-format LLaVA-NeXT and AVG-LLaVA folders, transformers-format LLaVA-NeXT folders (a fresh router is
-    added), and AVG-LLaVA folders saved by this package. No tokenizer is needed.
+    added), and AVG-LLaVA folders saved by this package. No tokenizer is needed. Attention is FlashAttention on a GPU in
+    half precision where flash-attn is installed, and SDPA elsewhere.
 
     Args:
         path: Folder with `config.json` and safetensors files, or a hub id.
@@ -94,12 +99,14 @@ def load_model(
             trained as "released", everything else defaults to "paper".
         dtype: Data type of the weights; None keeps the checkpoint's.
         device: Where to put the model; None leaves it on the CPU.
+        quantization: "8bit" or "4bit" for the language model's blocks; see :mod:`avg_llava.model.quantization`.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of the wrong shape; all are listed.
-        ValueError: the folder is none of the known kinds.
+        ValueError: the folder is none of the known kinds, or the weights cannot be quantised here.
     """
     folder = resolve_folder(path)
+    quantizing = {} if quantization is None else quantization_arguments(quantization, device)
     raw_config = read_config(folder)
     model_type = str(raw_config.get("model_type"))
     if model_type.startswith(ORIGINAL_PREFIX) and model_type != "llava_next":
@@ -108,11 +115,16 @@ def load_model(
         if not any(key.startswith("model.vision_tower.") for key in tensors):
             tower = raw_config["mm_vision_tower"]
             tensors |= rename_keys(read_tensors(resolve_folder(tower, folder)), VISION_KEYS)
-        model = model_from_tensors(config, tensors, dtype, source=str(path))
+        model = model_from_tensors(config, tensors, dtype, source=str(path), **quantizing)
     elif model_type in ("llava_next", AvgLlavaConfig.model_type):
         config = config_from_transformers(raw_config, behavior)
         model, info = AvgLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **quantizing,
         )
         check_loaded(info, str(path), fresh=(ROUTER_KEYS,) if model_type == "llava_next" else ())
     else:
@@ -120,7 +132,14 @@ def load_model(
             f"{folder / 'config.json'}: model_type {model_type!r} is neither an original LLaVA-NeXT checkpoint "
             f"(llava_llama, ...), nor 'llava_next', nor '{AvgLlavaConfig.model_type}'"
         )
-    return model.to(device).eval() if device is not None else model.eval()
+    if quantization is not None:
+        compute_in(model, model.dtype)
+    elif device is not None:
+        model = model.to(device)
+    attention = pick_attention(model.device, model.dtype, is_flash_attn_2_available())
+    if attention != "sdpa":  # which transformers takes by itself
+        model.set_attn_implementation({"text_config": attention, "vision_config": attention})
+    return model.eval()
 
 
 def build_from_backbones(
@@ -167,6 +186,7 @@ def model_from_tensors(
     *,
     source: str,
     fresh: Iterable[str] = (ROUTER_KEYS,),
+    **kwargs: Any,
 ) -> AvgLlavaForConditionalGeneration:
     """Builds a model from tensors under this package's key names.
 
@@ -176,6 +196,7 @@ def model_from_tensors(
         dtype: Data type of the weights; None takes that of the tensors.
         source: Where the tensors come from, for the error message.
         fresh: Key prefixes of parts that may be missing.
+        **kwargs: Passed on to `from_pretrained`.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of the wrong shape; all are listed.
@@ -189,6 +210,7 @@ def model_from_tensors(
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        **kwargs,
     )
     present = [prefix for prefix in fresh if not any(key.startswith(prefix) for key in tensors)]
     check_loaded(info, source, tuple(present))
