@@ -35,12 +35,14 @@ class Decoding:
         temperature: 0 takes the likeliest token, the paper's way; above it, tokens are drawn.
         top_p: Draw from the likeliest tokens that together have this probability.
         stop: Texts at which an answer ends; they are not part of it.
+        seed: Draws with the same seed are the same, whatever else is in the batch; None draws anew each time.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,19 +51,10 @@ class Decoding:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-
-    def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Arguments of transformers' `generate`."""
-        arguments: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if self.temperature > 0:
-            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        if self.stop:
-            arguments |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
-        return arguments
+        if "" in self.stop:
+            raise ValueError("a text at which an answer stops must not be empty")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2**63, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class Answer:
         num_visual_tokens: Visual tokens that the language model saw, newlines included, over all images.
         num_prompt_tokens: Tokens of the prompt, visual ones included.
         num_new_tokens: Tokens of the answer, the closing one included.
-        finish_reason: "stop", or "length" where `max_new_tokens` cut the answer off.
+        finish_reason: "stop", "length" where `max_new_tokens` cut the answer off, "abandoned" where its streamer did.
         timings: Of the batch in which the request was answered: encoding and routing of all its requests, prefill and
             decoding of those at the same level.
     """

@@ -16,8 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from avg_llava.model.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
 from avg_llava.model.budget import Budget, BudgetError, level_values
 from avg_llava.model.outputs import ImageFeatures
-from avg_llava.model.predictor import Predictor, as_images, now, open_image, with_placeholders
+from avg_llava.model.predictor import Predictor, as_images, open_image, with_placeholders
 from avg_llava.model.processing import tokenize_with_images
+from avg_llava.model.writing import now, write
 
 Key = int | tuple[int, int]
 """What a position of the prompt depends on: a token's id, or an image's number and its level."""
@@ -84,21 +85,19 @@ class Conversation:
         spliced = model.splice(features, input_ids, mask, granularity=levels)
         keys = _keys(ids, config.image_token_id, spliced.num_visual_tokens.tolist(), levels)
         self._forget_after(keys)
-        tokens, first, ended = predictor.write(spliced, self.decoding, streamer, self._cache)
+        (written,), first, ended = write(model, tokenizer, spliced, [self.decoding], [streamer], self._cache)
 
-        new_ids = tokens[0].tolist()
-        self._keys = [*keys, *new_ids][: self._cache.get_seq_length()]
+        self._keys = [*keys, *written.ids][: self._cache.get_seq_length()]
         self._features, self.levels = features, levels
-        answer, num_new_tokens, finish_reason = predictor.finish(new_ids, self.decoding)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.messages = [*messages, {"role": "assistant", "content": written.text}]
         return Answer(
-            text=answer,
+            text=written.text,
             granularity=tuple(levels[len(levels) - len(given) :]),
             router_probs=probabilities,
             num_visual_tokens=int(spliced.num_visual_tokens.sum()),
             num_prompt_tokens=len(keys),
-            num_new_tokens=num_new_tokens,
-            finish_reason=finish_reason,
+            num_new_tokens=len(written.ids),
+            finish_reason=written.finish_reason,
             timings=PhaseTimes(
                 encoded - began, routed - encoded if probabilities else 0.0, first - routed, ended - first
             ),

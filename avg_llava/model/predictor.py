@@ -3,25 +3,23 @@
 Legend: B requests, N images (request after request), G levels.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, StoppingCriteria
-from transformers.cache_utils import Cache
+from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
-from avg_llava.model.answers import Answer, Decoding, ImageInput, PhaseTimes, Request, cut_at
+from avg_llava.model.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.budget import Budget, best_levels, level_values
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
-from avg_llava.model.splice import SplicedInputs
+from avg_llava.model.writing import now, write
 
 if TYPE_CHECKING:  # which builds `ask` on this module
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -87,24 +85,8 @@ class Choice:
         return tuple(map(tuple, self.log_probs[images].exp().tolist()))
 
 
-@dataclass
-class _FirstTokenClock(StoppingCriteria):
-    """Reads the clock when the first new token is there, and never stops the generation."""
-
-    device: torch.device
-    first: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.first is None:
-            self.first = now(self.device)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def now(device: torch.device) -> float:
-    """Milliseconds of a running clock, after the device has done what it was told to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1000
+Streamers = BaseStreamer | Sequence[BaseStreamer | None] | None
+"""What takes tokens as they come: of a single request, or one for each of several, None where nobody listens."""
 
 
 class Predictor:
@@ -128,16 +110,16 @@ class Predictor:
         self,
         requests: Sequence[Request],
         budget: Budget | Sequence[Budget] = Budget(),
-        decoding: Decoding = Decoding(),
-        streamer: BaseStreamer | None = None,
+        decoding: Decoding | Sequence[Decoding] = Decoding(),
+        streamer: Streamers = None,
     ) -> list[Answer]:
         """Answers a batch. Requests at the same level are answered together, so that none waits for a finer one.
 
         Args:
             requests: The batch.
             budget: How the levels are found; one for all requests, or one for each.
-            decoding: How the answers are written.
-            streamer: Takes the answer's tokens as they come, of a single request.
+            decoding: How the answers are written; likewise.
+            streamer: Takes the tokens as they come.
         """
         encoded = self.encode(requests)
         levels = None if encoded.features is None else self.choose(encoded, budget)
@@ -188,13 +170,12 @@ class Predictor:
         levels = self.levels_within(sizes, budgets, worth.tolist())
         return Choice(levels, logits.log_softmax(-1), now(self.model.device) - began)
 
-    @torch.inference_mode()
     def answer(
         self,
         encoded: Encoded,
         granularity: int | Sequence[int] | Choice | None,
-        decoding: Decoding = Decoding(),
-        streamer: BaseStreamer | None = None,
+        decoding: Decoding | Sequence[Decoding] = Decoding(),
+        streamer: Streamers = None,
     ) -> list[Answer]:
         """Answers an encoded batch at given levels.
 
@@ -202,89 +183,76 @@ class Predictor:
             encoded: The batch.
             granularity: Visual tokens per crop: one number, one per image, or the router's choice. May be None for
                 text-only requests.
-            decoding: How the answers are written.
-            streamer: Takes the answer's tokens as they come, of a single request.
+            decoding: How the answers are written; one for all requests, or one for each.
+            streamer: Takes the tokens as they come.
         """
-        if streamer is not None and len(encoded.images_of_request) != 1:
-            raise ValueError(f"one answer can be streamed at a time, not {len(encoded.images_of_request)}")
+        answers: dict[int, Answer] = {}
+        for rows, found in self.answer_by_level(encoded, granularity, decoding, streamer):
+            answers |= dict(zip(rows, found, strict=True))
+        return [answers[row] for row in range(len(answers))]
+
+    @torch.inference_mode()
+    def answer_by_level(
+        self,
+        encoded: Encoded,
+        granularity: int | Sequence[int] | Choice | None,
+        decoding: Decoding | Sequence[Decoding] = Decoding(),
+        streamer: Streamers = None,
+    ) -> Iterator[tuple[list[int], list[Answer]]]:
+        """As :meth:`answer`, with the answers at each level as soon as they are there.
+
+        Yields:
+            Places of requests in the batch, and their answers.
+        """
+        num_requests = len(encoded.images_of_request)
+        decodings = [decoding] * num_requests if isinstance(decoding, Decoding) else list(decoding)
+        streamers = list(streamer) if isinstance(streamer, Sequence) else [streamer]
+        if streamer is None:
+            streamers *= num_requests
+        if not len(decodings) == len(streamers) == num_requests:
+            raise ValueError(
+                f"{num_requests} requests come with {len(decodings)} decodings and {len(streamers)} streamers; each "
+                "needs its own"
+            )
         levels = self._levels(granularity, sum(encoded.images_of_request))
         rows_of_level: dict[int, list[int]] = {}
         for row, own in enumerate(encoded.slices()):
             rows_of_level.setdefault(max(levels[own], default=0), []).append(row)
-        answers: dict[int, Answer] = {}
         for rows in rows_of_level.values():
             numbers = encoded.numbers(rows)
             group = Choice([levels[number] for number in numbers])
             if isinstance(granularity, Choice) and granularity.log_probs is not None:
                 group = replace(group, log_probs=granularity.log_probs[numbers], milliseconds=granularity.milliseconds)
-            found = self._answer_group(encoded.of_requests(rows), group, decoding, streamer)
-            answers |= dict(zip(rows, found, strict=True))
-        return [answers[row] for row in range(len(answers))]
+            own_decodings, own_streamers = [decodings[row] for row in rows], [streamers[row] for row in rows]
+            yield rows, self._answer_group(encoded.of_requests(rows), group, own_decodings, own_streamers)
 
     def _answer_group(
         self,
         encoded: Encoded,
         choice: Choice,
-        decoding: Decoding,
-        streamer: BaseStreamer | None,
+        decodings: Sequence[Decoding],
+        streamers: Sequence[BaseStreamer | None],
     ) -> list[Answer]:
         """Answers requests at the same level together."""
         began = now(self.model.device)
         spliced = self.model.splice(
             encoded.features, encoded.input_ids, encoded.attention_mask, granularity=choice.levels, padding_side="left"
         )
-        tokens, first, ended = self.write(spliced, decoding, streamer)
+        written, first, ended = write(self.model, self.processor.tokenizer, spliced, decodings, streamers)
         timings = PhaseTimes(encoded.milliseconds, choice.milliseconds, first - began, ended - first)
-        answers = []
-        for row, own in enumerate(encoded.slices()):
-            text, num_new_tokens, finish_reason = self.finish(tokens[row].tolist(), decoding)
-            answers.append(
-                Answer(
-                    text=text,
-                    granularity=tuple(choice.levels[own]),
-                    router_probs=choice.router_probs(own),
-                    num_visual_tokens=int(spliced.num_visual_tokens[own].sum()),
-                    num_prompt_tokens=int(spliced.attention_mask[row].sum()),
-                    num_new_tokens=num_new_tokens,
-                    finish_reason=finish_reason,
-                    timings=timings,
-                )
+        return [
+            Answer(
+                text=own_written.text,
+                granularity=tuple(choice.levels[own]),
+                router_probs=choice.router_probs(own),
+                num_visual_tokens=int(spliced.num_visual_tokens[own].sum()),
+                num_prompt_tokens=int(spliced.attention_mask[row].sum()),
+                num_new_tokens=len(own_written.ids),
+                finish_reason=own_written.finish_reason,
+                timings=timings,
             )
-        return answers
-
-    def write(
-        self,
-        spliced: SplicedInputs,
-        decoding: Decoding,
-        streamer: BaseStreamer | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, float, float]:
-        """Generates the answers to spliced prompts; `cache` holds a beginning of the prompt that is not computed anew.
-
-        Returns:
-            (B, new tokens) ids, and when the first and the last of them were there, on the clock in milliseconds.
-        """
-        device = self.model.device
-        clock = _FirstTokenClock(device)
-        tokens = self.model.generate(
-            inputs_embeds=spliced.inputs_embeds,
-            attention_mask=spliced.attention_mask,
-            past_key_values=cache,
-            stopping_criteria=[clock],
-            streamer=streamer,
-            **decoding.arguments(self.processor.tokenizer),
-        )
-        ended = now(device)
-        return tokens, ended if clock.first is None else clock.first, ended
-
-    def finish(self, ids: list[int], decoding: Decoding) -> tuple[str, int, str]:
-        """An answer's text, its number of tokens without padding, and why it ended."""
-        ends = self.model.generation_config.eos_token_id
-        closing = set(ends if isinstance(ends, list) else [ends])
-        length = next((place + 1 for place, token in enumerate(ids) if token in closing), len(ids))
-        text = str(self.processor.tokenizer.decode(ids[:length], skip_special_tokens=True))
-        stopped = ids[length - 1] in closing or any(stop in text for stop in decoding.stop)
-        return cut_at(text, decoding.stop), length, "stop" if stopped else "length"
+            for row, (own, own_written) in enumerate(zip(encoded.slices(), written, strict=True))
+        ]
 
     def levels_within(
         self,

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria
 from avg_llava.evaluation.baseline import as_llava_next, expand_placeholders
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.predictor import now
+from avg_llava.model.writing import now
 from avg_llava.training.bench import PRESETS, ModelShape, Preset, peak_memory, random_model
 from avg_llava.training.flops import SampleShape, head_flops, language_flops, router_flops, vision_flops
 from avg_llava.training.machine import machine_facts
