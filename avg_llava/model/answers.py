@@ -59,7 +59,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Milliseconds that each phase took for the whole batch; `route` is 0 where the level was forced."""
+    """Milliseconds that each phase took for a batch; `route` is 0 where the level was forced."""
 
     encode: float
     route: float
@@ -79,8 +79,8 @@ class Answer:
         num_prompt_tokens: Tokens of the prompt, visual ones included.
         num_new_tokens: Tokens of the answer, the closing one included.
         finish_reason: "stop", "length" where `max_new_tokens` cut the answer off, "abandoned" where its streamer did.
-        timings: Of the batch in which the request was answered: encoding and routing of all its requests, prefill and
-            decoding of those at the same level.
+        timings: Of the batch in which the request was answered: encoding and routing of all its requests, prefill of
+            those at the same level, and decoding of these up to this answer's end.
     """
 
     text: str

@@ -85,7 +85,7 @@ class Conversation:
         spliced = model.splice(features, input_ids, mask, granularity=levels)
         keys = _keys(ids, config.image_token_id, spliced.num_visual_tokens.tolist(), levels)
         self._forget_after(keys)
-        (written,), first, ended = write(model, tokenizer, spliced, [self.decoding], [streamer], self._cache)
+        (written,) = write(model, tokenizer, spliced, [self.decoding], [streamer], cache=self._cache)
 
         self._keys = [*keys, *written.ids][: self._cache.get_seq_length()]
         self._features, self.levels = features, levels
@@ -99,7 +99,10 @@ class Conversation:
             num_new_tokens=len(written.ids),
             finish_reason=written.finish_reason,
             timings=PhaseTimes(
-                encoded - began, routed - encoded if probabilities else 0.0, first - routed, ended - first
+                encoded - began,
+                routed - encoded if probabilities else 0.0,
+                written.first - routed,
+                written.ended - written.first,
             ),
         )
 

@@ -3,9 +3,9 @@
 Legend: B requests, N images (request after request), G levels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from avg_llava.model.budget import Budget, best_levels, level_values
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
-from avg_llava.model.writing import now, write
+from avg_llava.model.writing import Written, now, write
 
 if TYPE_CHECKING:  # which builds `ask` on this module
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -85,7 +85,7 @@ class Choice:
         return tuple(map(tuple, self.log_probs[images].exp().tolist()))
 
 
-Streamers = BaseStreamer | Sequence[BaseStreamer | None] | None
+Streamers: TypeAlias = BaseStreamer | Sequence[BaseStreamer | None] | None
 """What takes tokens as they come: of a single request, or one for each of several, None where nobody listens."""
 
 
@@ -170,12 +170,14 @@ class Predictor:
         levels = self.levels_within(sizes, budgets, worth.tolist())
         return Choice(levels, logits.log_softmax(-1), now(self.model.device) - began)
 
+    @torch.inference_mode()
     def answer(
         self,
         encoded: Encoded,
         granularity: int | Sequence[int] | Choice | None,
         decoding: Decoding | Sequence[Decoding] = Decoding(),
         streamer: Streamers = None,
+        tell: Callable[[int, Answer], object] = lambda row, answer: None,
     ) -> list[Answer]:
         """Answers an encoded batch at given levels.
 
@@ -185,28 +187,11 @@ class Predictor:
                 text-only requests.
             decoding: How the answers are written; one for all requests, or one for each.
             streamer: Takes the tokens as they come.
-        """
-        answers: dict[int, Answer] = {}
-        for rows, found in self.answer_by_level(encoded, granularity, decoding, streamer):
-            answers |= dict(zip(rows, found, strict=True))
-        return [answers[row] for row in range(len(answers))]
-
-    @torch.inference_mode()
-    def answer_by_level(
-        self,
-        encoded: Encoded,
-        granularity: int | Sequence[int] | Choice | None,
-        decoding: Decoding | Sequence[Decoding] = Decoding(),
-        streamer: Streamers = None,
-    ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """As :meth:`answer`, with the answers at each level as soon as they are there.
-
-        Yields:
-            Places of requests in the batch, and their answers.
+            tell: Called with a request's place in the batch and its answer, as soon as that has ended.
         """
         num_requests = len(encoded.images_of_request)
         decodings = [decoding] * num_requests if isinstance(decoding, Decoding) else list(decoding)
-        streamers = list(streamer) if isinstance(streamer, Sequence) else [streamer]
+        streamers: list[BaseStreamer | None] = list(streamer) if isinstance(streamer, Sequence) else [streamer]
         if streamer is None:
             streamers *= num_requests
         if not len(decodings) == len(streamers) == num_requests:
@@ -218,13 +203,20 @@ class Predictor:
         rows_of_level: dict[int, list[int]] = {}
         for row, own in enumerate(encoded.slices()):
             rows_of_level.setdefault(max(levels[own], default=0), []).append(row)
+        answers: dict[int, Answer] = {}
         for rows in rows_of_level.values():
             numbers = encoded.numbers(rows)
             group = Choice([levels[number] for number in numbers])
             if isinstance(granularity, Choice) and granularity.log_probs is not None:
                 group = replace(group, log_probs=granularity.log_probs[numbers], milliseconds=granularity.milliseconds)
+
+            def keep(place: int, answer: Answer, rows: Sequence[int] = rows) -> None:
+                answers[rows[place]] = answer
+                tell(rows[place], answer)
+
             own_decodings, own_streamers = [decodings[row] for row in rows], [streamers[row] for row in rows]
-            yield rows, self._answer_group(encoded.of_requests(rows), group, own_decodings, own_streamers)
+            self._answer_group(encoded.of_requests(rows), group, own_decodings, own_streamers, keep)
+        return [answers[row] for row in range(len(answers))]
 
     def _answer_group(
         self,
@@ -232,27 +224,33 @@ class Predictor:
         choice: Choice,
         decodings: Sequence[Decoding],
         streamers: Sequence[BaseStreamer | None],
-    ) -> list[Answer]:
+        keep: Callable[[int, Answer], None],
+    ) -> None:
         """Answers requests at the same level together."""
         began = now(self.model.device)
         spliced = self.model.splice(
             encoded.features, encoded.input_ids, encoded.attention_mask, granularity=choice.levels, padding_side="left"
         )
-        written, first, ended = write(self.model, self.processor.tokenizer, spliced, decodings, streamers)
-        timings = PhaseTimes(encoded.milliseconds, choice.milliseconds, first - began, ended - first)
-        return [
-            Answer(
-                text=own_written.text,
+        images_of_row = encoded.slices()
+        visual_tokens, prompt_tokens = spliced.num_visual_tokens.tolist(), spliced.attention_mask.sum(1).tolist()
+
+        def tell(row: int, written: Written) -> None:
+            own = images_of_row[row]
+            answer = Answer(
+                text=written.text,
                 granularity=tuple(choice.levels[own]),
                 router_probs=choice.router_probs(own),
-                num_visual_tokens=int(spliced.num_visual_tokens[own].sum()),
-                num_prompt_tokens=int(spliced.attention_mask[row].sum()),
-                num_new_tokens=len(own_written.ids),
-                finish_reason=own_written.finish_reason,
-                timings=timings,
+                num_visual_tokens=sum(visual_tokens[own]),
+                num_prompt_tokens=prompt_tokens[row],
+                num_new_tokens=len(written.ids),
+                finish_reason=written.finish_reason,
+                timings=PhaseTimes(
+                    encoded.milliseconds, choice.milliseconds, written.first - began, written.ended - written.first
+                ),
             )
-            for row, (own, own_written) in enumerate(zip(encoded.slices(), written, strict=True))
-        ]
+            keep(row, answer)
+
+        write(self.model, self.processor.tokenizer, spliced, decodings, streamers, tell)
 
     def levels_within(
         self,

@@ -4,7 +4,7 @@ Shapes: B answers, L tokens of them so far, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,15 @@ class Written:
         ids: Its tokens, the closing one included.
         text: What they say, up to the first text at which the answer had to stop.
         finish_reason: "stop", "length" where `max_new_tokens` cut it off, "abandoned" where its streamer did.
+        first: When the first token of the batch was there, on the clock in milliseconds.
+        ended: When this answer's last token was there.
     """
 
     ids: list[int]
     text: str
     finish_reason: str
+    first: float
+    ended: float
 
 
 def now(device: torch.device) -> float:
@@ -72,7 +76,11 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 class Ends(StoppingCriteria):
-    """Ends each answer by itself, tells each streamer its tokens, and reads the clock at the first token."""
+    """Ends each answer by itself, tells each streamer its tokens, and reads the clock.
+
+    Attributes:
+        written: The answers that have ended; None for the others.
+    """
 
     def __init__(
         self,
@@ -81,60 +89,54 @@ class Ends(StoppingCriteria):
         closing: set[int],
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
+        tell: Callable[[int, Written], object],
     ) -> None:
         self.decodings, self.streamers, self.closing = decodings, streamers, closing
-        self.tokenizer, self.device = tokenizer, device
-        self.ids: list[list[int]] = [[] for _ in decodings]
-        self.reasons: list[str | None] = [None] * len(decodings)
-        self.first: float | None = None
-        for row in range(len(decodings)):
-            self._tell(row, torch.empty(1, 0, dtype=torch.long))  # the prompt, which streamers expect before all else
+        self.tokenizer, self.device, self.tell = tokenizer, device, tell
+        self.written: list[Written | None] = [None] * len(decodings)
+        self._ids: list[list[int]] = [[] for _ in decodings]
+        self._first: float | None = None
+        prompt = torch.empty(1, 0, dtype=torch.long)  # not told; but streamers expect it before all else
+        self._abandoned = [not self._is_taken(row, prompt) for row in range(len(decodings))]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """(B, L) tokens so far -> (B,) bool, True where the answer has ended."""
-        if self.first is None:
-            self.first = now(self.device)
+        moment = now(self.device)
+        self._first = moment if self._first is None else self._first
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if self.reasons[row] is None:
-                self.ids[row].append(token)
-                self._tell(row, torch.tensor([token]))
-                self.reasons[row] = self.reasons[row] or self._reason(row)
-                if self.reasons[row]:
-                    self._end(row)
-        return torch.tensor([reason is not None for reason in self.reasons], device=input_ids.device)
+            if self.written[row] is None:
+                self._add(row, token, self._first, moment)
+        return torch.tensor([written is not None for written in self.written], device=input_ids.device)
 
-    def written(self) -> list[Written]:
-        """The answers, after all have ended."""
-        return [
-            Written(ids, cut_at(self._text(row), self.decodings[row].stop), str(self.reasons[row]))
-            for row, ids in enumerate(self.ids)
-        ]
+    def _add(self, row: int, token: int, first: float, moment: float) -> None:
+        ids, decoding = self._ids[row], self.decodings[row]
+        if not self._abandoned[row]:
+            ids.append(token)
+            self._abandoned[row] = not self._is_taken(row, torch.tensor([token]))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)) if decoding.stop else ""
+        if self._abandoned[row]:
+            reason = "abandoned"
+        elif token in self.closing or any(stop in text for stop in decoding.stop):
+            reason = "stop"
+        elif len(ids) >= decoding.max_new_tokens:
+            reason = "length"
+        else:
+            return
+        text = cut_at(str(self.tokenizer.decode(ids, skip_special_tokens=True)), decoding.stop)
+        written = self.written[row] = Written(ids, text, reason, first, moment)
+        self.tell(row, written)
+        streamer = self.streamers[row]
+        if streamer is not None and reason != "abandoned":
+            streamer.end()
 
-    def _reason(self, row: int) -> str | None:
-        ids, decoding = self.ids[row], self.decodings[row]
-        if ids[-1] in self.closing:
-            return "stop"
-        if decoding.stop:
-            text = self._text(row)
-            if any(stop in text for stop in decoding.stop):
-                return "stop"
-        return "length" if len(ids) >= decoding.max_new_tokens else None
-
-    def _text(self, row: int) -> str:
-        return str(self.tokenizer.decode(self.ids[row], skip_special_tokens=True))
-
-    def _tell(self, row: int, tokens: Tensor) -> None:
+    def _is_taken(self, row: int, tokens: Tensor) -> bool:
         streamer = self.streamers[row]
         try:
             if streamer is not None:
                 streamer.put(tokens)
         except AnswerAbandoned:
-            self.reasons[row] = "abandoned"
-
-    def _end(self, row: int) -> None:
-        streamer = self.streamers[row]
-        if streamer is not None and self.reasons[row] != "abandoned":
-            streamer.end()
+            return False
+        return True
 
 
 def write(
@@ -143,8 +145,9 @@ def write(
     spliced: SplicedInputs,
     decodings: Sequence[Decoding],
     streamers: Sequence[BaseStreamer | None],
+    tell: Callable[[int, Written], object] = lambda row, written: None,
     cache: Cache | None = None,
-) -> tuple[list[Written], float, float]:
+) -> list[Written]:
     """Generates the answers to B spliced prompts.
 
     Args:
@@ -153,14 +156,12 @@ def write(
         spliced: The prompts, padded on the left.
         decodings: How each answer is written.
         streamers: What takes each answer's tokens as they come.
+        tell: Called with each answer's place in the batch and the answer, as soon as it has ended.
         cache: Holds a beginning of the prompts that is not computed anew.
-
-    Returns:
-        The answers, and when the first and the last of their tokens were there, on the clock in milliseconds.
     """
     closing = model.generation_config.eos_token_id
     device = spliced.inputs_embeds.device
-    ends = Ends(decodings, streamers, set(closing if isinstance(closing, list) else [closing]), tokenizer, device)
+    ends = Ends(decodings, streamers, set(closing if isinstance(closing, list) else [closing]), tokenizer, device, tell)
     drawn = any(decoding.temperature > 0 for decoding in decodings)
     model.generate(
         inputs_embeds=spliced.inputs_embeds,
@@ -172,8 +173,9 @@ def write(
         logits_processor=[Draws(decodings)] if drawn else [],
         stopping_criteria=[ends],
     )
-    ended = now(device)
-    return ends.written(), ended if ends.first is None else ends.first, ended
+    written = [own for own in ends.written if own is not None]
+    assert len(written) == len(decodings), "generation stopped before every answer had ended"
+    return written
 
 
 __all__ = ["AnswerAbandoned", "Draws", "Ends", "Written", "now", "write"]

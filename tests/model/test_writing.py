@@ -122,6 +122,26 @@ def test_all_answers_of_a_batch_stream(predictor, requests):
         assert "".join(streamer).strip() == answer.text
 
 
+def test_an_answer_is_told_as_soon_as_it_has_ended(predictor, requests):
+    encoded = predictor.encode(requests)
+    steps, told = [], {}
+    handle = predictor.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    lengths = [2, 9, 1, 5, 9]
+    try:
+        answers = predictor.answer(
+            encoded,
+            4,
+            [Decoding(length) for length in lengths],
+            tell=lambda row, answer: told.update({row: (answer, len(steps))}),
+        )
+    finally:
+        handle.remove()
+    for row, answer in enumerate(answers):
+        assert told[row] == (answer, answer.num_new_tokens)
+    assert [answers[row].num_new_tokens for row in (0, 2)] == [2, 1]
+    assert answers[2].timings.decode == 0 < answers[0].timings.decode < max(answer.timings.decode for answer in answers)
+
+
 def test_an_abandoned_answer_ends_and_no_other(predictor, requests):
     recorders = [Recorder(), Recorder(patience=2), None, Recorder(), Recorder(patience=0)]
     answers = predictor.predict(requests, LEVEL, Decoding(9), recorders)
