@@ -15,6 +15,7 @@ import yaml
 
 from avg_llava.training.losses import RankingVariant, Reduction
 from avg_llava.training.parsing import ConfigError, apply_overrides, build, read_yaml
+from avg_llava.training.stages import STAGES, ObjectiveName
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RouterSettings:
     """Shape of the granularity router, where a new one is made: in stage 1, and in stage 4 if it is asked for there."""
 
     num_text_tokens: int = 32
-    """Instruction tokens that the text filter keeps (k of the paper)."""
+    """Instruction tokens that the text filter keeps (k of the paper); 0: the router sees the image only."""
     num_attention_heads: int = 8
     intermediate_size: int | None = None
     """Width of the fusion layer's feed-forward part; null: the language model's width."""
@@ -42,8 +43,8 @@ class ModelSettings:
     force_start: bool = False
     """Accept a start that is not a finished run of the parent stage (also: `--force-start`)."""
     granularities: tuple[int, ...] | None = None
-    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stage 4: some of the start's levels, the
-    finest among them, and a new router for them; null: the start's. Other stages: the start's."""
+    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stages 3 and 4: some of the start's levels,
+    the finest among them, and a new router for them; null: the start's. Stage 2: the start's."""
     behavior: Literal["paper", "released"] | None = None
     """Stage 1: which meaning of the method (see the model's configuration); null: paper. Later: the start's."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
@@ -86,8 +87,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Stage 4 only: how the router learns from the language model's feedback."""
+    """Stage 4 only: how the router learns from the language model."""
 
+    method: Literal["rglf", "gumbel"] = "rglf"
+    """`rglf`: from the feedback on every level, the paper's method. `gumbel`: from the instruction-tuning loss at a
+    level drawn by a straight-through Gumbel-softmax; of the fields below it knows `temperature` only."""
+    temperature: float = 1.0
+    """Of the Gumbel-softmax: the lower, the closer its gradient is to that of the hard choice."""
     ranking: RankingVariant = "paper"
     rank_loss_weight: float = 1.0
     cross_entropy_weight: float = 0.1
@@ -207,12 +213,21 @@ class TrainConfig:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
+    @property
+    def objective_name(self) -> ObjectiveName:
+        """The objective of the stage, or the one that `objective.method` asks for instead."""
+        return "gumbel" if self.objective.method == "gumbel" else STAGES[self.stage].objective
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as YAML and JSON hold them."""
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+# What stages after the first may decide anew: both make a new router.
+DECIDED_LATER = {3: ("granularities",), 4: ("granularities", "router")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -237,8 +252,7 @@ def _check_model(config: TrainConfig) -> None:
             "model.vision nor model.language)"
         )
     for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
-        is_new_router = config.stage == 4 and name in ("granularities", "router")
-        if getattr(model, name) is not None and not is_new_router:
+        if getattr(model, name) is not None and name not in DECIDED_LATER.get(config.stage, ()):
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
 
 
@@ -252,6 +266,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "optim.micro_batch_size": optim.micro_batch_size,
         "optim.epochs": optim.epochs,
         "optim.max_steps": optim.max_steps,
+        "objective.temperature": config.objective.temperature,
         "model.max_length": config.model.max_length,
         "logging.every": config.logging.every,
         "output.keep": config.output.keep,
@@ -282,6 +297,14 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ConfigError(
             f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"
         )
+    if config.objective.method != "rglf":
+        if config.stage != 4:
+            raise ConfigError(f"objective.method is for stage 4, which trains the router; this is stage {config.stage}")
+        if config.objective.feedback_store is not None:
+            raise ConfigError(
+                f"objective.method {config.objective.method} learns from the language model itself, at a level drawn "
+                "anew at every step, so there is nothing to store; set objective.feedback_store to null"
+            )
     if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
         raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
 

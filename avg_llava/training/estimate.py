@@ -127,12 +127,14 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
 
     flops = _mean_flops(config, blueprint.config, samples.shapes) * config.optim.global_batch_size
     levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
-    lengths = [
+    share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
+    tokens = sum(
         min(shape.length(level, blueprint.config), blueprint.config.max_sequence_length)
+        * (1 if shape.image_size is None else share)
         for shape in samples.shapes
         for level in levels
         if shape.image_size is not None or level == levels[-1]
-    ]
+    )
     steps = _steps(config, samples.num_records)
     peak = _peak(config, GPUS[request.gpu])
     seconds = flops / (peak * request.mfu * request.num_gpus)
@@ -153,7 +155,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             "samples": config.optim.global_batch_size,
             "micro_batch_size": config.optim.micro_batch_size,
             "accumulation_steps": accumulation,
-            "tokens": round(sum(lengths) / len(samples.shapes) * config.optim.global_batch_size),
+            "tokens": round(tokens / len(samples.shapes) * config.optim.global_batch_size),
             "flops": flops,
             "seconds": seconds,
         },
@@ -219,6 +221,7 @@ def _memory(
         element_size,
         recompute=config.runtime.gradient_checkpointing,
         stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
     )
     parts = {
         "parameters": state.parameters,
@@ -284,8 +287,15 @@ def _drawn(config: TrainConfig, request: Request) -> Samples:
 
 
 def _mean_flops(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
-    stored = config.objective.feedback_store is not None
-    return step_flops(config.stage, shapes, model_config, plain=False, stored_feedback=stored).total / len(shapes)
+    flops = step_flops(
+        config.stage,
+        shapes,
+        model_config,
+        plain=False,
+        stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
+    )
+    return flops.total / len(shapes)
 
 
 def _steps(config: TrainConfig, num_samples: int | None) -> int | None:

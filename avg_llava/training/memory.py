@@ -136,6 +136,7 @@ def activation_memory(
     element_size: int,
     recompute: bool,
     stored_feedback: bool = False,
+    draws_level: bool = False,
 ) -> Activations:
     """What a micro-batch keeps for the backward pass when all levels go through the language model as one packed row.
 
@@ -146,9 +147,10 @@ def activation_memory(
         element_size: bytes of an activation in the run's precision.
         recompute: activations of tower and language model are computed again in the backward pass.
         stored_feedback: stage 4 reads its feedback from a store.
+        draws_level: stage 4 learns from the loss at one level, here the finest.
     """
     trains = STAGES[stage].trains
-    levels = config.granularities if stage > 2 else config.granularities[-1:]
+    levels = config.granularities if stage > 2 and not draws_level else config.granularities[-1:]
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
     tokens = answers = 0
     for level in () if stored_feedback else levels:
@@ -156,11 +158,11 @@ def activation_memory(
             if sample.image_size is not None or level == levels[-1]:
                 tokens += min(sample.length(level, config), config.max_sequence_length)
                 answers += sample.num_answer_tokens
-    is_learning = stage != 4
+    is_learning = stage != 4 or draws_level  # through the language model
     return Activations(
-        vision=_vision(crops, config, element_size, recompute, "vision" in trains, is_learning),
+        vision=_vision(crops, config, element_size, recompute, "vision" in trains, stage != 4),
         language=_language(tokens, config, element_size, recompute, "llm" in trains, is_learning),
-        router=0.0 if is_learning else _router(crops, config, element_size),
+        router=_router(crops, config, element_size) if stage == 4 else 0.0,
         logits=_logits(answers, config, element_size, is_learning),
     )
 

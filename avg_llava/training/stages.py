@@ -10,7 +10,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 Part = Literal["vision", "projector", "newline", "llm", "router"]
-ObjectiveName = Literal["instruction", "multi_granularity", "router"]
+ObjectiveName = Literal["instruction", "multi_granularity", "router", "gumbel"]
 
 # Parameter names of a part start with one of these.
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {

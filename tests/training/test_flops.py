@@ -54,6 +54,32 @@ class TestForwardPasses:
         assert flops.router_flops(5, model.config) == pytest.approx(counted, rel=1e-2)
 
 
+def test_steps_at_a_drawn_level(model, monkeypatch):
+    """The mean of steps that draw each level once. Within 10%: attention has two factors to differentiate, where a
+    frozen matrix has one, and is a larger part of this model than of a real one.
+    """
+    config = model.config
+    model.zero_grad()
+    set_trainable(model, STAGES[4])
+    samples = sample_shapes(4, config)
+    batch = make_batch(samples, config, torch.device("cpu"))
+    objective = OBJECTIVES["gumbel"](model, ObjectiveSettings()).train()
+    counted = causal = 0.0
+    for level in range(len(config.granularities)):
+
+        def draw(logits, tau, hard, level=level):
+            return logits.softmax(-1) * 0 + torch.eye(logits.shape[-1])[level]
+
+        monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", draw)
+        counted += _counted(lambda: objective(**batch)["loss"].backward()) / len(config.granularities)
+        lengths = [sample.length(config.granularities[level], config) for sample in samples]
+        masked, unmasked = (flops.language_flops(lengths, config, masked) for masked in (True, False))
+        causal += 2 * (masked - unmasked) / len(config.granularities)
+    expected = flops.step_flops(4, samples, config, plain=False, draws_level=True)
+    assert expected.total + causal == pytest.approx(counted, rel=0.1)
+    assert expected.language < flops.step_flops(4, samples, config, plain=False).language
+
+
 @pytest.mark.parametrize("way", ["plain", "ours"])
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_steps(model, stage, way):
