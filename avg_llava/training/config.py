@@ -107,6 +107,21 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Stages 2 and 3: low-rank adapters in the language model, instead of training it whole. `{}`: the defaults."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Of the adapters' inputs."""
+    target_modules: tuple[str, ...] | None = None
+    """Linear layers of the language model by the last part of their names, as `q_proj`; null: all but its head."""
+    vision: bool = False
+    """Adapters in all linear layers of the vision tower too, instead of training it whole."""
+
+
+@dataclass(frozen=True)
 class OptimSettings:
     """AdamW with linear warm-up and decay."""
 
@@ -119,6 +134,8 @@ class OptimSettings:
     """Learning rate of the vision tower; null: `lr`."""
     projector_lr: float | None = None
     """Learning rate of the projector; null: `lr`."""
+    lora_lr: float | None = None
+    """Learning rate of LoRA's adapters, wherever they are; null: `lr`."""
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
@@ -180,6 +197,7 @@ class TrainConfig:
     data: DataSettings
     optim: OptimSettings
     output: OutputSettings
+    lora: LoraSettings | None = None
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
@@ -187,6 +205,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
+        _check_lora(self)
         _check_numbers(self)
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -256,12 +275,28 @@ def _check_model(config: TrainConfig) -> None:
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
 
 
+def _check_lora(config: TrainConfig) -> None:
+    lora = config.lora
+    if lora is None:
+        if config.optim.lora_lr is not None:
+            raise ConfigError("optim.lora_lr is for runs with a section lora")
+        return
+    if config.stage not in (2, 3):
+        raise ConfigError(f"lora is for stages 2 and 3, which train the language model; stage {config.stage} does not")
+    if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
+        raise ConfigError(
+            "lora.rank must be at least 1, lora.alpha above 0 and lora.dropout at least 0 and below 1; got "
+            f"{lora.rank}, {lora.alpha} and {lora.dropout}"
+        )
+
+
 def _check_numbers(config: TrainConfig) -> None:
     optim = config.optim
     positive = {
         "optim.lr": optim.lr,
         "optim.vision_lr": optim.vision_lr,
         "optim.projector_lr": optim.projector_lr,
+        "optim.lora_lr": optim.lora_lr,
         "optim.global_batch_size": optim.global_batch_size,
         "optim.micro_batch_size": optim.micro_batch_size,
         "optim.epochs": optim.epochs,

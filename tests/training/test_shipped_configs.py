@@ -12,6 +12,7 @@ from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.data.conversation import TEMPLATES
 from avg_llava.model.loading import KNOWN_TOWERS
 from avg_llava.training.config import RouterSettings, load_config
+from avg_llava.training.manifest import changed_keys
 from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import STAGES, count_parameters, set_trainable
 from tests.parity.golden import GOLDEN
@@ -19,6 +20,7 @@ from tests.parity.golden import GOLDEN
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
 MINI_ABLATIONS = sorted((ROOT / "configs/mini/ablations").glob("*.yaml"))
+LORA = sorted((ROOT / "configs/vicuna-7b/lora").glob("*.yaml"))
 SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS))
 # Some of the things that ablations change, each one.
 CHANGES = {"gumbel": "objective.method", "image_only": "model.router", "fixed_576": "model.granularities"}
@@ -37,6 +39,20 @@ def test_shipped_configuration(path, monkeypatch):
     settings = read_deepspeed_file(config.runtime.deepspeed)
     assert settings["zero_optimization"]["stage"] == (2 if config.stage == 1 else 3)
     assert config.accumulation_steps(2) >= 1
+
+
+@pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
+def test_shipped_lora(path, monkeypatch):
+    """The stage as it is, but for the adapters, their rate and the folders."""
+    monkeypatch.chdir(ROOT)
+    plain, config = load_config(f"configs/vicuna-7b/{path.name}").to_dict(), load_config(path).to_dict()
+    assert path.read_text().count(f"stage: {config['stage']}") == 1, "what the scripts look for"
+    assert changed_keys(plain, config) == [
+        f"lora.{key}: None -> {value}" for key, value in sorted(config["lora"].items()) if value is not None
+    ] + (["model.start: runs/vicuna-7b/stage2 -> runs/vicuna-7b/lora/stage2"] if config["stage"] == 3 else []) + [
+        f"optim.lora_lr: None -> {config['optim']['lora_lr']}"
+    ]
+    assert config["output"]["dir"] == f"runs/vicuna-7b/lora/{path.stem}"
 
 
 def _changed(path: Path, base: dict, output: str, store: str) -> list[str]:
