@@ -26,6 +26,16 @@ def bench_inference(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def bench_data(arguments: argparse.Namespace) -> int:
+    """Measures decoding and anyres of 1 to 12 megapixel JPEGs against transformers' image processor, on one core."""
+    from avg_llava.data import bench
+    from avg_llava.training.machine import machine_facts
+
+    result = bench.bench_data(repeats=arguments.repeats)
+    tell(arguments, result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
+    return FINE
+
+
 _PRESET = (
     ("--preset",),
     {
@@ -82,6 +92,24 @@ def add_bench(commands: Any) -> None:
                     "default": 10,
                     "metavar": "N",
                     "help": "timed answers of each way, of which the median counts (default 10)",
+                },
+            ),
+            JSON,
+        ],
+    )
+    add_command(
+        bench,
+        "data",
+        bench_data,
+        "avg-llava bench data --json",
+        [
+            (
+                ("--repeats",),
+                {
+                    "type": at_least_one,
+                    "default": 7,
+                    "metavar": "N",
+                    "help": "timed rounds of each size, of which the median counts (default 7)",
                 },
             ),
             JSON,

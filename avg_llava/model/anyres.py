@@ -5,6 +5,7 @@ whose crop grid is R x K, the tiles of a canvas form one map of rows*R x columns
 it, and every row of the window ends in one newline token. Pure functions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from avg_llava.model.scaler import token_grid
 
 
 class Window(NamedTuple):
-    """The part of a token map that unpadding keeps: rows top..bottom and columns left..right, ends excluded."""
+    """Rows top..bottom and columns left..right, ends excluded: what unpadding keeps of a token map, say."""
 
     top: int
     bottom: int
@@ -43,6 +44,18 @@ def select_canvas(image_size: Sequence[int], pinpoints: Sequence[Sequence[int]])
 
     best = max(pinpoints, key=kept_and_wasted)  # max keeps the first of equals
     return best[0], best[1]
+
+
+def image_window(image_size: Sequence[int], canvas: Sequence[int]) -> Window:
+    """Where on a canvas of (height, width) pixels an image lies once it has been resized to fit: in the middle."""
+    height, width = image_size
+    by_width, by_height = canvas[1] / width, canvas[0] / height
+    if by_width < by_height:
+        fitted = min(math.ceil(height * by_width), canvas[0]), canvas[1]
+    else:
+        fitted = canvas[0], min(math.ceil(width * by_height), canvas[1])
+    top, left = (canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2
+    return Window(top, top + fitted[0], left, left + fitted[1])
 
 
 def canvas_tiles(image_size: Sequence[int], config: AvgLlavaConfig) -> tuple[int, int]:
@@ -100,4 +113,4 @@ def _padding(image_size: Sequence[int], map_rows: int, map_columns: int, ndigits
     return 0, (map_columns - truncated(width * (map_rows / height))) // 2
 
 
-__all__ = ["Window", "canvas_tiles", "kept_window", "num_crops", "num_visual_tokens", "select_canvas"]
+__all__ = ["Window", "canvas_tiles", "image_window", "kept_window", "num_crops", "num_visual_tokens", "select_canvas"]

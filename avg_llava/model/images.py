@@ -98,16 +98,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: Colour mode LAB, or pixels that are not finite.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and image.info.get("transparency") is None:
         image.load()
-        return image.copy()
+        return image
     if image.mode.startswith(("I", "F")):
         return _wide_to_rgb(image)
-    if image.mode in ("P", "PA"):
-        return image.convert("RGBA").convert("RGB")
     if image.mode == "LAB":
         raise ValueError("colour mode LAB is not supported; save the image as RGB")
-    return image.convert("RGB")
+    converted = (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
+    converted.info.pop("transparency", None)  # of greyscale and RGB, one colour is: the image processor would blend it
+    return converted
 
 
 def _wide_to_rgb(image: Image.Image) -> Image.Image:

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
 from transformers.image_utils import SizeDict, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PROCESSOR_NAME
 
-from avg_llava.model.anyres import select_canvas
+from avg_llava.model.anyres import image_window, select_canvas
 from avg_llava.model.configuration import AvgLlavaConfig
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -123,34 +126,82 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
-    """Transformers' LLaVA-NeXT image processor on Pillow, with the same pixels wherever it runs.
+    """Transformers' LLaVA-NeXT image processor on Pillow, with the same pixels wherever it runs, in fewer passes.
 
     Pillow, never torchvision: its pixels are the released code's bit for bit, torchvision's differ by up to 0.015.
     Ties between canvases go to the first of `image_grid_pinpoints`, so their order matters (see `AvgLlavaConfig`).
+    An image stays Pillow's until it has been resized, once for the overview and once for its canvas. Scale, mean and
+    deviation make one number of each of the 256 levels of a channel; that table is read straight into the crops.
     """
 
-    def get_image_patches(
-        self, image: Any, grid_pinpoints: list[list[int]], size: tuple[int, int], patch_size: int, resample: Any
-    ) -> list[Any]:
-        """Crops of a channels-first (3, H, W) image on the canvas that the model reckons with: overview, then tiles."""
-        canvas = select_canvas(image.shape[-2:], grid_pinpoints)
-        return super().get_image_patches(image, [list(canvas)], size=size, patch_size=patch_size, resample=resample)
+    def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Any:
+        """RGB Pillow image of a Pillow image of any mode or of an array of whole numbers from 0 to 255.
+
+        What is transparent is blended with white, as in transformers.
+        """
+        if isinstance(image, Image.Image) and image.mode == "RGB" and image.info.get("transparency") is None:
+            return image
+        given = super().process_image(image, do_convert_rgb=True, input_data_format=input_data_format)  # (3, H, W)
+        pixels = given.astype(np.uint8)
+        if not np.array_equal(pixels, given):
+            raise ValueError("the pixels of an array must be whole numbers from 0 to 255")
+        return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
     def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs: Any) -> Any:
-        """Resizes a channels-first (3, H, W) image one axis after the other.
+        """Resizes a Pillow image one axis after the other.
 
         Pillow rounds to whole levels between its two passes, so their order shows: by up to 12 of 255 levels in tall
         images. Up to Pillow 12 the width always came first; Pillow 13 begins with the height where that shrinks by
         more than twice as many pixels as the width. That rule, under which the reference pixels were recorded, is
         spelled out here, so that pixels do not depend on the installed version.
         """
-        height, width = image.shape[-2:]
-        if (height, width) == (size.height, size.width) or height == width == size.shortest_edge:
-            return image  # every crop comes here once more, already in its size
-        if size.height and height - size.height > max(0, 2 * (width - size.width)):
-            lower = SizeDict(height=size.height, width=width)
-            image = super().resize(image, lower, resample=resample, **kwargs)
-        return super().resize(image, size, resample=resample, **kwargs)
+        if image.height - size.height > max(0, 2 * (image.width - size.width)):
+            image = image.resize((image.width, size.height), resample)
+        return image.resize((size.width, size.height), resample)
+
+    def _preprocess(
+        self,
+        images: list[Any],
+        size: SizeDict,
+        crop_size: SizeDict,
+        image_grid_pinpoints: list[list[int]],
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Crops of Pillow images; whether to resize, crop or pad, which transformers asks as well, goes unasked."""
+        side = crop_size.height
+        if (size.shortest_edge or size.height) != side or crop_size.width != side:
+            raise ValueError(f"overview and tiles must be equal squares, got size {size} and crop_size {crop_size}")
+        levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (3, 256, 1))
+        if do_rescale:
+            levels = self.rescale(levels, rescale_factor)
+        if do_normalize:
+            levels = self.normalize(levels, image_mean, image_std)
+        sizes = [(image.height, image.width) for image in images]
+        canvases = [select_canvas(image_size, image_grid_pinpoints) for image_size in sizes]
+        most = max(1 + height * width // side**2 for height, width in canvases)
+        pixel_values = np.zeros((len(images), most, 3, side, side), levels.dtype)
+        for image, canvas, crops in zip(images, canvases, pixel_values, strict=True):
+            window = image_window((image.height, image.width), canvas)
+            height, width = window.bottom - window.top, window.right - window.left
+            overview = np.asarray(self.resize(image, SizeDict(height=side, width=side), resample))
+            fitted = np.zeros((*canvas, 3), np.uint8)
+            fitted[window.top : window.bottom, window.left : window.right] = self.resize(
+                image, SizeDict(height=height, width=width), resample
+            )
+            rows, columns = canvas[0] // side, canvas[1] // side
+            tiles = rearrange(fitted, "(r h) (k w) c -> r k h w c", r=rows, k=columns)
+            cut = crops[1 : 1 + rows * columns].reshape(rows, columns, 3, side, side)
+            for channel, table in enumerate(levels[..., 0]):
+                crops[0, channel] = table.take(overview[..., channel])
+                cut[:, :, channel] = table.take(tiles[..., channel])
+        return BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)
 
 
 class AvgLlavaProcessor(ProcessorMixin):

@@ -4,6 +4,7 @@ from PIL import Image, ImageFile
 
 from avg_llava.data.records import DataError
 from avg_llava.model.images import load_image
+from avg_llava.model.processing import AvgLlavaImageProcessor
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -34,6 +35,19 @@ def test_palette_with_transparency(tmp_path, recwarn):
     read = saved(tmp_path / "a.png", image, transparency=b"\x00\x80\xff")
     assert np.array_equal(read, np.eye(3, dtype=np.uint8)[RAMP % 3] * 255)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_transparent_colour_is_dropped(tmp_path, mode):
+    grey = np.stack([RAMP] * 3, -1)
+    image = Image.fromarray(grey).convert(mode)
+    image.save(tmp_path / "a.png", transparency=7 if mode == "L" else (7, 7, 7))
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.info["transparency"] is not None
+        blended = np.asarray(AvgLlavaImageProcessor().process_image(opened))
+        assert (blended[RAMP == 7] == 255).all()  # or this test would show nothing
+    read = load_image(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(AvgLlavaImageProcessor().process_image(read)), grey)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):

@@ -3,13 +3,22 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextImageProcessorPil,
+)
 from transformers.image_utils import SizeDict
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
 from avg_llava.data.conversation import TEMPLATES
 from avg_llava.data.records import Turn
+from avg_llava.model.images import load_image
 from avg_llava.model.processing import AvgLlavaImageProcessor, tokenize_with_images
 from tests.parity.golden import GOLDEN
 
@@ -222,12 +231,79 @@ class TestFiles:
 )
 def test_order_of_resizing(processor, width, height, target, height_first):
     """Width first unless the height shrinks by more than twice as much: the rule that golden pixels follow."""
-    image = np.asarray(picture(width, height))
+    image = picture(width, height)
     between = (width, target[0]) if height_first else (target[1], height)
-    expected = Image.fromarray(image).resize(between, 3).resize((target[1], target[0]), 3)
+    expected = image.resize(between, 3).resize((target[1], target[0]), 3)
     size = SizeDict(height=target[0], width=target[1])
-    resized = processor.image_processor.resize(image.transpose(2, 0, 1), size, resample=3)
-    assert np.array_equal(resized.transpose(1, 2, 0), np.asarray(expected))
+    resized = processor.image_processor.resize(image, size, resample=3)
+    assert np.array_equal(np.asarray(resized), np.asarray(expected))
+
+
+class TestAgainstTransformers:
+    """The same pixels as transformers' own processor, where Pillow resizes both in one order."""
+
+    SETTINGS = {
+        "size": {"shortest_edge": 32},
+        "crop_size": {"height": 32, "width": 32},
+        "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
+    }
+
+    def compare(self, images, **settings):
+        theirs = LlavaNextImageProcessorPil(**self.SETTINGS, **settings)(images, return_tensors="pt")
+        ours = AvgLlavaImageProcessor(**self.SETTINGS, **settings)(images, return_tensors="pt")
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
+
+    def test_sizes(self):
+        sizes = [(1, 1), (1, 7), (31, 32), (32, 32), (33, 32), (64, 64), (65, 63), (97, 32), (32, 97), (200, 11)]
+        sizes += [(int(width), int(height)) for width, height in np.random.default_rng(0).integers(1, 300, (40, 2))]
+        wide = [(width, height) for width, height in sizes if height - 32 <= 2 * max(width - 64, 0)]
+        assert len(wide) > 25
+        self.compare([picture(*size) for size in wide])
+        for size in wide[:12]:  # each by itself, with no crop to fill up to
+            self.compare([picture(*size)])
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
+    def test_modes(self, mode):
+        image = picture(90, 40)
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        self.compare([image.convert(mode) if mode != "PA" else image.convert("P").convert("PA")])
+
+    def test_transparent_colour(self):
+        for image in (picture(90, 40), picture(90, 40).convert("L")):
+            image.info["transparency"] = image.getpixel((3, 3))
+            self.compare([image])
+
+    def test_orientation_is_left_alone(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter
+        picture(90, 40).save(tmp_path / "a.jpg", exif=exif, quality=95)
+        self.compare([Image.open(tmp_path / "a.jpg")])
+        self.compare([load_image(tmp_path / "a.jpg")])
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2},
+            {"do_normalize": False, "rescale_factor": 0.0123},
+            {"do_rescale": False},
+            {"do_rescale": False, "do_normalize": False},
+        ],
+    )
+    def test_settings(self, settings):
+        self.compare([picture(90, 40), picture(64, 64)], **settings)
+
+    def test_arrays(self):
+        pixels = np.asarray(picture(90, 40))
+        self.compare([pixels, pixels.astype(np.float32), pixels[..., :1], torch.tensor(pixels)])
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="whole numbers from 0 to 255"):
+            AvgLlavaImageProcessor(**self.SETTINGS)([np.full((40, 90, 3), 0.5)], return_tensors="pt")
+        with pytest.raises(ValueError, match="equal squares"):
+            AvgLlavaImageProcessor(**self.SETTINGS | {"size": {"shortest_edge": 30}})([picture()], return_tensors="pt")
 
 
 def test_pinpoint_order_settles_ties(config):
