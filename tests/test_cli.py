@@ -19,6 +19,8 @@ COMMANDS = [
     ["generate"],
     ["chat"],
     ["convert"],
+    ["export", "model"],
+    ["export", "prompts"],
     ["report"],
     ["mini", "data"],
     ["mini", "pretrain"],
@@ -50,7 +52,7 @@ def fails_in_one_line(capsys, arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["mini"], ["bench"]], ids=" ".join)
+@pytest.mark.parametrize("command", [*COMMANDS, ["mini"], ["bench"], ["export"]], ids=" ".join)
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])

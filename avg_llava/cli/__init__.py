@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from avg_llava.cli.bench import add_bench
 from avg_llava.cli.estimate import add_estimate
 from avg_llava.cli.evaluation import add_evaluation
+from avg_llava.cli.export import add_export
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
 from avg_llava.cli.parsing import FAILED, INTERRUPTED
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training(commands)
     add_estimate(commands)
     add_inference(commands)
+    add_export(commands)
     add_evaluation(commands)
     add_report(commands)
     add_mini(commands)

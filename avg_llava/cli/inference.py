@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avg_llava.cli.parsing import (
+    ANSWERING,
     FAILED,
     FINE,
     JSON,
     MODEL,
     add_command,
     at_least_one,
+    budget_of,
     hide_bars_from_files,
     load_model_of,
     tell,
@@ -27,14 +29,13 @@ if TYPE_CHECKING:
 def generate(arguments: argparse.Namespace) -> int:
     """Answers one question, or a file of questions."""
     from avg_llava.model.answers import Decoding, Request
-    from avg_llava.model.budget import Budget
 
     if (arguments.prompt is None) == (arguments.input is None) or (arguments.input is None) != (
         arguments.output is None
     ):
         raise ValueError("give --prompt for one question, or --input and --output for a file of them")
     model = load_model_of(arguments)
-    budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+    budget = budget_of(arguments)
     decoding = Decoding(arguments.max_new_tokens)
     if arguments.input is None:
         (answer,) = model.predictor.predict([Request(arguments.prompt, tuple(arguments.image or ()))], budget, decoding)
@@ -54,11 +55,10 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talks about images in the terminal; /help lists what can be done besides asking."""
     from avg_llava.model.answers import Decoding
-    from avg_llava.model.budget import Budget
     from avg_llava.serving.chat import Chat
 
     model = load_model_of(arguments)
-    budget = Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+    budget = budget_of(arguments)
     conversation = Chat(model.predictor, budget, Decoding(arguments.max_new_tokens), print)
     for path in arguments.image or ():
         conversation.run([f"/image {path}"])
@@ -119,26 +119,6 @@ _IMAGE = (
     ("--image",),
     {"type": Path, "action": "append", "metavar": "FILE", "help": "image; again for several, or none"},
 )
-_ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (
-        ("--granularity",),
-        {"type": int, "metavar": "N", "help": "visual tokens per crop; without it the router chooses"},
-    ),
-    (
-        ("--token-cost",),
-        {
-            "type": float,
-            "default": 0.0,
-            "metavar": "X",
-            "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
-        },
-    ),
-    (
-        ("--max-visual-tokens",),
-        {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
-    ),
-    (("--max-new-tokens",), {"type": at_least_one, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
-]
 
 
 def add_inference(commands: Any) -> None:
@@ -170,12 +150,12 @@ def add_inference(commands: Any) -> None:
                 {"type": Path, "metavar": "DIR", "help": "folder of the images of --input (default: its own)"},
             ),
             (("--batch-size",), {"type": at_least_one, "default": 8, "metavar": "N", "help": "questions at once (8)"}),
-            *_ANSWERING,
+            *ANSWERING,
             JSON,
         ],
     )
     add_command(
-        commands, "chat", chat, "avg-llava chat --model runs/mini/stage4 --image cat.png", [*MODEL, _IMAGE, *_ANSWERING]
+        commands, "chat", chat, "avg-llava chat --model runs/mini/stage4 --image cat.png", [*MODEL, _IMAGE, *ANSWERING]
     )
     add_command(
         commands,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avg_llava.model.budget import Budget
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 FINE, FAILED, INTERRUPTED = 0, 1, 130
@@ -44,19 +45,50 @@ def add_command(
     parser.set_defaults(run=run)
 
 
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+CHECKPOINT = (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"})
+DTYPE = (
+    ("--dtype",),
+    {"choices": ["float32", "bfloat16", "float16"], "help": "of weights (default: as in the checkpoint)"},
+)
 MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"}),
+    CHECKPOINT,
     (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
-    (
-        ("--dtype",),
-        {"choices": ["float32", "bfloat16", "float16"], "help": "of weights (default: as in the checkpoint)"},
-    ),
+    DTYPE,
     (
         ("--quantization",),
         {"choices": ["8bit", "4bit"], "help": "of the language model's weights, through bitsandbytes"},
     ),
 ]
 """Which model answers, and how its weights are held; for :func:`load_model_of`."""
+
+ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (
+        ("--granularity",),
+        {"type": int, "metavar": "N", "help": "visual tokens per crop; without it the router chooses"},
+    ),
+    (
+        ("--token-cost",),
+        {
+            "type": float,
+            "default": 0.0,
+            "metavar": "X",
+            "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
+        },
+    ),
+    (
+        ("--max-visual-tokens",),
+        {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
+    ),
+    (("--max-new-tokens",), {"type": at_least_one, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
+]
+"""How answers are found; for :func:`budget_of`."""
 
 JSON = (("--json",), {"action": "store_true", "help": "print JSON for a program to read"})
 
@@ -75,19 +107,19 @@ def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGener
     return load(arguments.model, dtype=arguments.dtype, device=device, quantization=arguments.quantization)[0]
 
 
+def budget_of(arguments: argparse.Namespace) -> "Budget":
+    """How levels are found, as a user said by `ANSWERING`."""
+    from avg_llava.model.budget import Budget
+
+    return Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+
+
 def hide_bars_from_files() -> None:
     """Progress bars of loading are for people: where errors go to a file or a program, one line stays one line."""
     from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-
-
-def at_least_one(text: str) -> int:
-    """The type of an argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
 
 
 def pick_device(name: str) -> str:

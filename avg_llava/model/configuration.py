@@ -19,7 +19,8 @@ class RouterConfig(PreTrainedConfig):
     """Configuration of the granularity router.
 
     Args:
-        num_text_tokens: Instruction tokens kept by the text filter (k of the paper).
+        num_text_tokens: Instruction tokens kept by the text filter (k of the paper). 0 makes a router that sees the
+            image only.
         num_attention_heads: Heads of the Transformer layer; must divide the language model's width.
         intermediate_size: Width of the Transformer layer's feed-forward part; None means the language model's width.
         dropout: Dropout inside the Transformer layer while training.
@@ -34,8 +35,8 @@ class RouterConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.num_text_tokens < 1:
-            raise ValueError(f"router_config.num_text_tokens must be at least 1, got {self.num_text_tokens}")
+        if self.num_text_tokens < 0:
+            raise ValueError(f"router_config.num_text_tokens must be at least 0, got {self.num_text_tokens}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"router_config.dropout must be in [0, 1), got {self.dropout}")
 

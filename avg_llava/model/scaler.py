@@ -54,4 +54,18 @@ def pool_tokens(tokens: Tensor, side: int, granularity: int) -> Tensor:
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)  # (C, R*K, D)
 
 
-__all__ = ["granularity_pyramid", "pool_tokens", "token_grid"]
+def spread_tokens(tokens: Tensor, side: int) -> Tensor:
+    """Repeats each of a level's tokens (C, granularity, D) over its cell of the grid: (C, S*S, D).
+
+    Pooled to their level again, they are what they were, up to rounding.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    rows, columns = token_grid(side, tokens.shape[1])
+    grid = tokens.unflatten(1, (rows, columns))  # (C, R, K, D)
+    grid = grid.repeat_interleave(side // rows, dim=1).repeat_interleave(side // columns, dim=2)  # (C, S, S, D)
+    return grid.flatten(1, 2)
+
+
+__all__ = ["granularity_pyramid", "pool_tokens", "spread_tokens", "token_grid"]

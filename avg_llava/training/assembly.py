@@ -27,6 +27,7 @@ from avg_llava.model.router import GranularityRouter
 from avg_llava.model.routing import load_routing_model
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
+from avg_llava.training.lora import add_adapters
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import rank, world_size
 from avg_llava.training.stages import STAGES
@@ -34,7 +35,7 @@ from avg_llava.training.trainer import ShuffledSampler
 
 
 def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
-    """The model that the stage starts from, in the run's precision, and its processor.
+    """The model that the stage starts from, in the run's precision and with LoRA's adapters, and its processor.
 
     Every process loads the whole model into memory; DeepSpeed takes its share from there.
     """
@@ -61,6 +62,8 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         processor = AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model.config)
     if config.runtime.attention is not None:
         model.set_attn_implementation({"text_config": config.runtime.attention})
+    if config.lora is not None:
+        add_adapters(model, config.lora, config.seed)
     return model, processor
 
 

@@ -17,6 +17,7 @@ from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.routing import RoutingModel
 from avg_llava.training.assembly import adapt
 from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.lora import add_adapters
 from avg_llava.training.parsing import ConfigError, read_yaml
 from avg_llava.training.stages import STAGES, set_trainable
 
@@ -78,13 +79,17 @@ def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaFor
     kind = AvgLlavaForConditionalGeneration if config.objective.feedback_store is None else RoutingModel
     with torch.device("meta"):
         model = kind(model_config)
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
     set_trainable(model, STAGES[config.stage])
     return model
 
 
 def _file_that_makes(start: str, path: Path) -> Path | None:
-    """The YAML file, in the folder of `path` or in one beside it, whose run ends in the folder `start`."""
-    for candidate in (*sorted(path.parent.glob("*.yaml")), *sorted(path.parent.parent.glob("*/*.yaml"))):
+    """The YAML file, in the folder of `path`, the one above or one beside it, whose run ends in the folder `start`."""
+    above = path.parent.parent
+    searched = (path.parent.glob("*.yaml"), above.glob("*.yaml"), above.glob("*/*.yaml"))
+    for candidate in (file for files in searched for file in sorted(files)):
         output = read_yaml(candidate).get("output")
         if isinstance(output, dict) and output.get("dir") == start and candidate.resolve() != path.resolve():
             return candidate

@@ -15,6 +15,7 @@ import yaml
 
 from avg_llava.training.losses import RankingVariant, Reduction
 from avg_llava.training.parsing import ConfigError, apply_overrides, build, read_yaml
+from avg_llava.training.stages import STAGES, ObjectiveName
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RouterSettings:
     """Shape of the granularity router, where a new one is made: in stage 1, and in stage 4 if it is asked for there."""
 
     num_text_tokens: int = 32
-    """Instruction tokens that the text filter keeps (k of the paper)."""
+    """Instruction tokens that the text filter keeps (k of the paper); 0: the router sees the image only."""
     num_attention_heads: int = 8
     intermediate_size: int | None = None
     """Width of the fusion layer's feed-forward part; null: the language model's width."""
@@ -42,8 +43,8 @@ class ModelSettings:
     force_start: bool = False
     """Accept a start that is not a finished run of the parent stage (also: `--force-start`)."""
     granularities: tuple[int, ...] | None = None
-    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stage 4: some of the start's levels, the
-    finest among them, and a new router for them; null: the start's. Other stages: the start's."""
+    """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stages 3 and 4: some of the start's levels,
+    the finest among them, and a new router for them; null: the start's. Stage 2: the start's."""
     behavior: Literal["paper", "released"] | None = None
     """Stage 1: which meaning of the method (see the model's configuration); null: paper. Later: the start's."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
@@ -86,8 +87,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Stage 4 only: how the router learns from the language model's feedback."""
+    """Stage 4 only: how the router learns from the language model."""
 
+    method: Literal["rglf", "gumbel"] = "rglf"
+    """`rglf`: from the feedback on every level, the paper's method. `gumbel`: from the instruction-tuning loss at a
+    level drawn by a straight-through Gumbel-softmax; of the fields below it knows `temperature` only."""
+    temperature: float = 1.0
+    """Of the Gumbel-softmax: the lower, the closer its gradient is to that of the hard choice."""
     ranking: RankingVariant = "paper"
     rank_loss_weight: float = 1.0
     cross_entropy_weight: float = 0.1
@@ -98,6 +104,21 @@ class ObjectiveSettings:
     feedback_store: str | None = None
     """Folder that `avg-llava feedback` wrote: read feedback from there, with no language model in memory. null: compute
     it while training."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Stages 2 and 3: low-rank adapters in the language model, instead of training it whole. `{}`: the defaults."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Of the adapters' inputs."""
+    target_modules: tuple[str, ...] | None = None
+    """Linear layers of the language model by the last part of their names, as `q_proj`; null: all but its head."""
+    vision: bool = False
+    """Adapters in all linear layers of the vision tower too, instead of training it whole."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,8 @@ class OptimSettings:
     """Learning rate of the vision tower; null: `lr`."""
     projector_lr: float | None = None
     """Learning rate of the projector; null: `lr`."""
+    lora_lr: float | None = None
+    """Learning rate of LoRA's adapters, wherever they are; null: `lr`."""
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
@@ -174,6 +197,7 @@ class TrainConfig:
     data: DataSettings
     optim: OptimSettings
     output: OutputSettings
+    lora: LoraSettings | None = None
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
@@ -181,6 +205,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
+        _check_lora(self)
         _check_numbers(self)
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -207,12 +232,21 @@ class TrainConfig:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
+    @property
+    def objective_name(self) -> ObjectiveName:
+        """The objective of the stage, or the one that `objective.method` asks for instead."""
+        return "gumbel" if self.objective.method == "gumbel" else STAGES[self.stage].objective
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as YAML and JSON hold them."""
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+# What stages after the first may decide anew: both make a new router.
+DECIDED_LATER = {3: ("granularities",), 4: ("granularities", "router")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -237,9 +271,23 @@ def _check_model(config: TrainConfig) -> None:
             "model.vision nor model.language)"
         )
     for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
-        is_new_router = config.stage == 4 and name in ("granularities", "router")
-        if getattr(model, name) is not None and not is_new_router:
+        if getattr(model, name) is not None and name not in DECIDED_LATER.get(config.stage, ()):
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    lora = config.lora
+    if lora is None:
+        if config.optim.lora_lr is not None:
+            raise ConfigError("optim.lora_lr is for runs with a section lora")
+        return
+    if config.stage not in (2, 3):
+        raise ConfigError(f"lora is for stages 2 and 3, which train the language model; stage {config.stage} does not")
+    if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
+        raise ConfigError(
+            "lora.rank must be at least 1, lora.alpha above 0 and lora.dropout at least 0 and below 1; got "
+            f"{lora.rank}, {lora.alpha} and {lora.dropout}"
+        )
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -248,10 +296,12 @@ def _check_numbers(config: TrainConfig) -> None:
         "optim.lr": optim.lr,
         "optim.vision_lr": optim.vision_lr,
         "optim.projector_lr": optim.projector_lr,
+        "optim.lora_lr": optim.lora_lr,
         "optim.global_batch_size": optim.global_batch_size,
         "optim.micro_batch_size": optim.micro_batch_size,
         "optim.epochs": optim.epochs,
         "optim.max_steps": optim.max_steps,
+        "objective.temperature": config.objective.temperature,
         "model.max_length": config.model.max_length,
         "logging.every": config.logging.every,
         "output.keep": config.output.keep,
@@ -282,6 +332,14 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ConfigError(
             f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"
         )
+    if config.objective.method != "rglf":
+        if config.stage != 4:
+            raise ConfigError(f"objective.method is for stage 4, which trains the router; this is stage {config.stage}")
+        if config.objective.feedback_store is not None:
+            raise ConfigError(
+                f"objective.method {config.objective.method} learns from the language model itself, at a level drawn "
+                "anew at every step, so there is nothing to store; set objective.feedback_store to null"
+            )
     if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
         raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
 

@@ -6,7 +6,7 @@ elsewhere a sample is assumed, and the estimate says so.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, step_flops
+from avg_llava.training.lora import AdapterShape, adapter_shapes
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.memory import SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.stages import count_parameters
+from avg_llava.training.stages import Part, count_parameters
 
 GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
@@ -114,25 +115,30 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     blueprint = find_blueprint(config, path, request.model_of)
     samples = _samples(config, blueprint.config, request)
     accumulation = config.accumulation_steps(request.num_gpus)
-    counts = count_parameters(meta_model(config, blueprint.config))
+    model = meta_model(config, blueprint.config)
+    counts, adapters = count_parameters(model), adapter_shapes(model)
     num_parameters = sum(count.total for count in counts.values())
     num_trained = sum(count.trainable for count in counts.values())
 
     deepspeed = None if config.runtime.deepspeed is None else read_deepspeed_file(config.runtime.deepspeed)
     chosen = sharding_of(deepspeed) if request.zero is None else _sharding(request.zero)
     memory = {
-        sharding.name: _memory(sharding, config, blueprint.config, samples, num_parameters, num_trained, request)
+        sharding.name: _memory(
+            sharding, config, blueprint.config, samples, num_parameters, num_trained, adapters, request
+        )
         for sharding in dict.fromkeys((*SHARDINGS, chosen))
     }
 
-    flops = _mean_flops(config, blueprint.config, samples.shapes) * config.optim.global_batch_size
+    flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * config.optim.global_batch_size
     levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
-    lengths = [
+    share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
+    tokens = sum(
         min(shape.length(level, blueprint.config), blueprint.config.max_sequence_length)
+        * (1 if shape.image_size is None else share)
         for shape in samples.shapes
         for level in levels
         if shape.image_size is not None or level == levels[-1]
-    ]
+    )
     steps = _steps(config, samples.num_records)
     peak = _peak(config, GPUS[request.gpu])
     seconds = flops / (peak * request.mfu * request.num_gpus)
@@ -153,7 +159,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             "samples": config.optim.global_batch_size,
             "micro_batch_size": config.optim.micro_batch_size,
             "accumulation_steps": accumulation,
-            "tokens": round(sum(lengths) / len(samples.shapes) * config.optim.global_batch_size),
+            "tokens": round(tokens / len(samples.shapes) * config.optim.global_batch_size),
             "flops": flops,
             "seconds": seconds,
         },
@@ -200,6 +206,7 @@ def _memory(
     samples: Samples,
     num_parameters: int,
     num_trained: int,
+    adapters: Mapping[Part, AdapterShape],
     request: Request,
 ) -> dict[str, Any]:
     """Bytes by part, with a micro-batch of the longest of the samples."""
@@ -219,6 +226,9 @@ def _memory(
         element_size,
         recompute=config.runtime.gradient_checkpointing,
         stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
+        adapters=adapters,
+        adapter_dropout=0.0 if config.lora is None else config.lora.dropout,
     )
     parts = {
         "parameters": state.parameters,
@@ -283,9 +293,22 @@ def _drawn(config: TrainConfig, request: Request) -> Samples:
     return Samples(shapes, request.num_samples or len(dataset), source)
 
 
-def _mean_flops(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
-    stored = config.objective.feedback_store is not None
-    return step_flops(config.stage, shapes, model_config, plain=False, stored_feedback=stored).total / len(shapes)
+def _mean_flops(
+    config: TrainConfig,
+    model_config: AvgLlavaConfig,
+    shapes: Sequence[SampleShape],
+    adapters: Mapping[Part, AdapterShape],
+) -> float:
+    flops = step_flops(
+        config.stage,
+        shapes,
+        model_config,
+        plain=False,
+        stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
+        adapters=adapters,
+    )
+    return flops.total / len(shapes)
 
 
 def _steps(config: TrainConfig, num_samples: int | None) -> int | None:

@@ -6,12 +6,13 @@ is frozen but gradients pass through it. Norms, activations and softmaxes are le
 Shapes: C crops, T tokens of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.training.stages import STAGES
+from avg_llava.training.lora import AdapterShape
+from avg_llava.training.stages import STAGES, Part
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class StepFlops:
 
 
 def step_flops(
-    stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfig, plain: bool, stored_feedback: bool = False
+    stage: int,
+    samples: Sequence[SampleShape],
+    config: AvgLlavaConfig,
+    plain: bool,
+    stored_feedback: bool = False,
+    draws_level: bool = False,
+    adapters: Mapping[Part, AdapterShape] | None = None,
 ) -> StepFlops:
     """Operations of a step of a stage on a micro-batch.
 
@@ -61,30 +68,45 @@ def step_flops(
         plain: as the plain loop does it: images encoded for every level (and for the router), all samples as long as
             the longest, attention under a mask, logits of every token.
         stored_feedback: the language model's answers are known, as they are to stage 4 with a feedback store.
+        draws_level: stage 4 learns from the loss at one level, each of which is drawn as often as any other.
+        adapters: of LoRA, in the parts that are trained through them.
     """
     trains = STAGES[stage].trains
     levels = config.granularities if stage > 2 else config.granularities[-1:]
     # Forward passes that a part's forward and backward passes are worth.
-    vision_passes = 3 if "vision" in trains else 1
-    language_passes = 3 if "llm" in trains else (2 if "projector" in trains else 1)
+    adapters = adapters or {}
+    vision_passes = (2 if "vision" in adapters else 3) if "vision" in trains else 1
+    is_whole = "llm" in trains and "llm" not in adapters
+    language_passes = 3 if is_whole else (2 if "projector" in trains or draws_level else 1)
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
     encodings = (len(levels) + (1 if stage == 4 else 0)) if plain else 1
-    language = head = 0.0
+    language = head = adapted_tokens = 0.0
     for level in () if stored_feedback else levels:
         # Texts are the same at all levels and go through the language model once, if not in the plain loop.
-        seen = [each for each in samples if plain or each.image_size is not None or level == levels[-1]]
+        is_last = draws_level or level == levels[-1]
+        seen = [each for each in samples if plain or each.image_size is not None or is_last]
         lengths = [sample.length(level, config) for sample in seen]
         if plain:
             lengths = [max(lengths)] * len(lengths)
+        adapted_tokens += sum(lengths)
         language += language_flops(lengths, config, masked=plain and len(samples) > 1)
         answers = sum(sample.num_answer_tokens for sample in seen)
         head += head_flops(sum(lengths) if plain else answers, config)
+    if draws_level:
+        language, head = language / len(levels), head / len(levels)
+    used = config.num_vision_layers / config.vision_config.num_hidden_layers
+    rows = encodings * crops * (config.num_patches_per_side**2 + 1) * used
     return StepFlops(
-        vision=vision_passes * encodings * vision_flops(crops, config),
-        language=language_passes * language,
+        vision=vision_passes * encodings * vision_flops(crops, config) + _adapter_flops(rows, adapters.get("vision")),
+        language=language_passes * language + _adapter_flops(adapted_tokens, adapters.get("llm")),
         head=language_passes * head,
         router=3 * router_flops(crops, config) if "router" in trains else 0.0,
     )
+
+
+def _adapter_flops(tokens: float, shape: AdapterShape | None) -> float:
+    """Forward and backward pass of tokens through the adapters of a part."""
+    return 0.0 if shape is None else 3 * 2.0 * tokens * shape.parameters
 
 
 def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) -> float:

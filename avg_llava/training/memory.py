@@ -15,8 +15,9 @@ from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.packing import MAX_LOGITS
 from avg_llava.training.flops import SampleShape
+from avg_llava.training.lora import AdapterShape
 from avg_llava.training.saving import MASTER_WEIGHT_BYTES, MOMENT_BYTES
-from avg_llava.training.stages import STAGES
+from avg_llava.training.stages import STAGES, Part
 
 FLOAT32 = 4
 
@@ -136,6 +137,9 @@ def activation_memory(
     element_size: int,
     recompute: bool,
     stored_feedback: bool = False,
+    draws_level: bool = False,
+    adapters: Mapping[Part, AdapterShape] | None = None,
+    adapter_dropout: float = 0.0,
 ) -> Activations:
     """What a micro-batch keeps for the backward pass when all levels go through the language model as one packed row.
 
@@ -146,9 +150,12 @@ def activation_memory(
         element_size: bytes of an activation in the run's precision.
         recompute: activations of tower and language model are computed again in the backward pass.
         stored_feedback: stage 4 reads its feedback from a store.
+        draws_level: stage 4 learns from the loss at one level, here the finest.
+        adapters: of LoRA, in the parts that are trained through them.
+        adapter_dropout: of their inputs.
     """
     trains = STAGES[stage].trains
-    levels = config.granularities if stage > 2 else config.granularities[-1:]
+    levels = config.granularities if stage > 2 and not draws_level else config.granularities[-1:]
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
     tokens = answers = 0
     for level in () if stored_feedback else levels:
@@ -156,24 +163,46 @@ def activation_memory(
             if sample.image_size is not None or level == levels[-1]:
                 tokens += min(sample.length(level, config), config.max_sequence_length)
                 answers += sample.num_answer_tokens
-    is_learning = stage != 4
+    is_learning = stage != 4 or draws_level  # through the language model
+    depths: dict[Part, int] = {
+        "vision": config.vision_config.num_hidden_layers,
+        "llm": config.text_config.num_hidden_layers,
+    }
+    extra = {
+        part: _adapter(adapters[part], depth, element_size, adapter_dropout) if adapters and part in adapters else 0.0
+        for part, depth in depths.items()
+    }
     return Activations(
-        vision=_vision(crops, config, element_size, recompute, "vision" in trains, is_learning),
-        language=_language(tokens, config, element_size, recompute, "llm" in trains, is_learning),
-        router=0.0 if is_learning else _router(crops, config, element_size),
+        vision=_vision(crops, config, element_size, recompute, "vision" in trains, stage != 4, extra["vision"]),
+        language=_language(tokens, config, element_size, recompute, "llm" in trains, is_learning, extra["llm"]),
+        router=_router(crops, config, element_size) if stage == 4 else 0.0,
         logits=_logits(answers, config, element_size, is_learning),
     )
 
 
-def _vision(crops: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool) -> float:
-    """Pixels, tower and projector. A frozen tower keeps nothing; its hidden states are all there until it ends."""
+def _adapter(shape: AdapterShape, depth: int, size: int, dropout: float) -> float:
+    """Bytes that the adapters of one of `depth` layers keep of a token, beside what matrices keep that are trained.
+
+    With dropout each has an input of its own, and a mask; without, they share what the matrices would keep.
+    """
+    inputs = shape.inputs * (size + 1) if dropout > 0 else 0
+    return (inputs + shape.ranks * size) / depth
+
+
+def _vision(
+    crops: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool, extra: float
+) -> float:
+    """Pixels, tower (with `extra` bytes a row and layer) and projector.
+
+    A frozen tower keeps nothing; its hidden states are all there until it ends.
+    """
     tower, width = config.vision_config, config.text_config.hidden_size
     patches = config.num_patches_per_side**2
     rows = crops * (patches + 1)
     pixels = crops * tower.num_channels * tower.image_size**2 * (FLOAT32 + (size if size < FLOAT32 else 0))
     # Two norms' inputs and outputs, queries, keys, values and attention's result; the feed-forward part's input to its
     # activation, the activation's factor and its result.
-    layer = rows * size * (8 * tower.hidden_size + 3 * tower.intermediate_size)
+    layer = rows * (size * (8 * tower.hidden_size + 3 * tower.intermediate_size) + extra)
     hidden = rows * size * tower.hidden_size * (tower.num_hidden_layers + 1)
     if not trained:
         kept = hidden
@@ -185,8 +214,13 @@ def _vision(crops: int, config: AvgLlavaConfig, size: int, recompute: bool, trai
     return float(pixels + kept + projector)
 
 
-def _language(tokens: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool) -> float:
-    """Embeddings (of the texts, spliced, packed) and layers. Frozen matrices do not keep their inputs."""
+def _language(
+    tokens: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool, extra: float
+) -> float:
+    """Embeddings (of the texts, spliced, packed) and layers (with `extra` bytes a token each).
+
+    Frozen matrices do not keep their inputs.
+    """
     text = config.text_config
     width, inner = text.hidden_size, text.intermediate_size
     key_value = 2 * text.num_key_value_heads * (width // text.num_attention_heads)
@@ -196,7 +230,7 @@ def _language(tokens: int, config: AvgLlavaConfig, size: int, recompute: bool, t
     attention = size * (2 * width + key_value)
     feed_forward = size * 3 * inner
     matrices = size * (4 * width + inner) if trained else 0  # what comes out of the norms, and the product of gates
-    layer = tokens * (norms + attention + feed_forward + matrices)
+    layer = tokens * (norms + attention + feed_forward + matrices + extra)
     if not learning:
         return float(embeddings + layer)
     if recompute:

@@ -10,14 +10,19 @@ Shapes: B samples, L positions, N images of the batch (sample after sample), P c
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.packing import pack
+from avg_llava.model.scaler import pool_tokens, spread_tokens
+from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.levels import Answers, Texts, answers_by_level, total_log_prob, use_packed_attention
 from avg_llava.training.losses import (
@@ -172,7 +177,9 @@ class RouterObjective(Objective):
         loss = self.settings.rank_loss_weight * ranking + self.settings.cross_entropy_weight * cross_entropy
         metrics = {"ranking_loss": ranking.detach(), "cross_entropy": cross_entropy.detach()}
         if len(items) > 0:
-            metrics |= self._routing_metrics(item_logits.detach().float(), item_log_probs)
+            agreement = item_logits.argmax(dim=-1) == best_level(item_log_probs)
+            metrics |= routing_metrics(item_logits.detach().float(), self.config.granularities)
+            metrics["router_agreement"] = agreement.float().mean()
         return {"loss": loss, "metrics": metrics, "num_items": len(items)}
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
@@ -196,21 +203,78 @@ class RouterObjective(Objective):
         is_image = (texts.input_ids == self.config.image_token_id) & texts.attention_mask.bool()
         return torch.nonzero(is_image)[:, 0]
 
-    def _routing_metrics(self, logits: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
-        """Entropy, agreement with the feedback, and how often each level is chosen; of (K, G) logits and feedback."""
-        log_shares = logits.log_softmax(dim=-1)
-        chosen = logits.argmax(dim=-1)
-        metrics = {
-            "router_entropy": -(log_shares.exp() * log_shares).sum(dim=-1).mean(),
-            "router_agreement": (chosen == best_level(log_probs)).float().mean(),
-        }
-        for level, granularity in enumerate(self.config.granularities):
-            metrics[f"share_{granularity}"] = (chosen == level).float().mean()
-        return metrics
+
+class GumbelObjective(Objective):
+    """Stage 4 without feedback: stage 2's loss at a level that the router draws (paper, Table 4, e).
+
+    The draw is a straight-through Gumbel-softmax: weights (G,) of an image's levels that are 0 and 1, with the gradient
+    of a softmax. The language model sees the image's tokens at the level of weight 1. As in the released code, they
+    stand for the sum of all levels' tokens, each times its weight, where the tokens of a shorter level are followed by
+    zeros and those of a longer one are cut off: so the gradient of a weight is the product of its level's tokens with
+    the loss's gradient at the tokens seen, token number by token number, wherever in the image these are.
+
+    Supervised tokens of samples without images do not count. The metrics, of images, weigh as their micro-batch's
+    tokens.
+    """
+
+    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
+        """The loss at levels drawn now; its gradient reaches the router through the crops."""
+        router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
+        weights = F.gumbel_softmax(router_logits.float(), tau=self.settings.temperature, hard=True)
+        levels = [self.config.granularities[level] for level in weights.argmax(dim=-1).tolist()]
+        labels = texts.labels.masked_fill(~self._has_image(texts.input_ids)[:, None], IGNORE_INDEX)
+        spliced = self.model.splice(
+            self._weighted(features, weights, levels), texts.input_ids, texts.attention_mask, labels, levels
+        )
+        num_items = self.num_items(texts.input_ids, texts.labels)
+        total = self.model.token_log_probs(pack([spliced])).sum()
+        metrics = {}
+        if not features.is_blank:
+            metrics = routing_metrics(router_logits.detach().float(), self.config.granularities)
+        return {"loss": -total / max(num_items, 1), "metrics": metrics, "num_items": num_items}
+
+    def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
+        """Supervised tokens of samples with images."""
+        return int(num_supervised(labels)[self._has_image(input_ids)].sum())
+
+    def _has_image(self, input_ids: Tensor) -> Tensor:
+        """(B,) bool."""
+        return (input_ids == self.config.image_token_id).any(dim=1)
+
+    def _weighted(self, features: ImageFeatures, weights: Tensor, levels: list[int]) -> ImageFeatures:
+        """The same features, connected to the weights (N, G) of their levels.
+
+        To the finest tokens something is added that is 0, and whose pooling to the drawn level has the gradient of the
+        sum described above. The level of weight 1 is that sum's value, so only the weights' gradients are needed.
+        """
+        side = self.config.num_patches_per_side
+        connected = []
+        zeros = weights - weights.detach()
+        counts = features.num_crops or [len(features.crops)]
+        for crops, image_zeros, drawn in zip(
+            features.crops.split(counts), zeros.to(features.crops), levels, strict=True
+        ):
+            total = crops.new_zeros(len(crops), drawn, crops.shape[-1])
+            for zero, level in zip(image_zeros, self.config.granularities, strict=True):
+                tokens = pool_tokens(crops, side, level)[:, :drawn]
+                total = total + F.pad(zero * tokens, (0, 0, 0, drawn - tokens.shape[1]))
+            connected.append(crops + spread_tokens(total, side))
+        return replace(features, crops=torch.cat(connected))
+
+
+def routing_metrics(router_logits: Tensor, granularities: list[int]) -> dict[str, Tensor]:
+    """Entropy of a router's choice, and how often it prefers each level; of (K, G) logits."""
+    log_shares = router_logits.log_softmax(dim=-1)
+    preferred = router_logits.argmax(dim=-1)
+    metrics = {"router_entropy": -(log_shares.exp() * log_shares).sum(dim=-1).mean()}
+    for level, granularity in enumerate(granularities):
+        metrics[f"share_{granularity}"] = (preferred == level).float().mean()
+    return metrics
 
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
     "instruction": InstructionObjective,
     "multi_granularity": MultiGranularityObjective,
     "router": RouterObjective,
+    "gumbel": GumbelObjective,
 }

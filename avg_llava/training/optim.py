@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from avg_llava.training.config import OptimSettings
-from avg_llava.training.stages import Part, trainable_parameters
+from avg_llava.training.stages import Part, is_adapter, trainable_parameters
 
 
-def learning_rate(part: Part, settings: OptimSettings) -> float:
-    """Peak learning rate of a part: its own where the settings name one, the base rate otherwise."""
-    own = {"vision": settings.vision_lr, "projector": settings.projector_lr}.get(part)
+def learning_rate(part: Part, settings: OptimSettings, adapter: bool = False) -> float:
+    """Peak learning rate of a part or its adapters: its own where the settings name one, the base rate otherwise."""
+    own = settings.lora_lr if adapter else {"vision": settings.vision_lr, "projector": settings.projector_lr}.get(part)
     return settings.lr if own is None else own
 
 
@@ -29,14 +29,14 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str
         Groups with `params`, `lr`, `weight_decay` and `name`.
     """
     groups: dict[str, dict[str, Any]] = {}
-    for part, _, parameter in trainable_parameters(model):
+    for part, parameter_name, parameter in trainable_parameters(model):
         decays = settings.weight_decay > 0 and parameter.dim() > 1
         name = f"{part}/decay" if decays else part
         group = groups.setdefault(
             name,
             {
                 "params": [],
-                "lr": learning_rate(part, settings),
+                "lr": learning_rate(part, settings, is_adapter(parameter_name)),
                 "weight_decay": settings.weight_decay if decays else 0.0,
                 "name": name,
             },

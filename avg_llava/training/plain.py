@@ -34,6 +34,7 @@ def plain_loss(
         return _next_token_loss(model, batch, levels[-1])
     if objective == "multi_granularity":
         return torch.stack([_next_token_loss(model, batch, level) for level in levels]).mean()
+    assert objective == "router", "what the router draws at random has no plain loop"
     return _router_loss(model, batch, settings)
 
 

@@ -85,11 +85,11 @@ def run_stage(config: TrainConfig) -> Path:
         # DeepSpeed itself gives the small parameters that ZeRO-3 keeps whole their values only after the next step.
         load_weights(model, earlier.folder)
     set_trainable(model, stage)
-    if config.runtime.gradient_checkpointing and stage.objective != "router":
+    if config.runtime.gradient_checkpointing and config.objective_name != "router":
         # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
         # ZeRO-3 takes and gets wrong.
         model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = OBJECTIVES[stage.objective](model, config.objective)
+    objective = OBJECTIVES[config.objective_name](model, config.objective)
 
     dataset = build_dataset(config, processor, model.config)
     manifest = StageManifest(

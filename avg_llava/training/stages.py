@@ -10,7 +10,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 Part = Literal["vision", "projector", "newline", "llm", "router"]
-ObjectiveName = Literal["instruction", "multi_granularity", "router"]
+ObjectiveName = Literal["instruction", "multi_granularity", "router", "gumbel"]
 
 # Parameter names of a part start with one of these.
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
@@ -64,8 +64,15 @@ def part_of(parameter_name: str) -> Part:
     raise ValueError(f"parameter {parameter_name} belongs to no part; add its prefix to PART_PREFIXES")
 
 
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter belongs to an adapter of LoRA, as peft names them."""
+    return ".lora_A." in parameter_name or ".lora_B." in parameter_name
+
+
 def set_trainable(model: nn.Module, stage: Stage) -> dict[Part, PartCount]:
     """Let exactly the stage's parts require gradients, and log how many parameters that is.
+
+    Of a part with adapters, only these do.
 
     Args:
         model: the whole model, not yet partitioned.
@@ -74,13 +81,16 @@ def set_trainable(model: nn.Module, stage: Stage) -> dict[Part, PartCount]:
     Returns:
         Parameter counts of every part.
     """
+    adapted = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in stage.trains)
+        part = part_of(name)
+        parameter.requires_grad_(part in stage.trains and (part not in adapted or is_adapter(name)))
     counts = count_parameters(model)
     logger.info("stage %d: %s", stage.number, stage.purpose)
     for part, count in counts.items():
         verb = "train" if count.trainable else "frozen"
-        logger.info("  %-9s %-6s %15s parameters", part, verb, f"{count.total:,}")
+        of_total = f" of {count.total:,}" if 0 < count.trainable < count.total else ""
+        logger.info("  %-9s %-6s %15s%s parameters", part, verb, f"{count.trainable or count.total:,}", of_total)
     return counts
 
 

@@ -24,11 +24,13 @@ from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.loading import load_model
 from avg_llava.model.routing import RoutingModel, load_routing_model
 from avg_llava.training.config import TrainConfig
+from avg_llava.training.lora import merge_adapters, save_adapters, unmerge
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
 from avg_llava.training.progress import LOG_NAME, ProgressBar, RunFiles
 from avg_llava.training.saving import checkpoint_bytes, writing
+from avg_llava.training.stages import is_adapter
 
 CONFIG_NAME = "train_config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -178,6 +180,9 @@ class StageTrainer(Trainer):
         if state_dict is None:
             state_dict = self.model.state_dict()
         weights = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+        if self.config.lora is not None:
+            save_adapters(folder, self.model.model, weights, str(self.config.model.start))
+            weights = merge_adapters(weights, self.config.lora)
         self.model.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         (folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
@@ -282,7 +287,9 @@ def training_arguments(
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model, whole or for routing alone, the weights of a checkpoint of its own kind."""
     load_own = load_routing_model if isinstance(model, RoutingModel) else load_model
-    model.load_state_dict(load_own(str(folder), dtype=model.dtype).state_dict())
+    weights = load_own(str(folder), dtype=model.dtype).state_dict()
+    has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
+    model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
 
 
 def _weighted_means(records: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from avg_llava import load_model
 from avg_llava.training.assembly import build_model
@@ -65,6 +66,7 @@ def two_processes(request, world, tmp_path_factory) -> Path:
     # What the 7B configurations use, beside the plain runs: recomputed activations, and bfloat16.
     configs.append(_vary(configs[2], "checkpointed", gradient_checkpointing=True))
     configs.append(_vary(configs[2], "bf16", precision="bf16"))
+    configs.append(_with_lora(configs[2]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*launch, "-m", "tests.distributed.worker", *map(str, configs)],
@@ -112,6 +114,15 @@ def _vary(path: Path, name: str, **runtime: object) -> Path:
     values["optim"]["max_steps"] = 3
     values["output"] = {"dir": str(path.parent / name)}
     varied = path.with_name(f"{name}.yaml")
+    varied.write_text(yaml.safe_dump(values))
+    return varied
+
+
+def _with_lora(path: Path) -> Path:
+    """A short run of the same stage with adapters in language model and tower."""
+    varied = _vary(path, "lora")
+    values = yaml.safe_load(varied.read_text())
+    values["lora"] = {"rank": 4, "alpha": 8, "dropout": 0.0, "vision": True}
     varied.write_text(yaml.safe_dump(values))
     return varied
 
@@ -166,6 +177,23 @@ def test_only_the_stage_s_parts_change(two_processes, world, stage):
         assert {name.split(".")[4] for name in layers} == {"0", "1"}, "of three layers, features come from the second"
         moved = max((weight - after[name]).abs().max().item() for name, weight in before.named_parameters())
         assert moved > 1e-3
+
+
+def test_lora_equals_one_process(two_processes, one_process):
+    """Losses, adapters and the merged weights that the first process gathers; the frozen ones are not touched."""
+    run_stage(load_config(_with_lora(one_process / "stage3.yaml")))
+    expected, found = one_process / "lora", two_processes / "lora"
+    assert _losses(found) == pytest.approx(_losses(expected), abs=1e-4)
+    assert len(set(_losses(found))) > 1
+    before = load_file(two_processes / "stage2" / "model.safetensors")
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        weights = load_file(found / file)
+        for name, tensor in load_file(expected / file).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    weights = load_file(found / "model.safetensors")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, weights[name])}
+    assert any(name.endswith("q_proj.weight") for name in changed)
+    assert not any("embed_tokens" in name or "lm_head" in name or "patch_embedding" in name for name in changed)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("checkpointed", 1e-4), ("bf16", 3e-2)])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from avg_llava import AvgLlavaForConditionalGeneration
+from avg_llava import AvgLlavaForConditionalGeneration, load_model
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens
-from tests.model.tiny import tiny_config, tiny_model
+from tests.model.tiny import images, prompt, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,51 @@ def test_more_words_than_slots(router):
     inputs = _inputs(num_words=40, num_valid=30)
     with torch.no_grad():
         torch.testing.assert_close(router(*inputs), _plain(router, *inputs), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["paper", "released"])
+def image_only(request) -> AvgLlavaForConditionalGeneration:
+    return tiny_model(behavior=request.param, router_config={"num_text_tokens": 0})
+
+
+def test_image_only_router_equals_plain_version():
+    router = tiny_model(router_config={"num_text_tokens": 0}).model.router
+    with torch.no_grad():
+        torch.testing.assert_close(router(*_inputs()), _plain(router, *_inputs()), rtol=0, atol=1e-5)
+
+
+def test_only_the_image_only_router_is_deaf_to_the_instruction(image_only):
+    """Through the whole model: other words, of another number, and none at all."""
+    normal = tiny_model(behavior=image_only.config.behavior)
+    size, other = (60, 30), (32, 32)
+    for model in (image_only, normal):
+        with torch.no_grad():
+            found = [
+                model(input_ids=prompt(length, 3, seed=seed)[None], **images(model.config, size)).router_logits
+                for length, seed in ((20, 1), (20, 2), (31, 3), (4, 4))
+            ]
+            other_image = model(input_ids=prompt(20, 3, seed=1)[None], **images(model.config, other)).router_logits
+        differences = [(logits - found[0]).abs().max() for logits in found[1:]]
+        if model is image_only:
+            assert max(differences) == 0
+        else:
+            assert min(differences) > 1e-4
+        assert (other_image - found[0]).abs().max() > 1e-4
+
+
+def test_image_only_router_is_saved_and_loaded_as_such(image_only, tmp_path):
+    image_only.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config.router_config.num_text_tokens == 0
+    assert loaded.model.router.voter.shape == (4 + 8 + 16 + 32 + 64, 1)
+    inputs = {"input_ids": prompt(20, 3)[None], **images(image_only.config, (60, 30))}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).router_logits, image_only(**inputs).router_logits)
+
+
+def test_a_negative_number_of_text_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"router_config\.num_text_tokens must be at least 0, got -1"):
+        tiny_config(router_config={"num_text_tokens": -1})
 
 
 def test_absent_words_change_nothing(router):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avg_llava.model.scaler import granularity_pyramid, pool_tokens, token_grid
+from avg_llava.model.scaler import granularity_pyramid, pool_tokens, spread_tokens, token_grid
 
 
 @pytest.mark.parametrize("side", [8, 24])
@@ -23,6 +23,17 @@ def test_pooled_token_is_the_mean_of_its_patches(side):
             ]
             assert len(patches) == side * side // granularity
             torch.testing.assert_close(pooled[:, token], torch.stack(patches).mean(0))
+
+
+@pytest.mark.parametrize("granularity", granularity_pyramid(8, 5))
+def test_spread_token_is_on_all_its_patches(granularity):
+    tokens = torch.randn(2, granularity, 3)
+    rows, columns = token_grid(8, granularity)
+    spread = spread_tokens(tokens, 8)
+    for patch in range(64):
+        row, column = divmod(patch, 8)
+        assert torch.equal(spread[:, patch], tokens[:, row * rows // 8 * columns + column * columns // 8])
+    torch.testing.assert_close(pool_tokens(spread, 8, granularity), tokens)
 
 
 def test_pyramid_halves_width_first():

@@ -15,7 +15,7 @@ def write(tmp_path):
     def write_values(stage: int = 2, **sections) -> Path:
         values = stage_values(stage, tmp_path / "runs", tmp_path)
         for name, section in sections.items():
-            values[name] = {**values[name], **section} if isinstance(section, dict) else section
+            values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
@@ -102,6 +102,29 @@ def test_mistakes_are_named(write, overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(), overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "objective", "message"),
+    [
+        (3, {"method": "gumbel"}, r"objective\.method is for stage 4, .* this is stage 3"),
+        (
+            4,
+            {"method": "gumbel", "feedback_store": "store"},
+            r"nothing to store; set objective\.feedback_store to null",
+        ),
+        (4, {"method": "gumbel", "temperature": 0}, r"objective\.temperature must be above 0"),
+        (4, {"method": "gumble"}, r"objective\.method must be one of rglf, gumbel; .* did you mean 'gumbel'"),
+    ],
+)
+def test_mistakes_in_the_method(write, stage, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(stage, objective=objective))
+
+
+def test_the_method_decides_the_objective(write):
+    assert load_config(write(4)).objective_name == "router"
+    assert load_config(write(4), ["--objective.method", "gumbel"]).objective_name == "gumbel"
 
 
 def test_stage_1_needs_backbones(write):

@@ -188,6 +188,21 @@ def test_activations_are_those_that_autograd_keeps(stage, monkeypatch):
     assert found == pytest.approx(measured, rel=0.25)
 
 
+def test_activations_of_a_drawn_level(monkeypatch):
+    """At the finest level, through a frozen language model."""
+    finest = torch.tensor([0.0, 0, 0, 0, 1])
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", lambda logits, **_: logits.softmax(-1) * 0 + finest)
+    torch.manual_seed(0)
+    config = PRESETS["mini"].config()
+    model = AvgLlavaForConditionalGeneration(config)
+    set_trainable(model, STAGES[4])
+    samples = sample_shapes(4, config)
+    objective = OBJECTIVES["gumbel"](model, ObjectiveSettings()).train()
+    batch = make_batch(samples, config, torch.device("cpu"))
+    measured = _kept_bytes(model, lambda: objective(**batch)["loss"])
+    assert activation_memory(4, samples, config, 4, False, draws_level=True).kept == pytest.approx(measured, rel=0.25)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_recomputed_activations(stage, monkeypatch):
     """Beside what autograd keeps, the estimate holds one layer of each part, which the backward pass makes again."""

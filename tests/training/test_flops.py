@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from avg_llava import AvgLlavaForConditionalGeneration
 from avg_llava.training import flops
 from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
-from avg_llava.training.config import ObjectiveSettings
+from avg_llava.training.config import LoraSettings, ObjectiveSettings
+from avg_llava.training.lora import adapter_shapes, add_adapters
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.plain import plain_loss
 from avg_llava.training.stages import STAGES, set_trainable
@@ -54,6 +55,32 @@ class TestForwardPasses:
         assert flops.router_flops(5, model.config) == pytest.approx(counted, rel=1e-2)
 
 
+def test_steps_at_a_drawn_level(model, monkeypatch):
+    """The mean of steps that draw each level once. Within 10%: attention has two factors to differentiate, where a
+    frozen matrix has one, and is a larger part of this model than of a real one.
+    """
+    config = model.config
+    model.zero_grad()
+    set_trainable(model, STAGES[4])
+    samples = sample_shapes(4, config)
+    batch = make_batch(samples, config, torch.device("cpu"))
+    objective = OBJECTIVES["gumbel"](model, ObjectiveSettings()).train()
+    counted = causal = 0.0
+    for level in range(len(config.granularities)):
+
+        def draw(logits, tau, hard, level=level):
+            return logits.softmax(-1) * 0 + torch.eye(logits.shape[-1])[level]
+
+        monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", draw)
+        counted += _counted(lambda: objective(**batch)["loss"].backward()) / len(config.granularities)
+        lengths = [sample.length(config.granularities[level], config) for sample in samples]
+        masked, unmasked = (flops.language_flops(lengths, config, masked) for masked in (True, False))
+        causal += 2 * (masked - unmasked) / len(config.granularities)
+    expected = flops.step_flops(4, samples, config, plain=False, draws_level=True)
+    assert expected.total + causal == pytest.approx(counted, rel=0.1)
+    assert expected.language < flops.step_flops(4, samples, config, plain=False).language
+
+
 @pytest.mark.parametrize("way", ["plain", "ours"])
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_steps(model, stage, way):
@@ -78,6 +105,27 @@ def test_steps(model, stage, way):
             masked, causal = (flops.language_flops(lengths, config, masked) for masked in (True, False))
             expected += (1 if stage == 4 else 3) * (masked - causal)
     assert expected == pytest.approx(_counted(run), rel=0.05)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_steps_with_adapters(vision):
+    """Stage 3, where frozen matrices take no gradients of their own, and the adapters' are small but there."""
+    torch.manual_seed(0)
+    model = AvgLlavaForConditionalGeneration(PRESETS["mini"].config())
+    config = model.config
+    add_adapters(model, LoraSettings(rank=16, dropout=0.0, vision=vision), seed=0)
+    set_trainable(model, STAGES[3])
+    samples = sample_shapes(3, config)
+    batch = make_batch(samples, config, torch.device("cpu"))
+    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings()).train()
+    counted = _counted(lambda: objective(**batch)["loss"].backward())
+    expected = flops.step_flops(3, samples, config, plain=False, adapters=adapter_shapes(model)).total
+    for level in config.granularities:
+        seen = [each for each in samples if each.image_size is not None or level == config.granularities[-1]]
+        lengths = [sample.length(level, config) for sample in seen]
+        masked, causal = (flops.language_flops(lengths, config, masked) for masked in (True, False))
+        expected += 3 * (masked - causal)
+    assert expected == pytest.approx(counted, rel=0.05)
 
 
 def test_proportioned_is_the_7b_model_in_small():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from avg_llava.model.anyres import canvas_tiles, kept_window
+from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.losses import ranking_loss
 from avg_llava.training.objectives import (
@@ -54,8 +56,10 @@ def _text_only(batch):
 
 
 def _objective(model, stage, **settings):
-    set_trainable(model, STAGES[stage])
-    objective = OBJECTIVES[STAGES[stage].objective](model, ObjectiveSettings(**settings))
+    """The objective of a stage's number, or stage 4's "gumbel"."""
+    name = stage if stage == "gumbel" else STAGES[stage].objective
+    set_trainable(model, STAGES[4 if stage == "gumbel" else stage])
+    objective = OBJECTIVES[name](model, ObjectiveSettings(**settings))
     objective.train()
     return objective
 
@@ -75,13 +79,84 @@ def test_multi_granularity_loss_is_the_mean_over_levels(model, batch):
         torch.testing.assert_close(output["metrics"][f"loss_{level}"], loss.detach(), rtol=1e-6, atol=1e-6)
 
 
+def _released_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One-hot draws with the gradient of a softmax, from the same random numbers as torch's own."""
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / temperature).softmax(-1)
+    hard = torch.nn.functional.one_hot(soft.argmax(-1), logits.shape[-1])
+    return hard - soft.detach() + soft
+
+
+def _released_tokens(crops: torch.Tensor, weights: torch.Tensor, size: tuple[int, int], model) -> torch.Tensor:
+    """All levels padded with zeros to the finest, mixed, cut to the length of the one drawn, laid out as an image."""
+    config, side = model.config, model.config.num_patches_per_side
+    mixed = torch.zeros_like(crops)
+    for weight, level in zip(weights, config.granularities, strict=True):
+        padded = torch.zeros_like(crops)
+        padded[:, :level] = pool_tokens(crops, side, level)
+        mixed = mixed + weight * padded
+    drawn = config.granularities[int(weights.argmax())]
+    cut = mixed[:, :drawn]
+    tile_rows, tile_columns = canvas_tiles(size, config)
+    rows, columns = token_grid(side, drawn)
+    window = kept_window(size, drawn, config)
+    tokens = list(cut[0])
+    for row in range(window.top, window.bottom):
+        for column in range(window.left, window.right):
+            tile = 1 + row // rows * tile_columns + column // columns
+            tokens.append(cut[tile, row % rows * columns + column % columns])
+        tokens.append(model.model.image_newline)
+    assert window.bottom <= tile_rows * rows
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gumbel_loss_and_gradient_by_brute_force(model, batch, temperature, seed):
+    """The released formulation, sample by sample, on the language model's own logits."""
+    objective = _objective(model, "gumbel", temperature=temperature)
+    torch.manual_seed(seed)
+    output = objective(**batch)
+    output["loss"].backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.model.router.named_parameters()}
+
+    model.zero_grad()
+    features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
+    logits = model.route(features, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    torch.manual_seed(seed)
+    weights = _released_weights(logits, temperature)
+    total, count = 0, 0
+    for sample, crops in enumerate(features.crops.split(features.num_crops)):
+        length = int(batch["attention_mask"][sample].sum())
+        ids, labels = batch["input_ids"][sample, :length], batch["labels"][sample, :length]
+        place = int((ids == model.config.image_token_id).nonzero())
+        visual = _released_tokens(crops, weights[sample], SIZES[sample], model)
+        embed = model.get_input_embeddings()
+        embeds = torch.cat([embed(ids[:place]), visual, embed(ids[place + 1 :])])
+        hidden = model.model.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
+        answer = labels[place + 1 :]
+        log_probs = torch.nn.functional.linear(hidden, model.lm_head.weight).log_softmax(-1)
+        for offset in range(len(answer)):
+            if answer[offset] != -100:
+                total = total - log_probs[place + len(visual) + offset - 1, answer[offset]]
+                count += 1
+    loss = total / count
+    loss.backward()
+    assert output["num_items"] == count == 5 + 7, "the sample of text does not count"
+    torch.testing.assert_close(output["loss"], loss, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.model.router.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale.item(), msg=name)
+
+
 def test_images_are_encoded_once(model, batch, monkeypatch):
     calls = []
     encode = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda *arguments: calls.append(1) or encode(*arguments))
-    for stage in (2, 3, 4):
+    for stage in (2, 3, 4, "gumbel"):
         _objective(model, stage)(**batch)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("feedback", ["mean", "sum"])
@@ -148,7 +223,7 @@ def test_tie_tolerance_makes_the_coarsest_level_the_label(model, batch):
     torch.testing.assert_close(output["metrics"]["cross_entropy"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, "gumbel"])
 def test_a_batch_without_images_runs_every_trained_part(model, batch, stage):
     """Under ZeRO, all ranks must have gradients of the same parts; here they are zero where no image was."""
     objective = _objective(model, stage)
@@ -160,7 +235,7 @@ def test_a_batch_without_images_runs_every_trained_part(model, batch, stage):
     objective(**batch)["loss"].backward()
     with_images = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert graded == with_images
-    if stage == 4:
+    if stage in (4, "gumbel"):
         assert (output["loss"].item(), output["num_items"]) == (0.0, 0)
         assert "router_entropy" not in output["metrics"]
 
@@ -178,7 +253,7 @@ def test_the_blank_crop_has_no_say(model, batch, stage):
             assert parameter.grad is None or parameter.grad.abs().max() == 0, name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, "gumbel"])
 def test_a_fully_masked_batch_gives_zero(model, batch, stage):
     output = _objective(model, stage)(**{**batch, "labels": torch.full_like(batch["labels"], -100)})
     output["loss"].backward()

@@ -82,6 +82,47 @@ def test_only_the_stage_s_parts_change(stages, world, stage):
         assert any("vision_tower.encoder.layers.0" in name for name in changed)
 
 
+@pytest.mark.parametrize("levels", [[64], [4, 16, 64]])
+def test_stage_3_learns_some_of_the_levels(stages, world, tmp_path, levels):
+    """The result knows these levels only, with a router for them; its losses are means over them."""
+    overrides = ("--model.granularities", str(levels), "--output.dir", str(tmp_path / "stage3"))
+    folder = run.run_stage(_config(3, stages, world, overrides))
+    model, _ = load(folder)
+    assert model.config.granularities == levels
+    assert model.model.router.voter.shape == (sum(levels) + 6, 1)
+    (first, *_) = (line for line in _log(folder) if "loss" in line)
+    assert sum(first[f"loss_{level}"] for level in levels) / len(levels) == pytest.approx(first["loss"], rel=1e-4)
+    assert [key for key in first if key.startswith("loss_")] == [f"loss_{level}" for level in levels]
+    (whole, *_) = (line for line in _log(stages / "stage3") if "loss" in line)
+    for level in levels:
+        assert first[f"loss_{level}"] == pytest.approx(whole[f"loss_{level}"], rel=1e-4)
+
+
+def test_a_router_that_sees_the_image_only(stages, world, tmp_path):
+    router = "{num_text_tokens: 0, num_attention_heads: 2}"
+    folder = run.run_stage(_config(4, stages, world, ("--model.router", router, "--output.dir", str(tmp_path))))
+    model, _ = load(folder)
+    assert model.config.router_config.num_text_tokens == 0
+    assert model.model.router.voter.shape == (4 + 8 + 16 + 32 + 64, 1)
+
+
+def test_router_from_the_instruction_loss(stages, world, tmp_path):
+    """With and without recomputed activations; the draws, and with them the losses, are the same."""
+    logs = []
+    for recompute in ("false", "true"):
+        overrides = ("--objective.method", "gumbel", "--runtime.gradient_checkpointing", recompute)
+        folder = run.run_stage(_config(4, stages, world, (*overrides, "--output.dir", str(tmp_path / recompute))))
+        logs.append([line["loss"] for line in _log(folder) if "loss" in line])
+        before, after = load(stages / "stage3")[0].state_dict(), load(folder)[0].state_dict()
+        changed = {part_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert changed == {"router"}
+    assert len(logs[0]) == 4
+    assert logs[1] == pytest.approx(logs[0], abs=1e-5)
+    (line, *_) = (line for line in _log(folder) if "loss" in line)
+    assert sum(line[f"share_{level}"] for level in (4, 8, 16, 32, 64)) == pytest.approx(1)
+    assert line["router_entropy"] > 0
+
+
 def test_log(stages):
     for stage, extra in {3: "loss_64", 4: "ranking_loss"}.items():
         lines = _log(stages / f"stage{stage}")

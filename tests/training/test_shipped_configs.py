@@ -12,13 +12,18 @@ from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.data.conversation import TEMPLATES
 from avg_llava.model.loading import KNOWN_TOWERS
 from avg_llava.training.config import RouterSettings, load_config
+from avg_llava.training.manifest import changed_keys
 from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import STAGES, count_parameters, set_trainable
 from tests.parity.golden import GOLDEN
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+MINI_ABLATIONS = sorted((ROOT / "configs/mini/ablations").glob("*.yaml"))
+LORA = sorted((ROOT / "configs/vicuna-7b/lora").glob("*.yaml"))
 SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS))
+# Some of the things that ablations change, each one.
+CHANGES = {"gumbel": "objective.method", "image_only": "model.router", "fixed_576": "model.granularities"}
 WIDTH = 4096
 
 
@@ -36,25 +41,73 @@ def test_shipped_configuration(path, monkeypatch):
     assert config.accumulation_steps(2) >= 1
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_shipped_ablation(path, monkeypatch):
-    """Stage 4 of the paper but for one thing, from the one store of feedback, with an output of its own."""
+@pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
+def test_shipped_lora(path, monkeypatch):
+    """The stage as it is, but for the adapters, their rate and the folders."""
     monkeypatch.chdir(ROOT)
-    full, config = load_config("configs/vicuna-7b/stage4.yaml").to_dict(), load_config(path).to_dict()
-    assert path.read_text().count("stage: 4") == 1, "what scripts/train_stage4.sh looks for"
-    assert config["output"].pop("dir") == f"runs/ablations/{path.stem}"
-    assert config["objective"].pop("feedback_store") == "runs/vicuna-7b/feedback"
-    full["output"].pop("dir")
-    full["objective"].pop("feedback_store")
+    plain, config = load_config(f"configs/vicuna-7b/{path.name}").to_dict(), load_config(path).to_dict()
+    assert path.read_text().count(f"stage: {config['stage']}") == 1, "what the scripts look for"
+    assert changed_keys(plain, config) == [
+        f"lora.{key}: None -> {value}" for key, value in sorted(config["lora"].items()) if value is not None
+    ] + (["model.start: runs/vicuna-7b/stage2 -> runs/vicuna-7b/lora/stage2"] if config["stage"] == 3 else []) + [
+        f"optim.lora_lr: None -> {config['optim']['lora_lr']}"
+    ]
+    assert config["output"]["dir"] == f"runs/vicuna-7b/lora/{path.stem}"
+
+
+def _changed(path: Path, base: dict, output: str, store: str) -> list[str]:
+    """Keys in which an ablation differs from what it ablates, output and feedback store apart, which are checked."""
+    config = load_config(path).to_dict()
+    assert path.read_text().count(f"\nstage: {base['stage']}\n") == 1, "what scripts/train_stage<N>.sh looks for"
+    assert config["stage"] == base["stage"]
+    assert config["output"].pop("dir") == f"{output}/{path.stem}"
+    learns_from_feedback = config["stage"] == 4 and config["objective"]["method"] == "rglf"
+    assert config["objective"].pop("feedback_store") == (store if learns_from_feedback else None)
+    base["output"].pop("dir")
+    base["objective"].pop("feedback_store")
+    assert config.keys() == base.keys()
+    sections = [section for section in base if isinstance(base[section], dict)]
     changed = [
         f"{section}.{key}"
-        for section in ("model", "data", "objective", "optim", "runtime", "logging", "output")
-        for key in full[section]
-        if full[section][key] != config[section][key]
+        for section in sections
+        for key in base[section]
+        if base[section][key] != config[section][key]
     ]
-    assert len(changed) == (path.stem != "full"), changed
+    assert path.stem not in CHANGES or changed == [CHANGES[path.stem]]
     if changed == ["model.router"]:
-        assert config["model"]["router"] == {**asdict(RouterSettings()), "num_text_tokens": int(path.stem[2:])}
+        num_text_tokens = 0 if path.stem == "image_only" else int(path.stem.removeprefix("k_"))
+        usual = base["model"]["router"] or asdict(RouterSettings())
+        assert config["model"]["router"] == {**usual, "num_text_tokens": num_text_tokens}
+    if changed == ["model.granularities"]:
+        levels = path.stem.removeprefix("stage3_").split("_")[1:]
+        assert config["model"]["granularities"] == [int(level) for level in levels]
+    return changed
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_shipped_ablation(path, monkeypatch):
+    """A stage of the paper but for one thing; stage 4 from the one store of feedback; with an output of its own."""
+    monkeypatch.chdir(ROOT)
+    stage = load_config(path).stage
+    base = load_config(f"configs/vicuna-7b/stage{stage}.yaml").to_dict()
+    changed = _changed(path, base, "runs/ablations", "runs/vicuna-7b/feedback")
+    assert len(changed) == (path.stem != "full"), changed
+
+
+@pytest.mark.parametrize("path", MINI_ABLATIONS, ids=lambda path: path.stem)
+def test_shipped_mini_ablation(path, monkeypatch):
+    """The folder's full method but for one thing. That one is the mini world's stage 4, on some of its data."""
+    monkeypatch.chdir(ROOT)
+    full = path.with_name("full.yaml")
+    base = load_config("configs/mini/stage4.yaml" if path == full else full).to_dict()
+    changed = _changed(path, base, "runs/mini/ablations", "runs/mini/ablations/feedback")
+    if path == full:
+        start = ["model.start", "model.force_start", "model.router"]
+        assert set(changed) == {*start, "data.sources", "runtime.deepspeed", "output.save_every"}
+        trained = load_config("configs/mini/stage1.yaml").model.router
+        assert load_config(full).model.router == trained, "as large as the one that the quickstart trains"
+    else:
+        assert len(changed) == 1, changed
 
 
 def test_there_is_a_configuration_for_every_stage():
