@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from avg_llava.cli.bench import add_bench
+from avg_llava.cli.demo import add_demo
 from avg_llava.cli.estimate import add_estimate
 from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.export import add_export
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_estimate(commands)
     add_inference(commands)
     add_export(commands)
+    add_demo(commands)
     add_evaluation(commands)
     add_report(commands)
     add_mini(commands)

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Images with more pixels than this are refused unread: Pillow's own limit against decompression bombs."""
@@ -85,6 +85,8 @@ def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:  # above twice Pillow's own limit, which comes first
         raise OversizedImageError(f"{name}: far above the limit of {max_pixels} pixels ({error})") from error
+    except UnidentifiedImageError as error:  # whose own message shows the object that was read
+        raise DataError(f"{name}: cannot be read as an image (of no format that Pillow knows)") from error
     except _DECODING_ERRORS as error:
         raise DataError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})") from error
 

@@ -1,0 +1,152 @@
+"""Pictures of what the language model gets to see: an image's crops under the grid of their visual tokens.
+
+Sizes are (height, width) in pixels. Shapes: P crops of one image (overview first, then tiles row-major), S crop side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+from avg_llava.model.anyres import canvas_tiles, kept_window
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.processing import AvgLlavaImageProcessor
+from avg_llava.model.scaler import token_grid
+
+_TILE_BORDER = (255, 122, 0)
+_GREY = 128
+_LINE_STRENGTH, _DROPPED_STRENGTH = 0.6, 0.75
+_STRIPE, _LARGE_CELL = 6, 24  # pixels
+# Pictures are enlarged while they stay within so many pixels: crops of small models have few.
+_LONGEST_CANVAS, _LONGEST_OVERVIEW = 768, 336
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where the visual tokens of a picture lie, in its pixels.
+
+    Attributes:
+        size: Of the picture.
+        tile: Side of a tile.
+        cell: Of one token.
+        kept: (top, bottom, left, right) of the tokens that are kept, ends excluded; the others are padding.
+    """
+
+    size: tuple[int, int]
+    tile: int
+    cell: tuple[int, int]
+    kept: tuple[int, int, int, int]
+
+    def scaled(self, factor: int) -> "TokenGrid":
+        """The grid of the picture `factor` times as large."""
+        (height, width), (cell_height, cell_width), (top, bottom, left, right) = self.size, self.cell, self.kept
+        return TokenGrid(
+            (height * factor, width * factor),
+            self.tile * factor,
+            (cell_height * factor, cell_width * factor),
+            (top * factor, bottom * factor, left * factor, right * factor),
+        )
+
+
+def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> TokenGrid:
+    """The grid on an image's canvas, at `granularity` tokens per crop."""
+    crop = config.vision_config.image_size
+    tile_rows, tile_columns = canvas_tiles(image_size, config)
+    rows, columns = token_grid(config.num_patches_per_side, granularity)
+    height, width = crop // rows, crop // columns
+    window = kept_window(image_size, granularity, config)
+    kept = (window.top * height, window.bottom * height, window.left * width, window.right * width)
+    return TokenGrid((crop * tile_rows, crop * tile_columns), crop, (height, width), kept)
+
+
+def overview_grid(granularity: int, config: AvgLlavaConfig) -> TokenGrid:
+    """The grid on the overview crop, of which every token is kept."""
+    crop = config.vision_config.image_size
+    rows, columns = token_grid(config.num_patches_per_side, granularity)
+    return TokenGrid((crop, crop), crop, (crop // rows, crop // columns), (0, crop, 0, crop))
+
+
+def crops_of(image: Image.Image, image_processor: AvgLlavaImageProcessor) -> np.ndarray:
+    """The crops that the vision tower gets, as they look: (P, S, S, 3) bytes.
+
+    They are the processor's own pixels, with its normalisation undone.
+    """
+    pixels = image_processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, S, S)
+    colors = rearrange(pixels, "p c h w -> p h w c") * image_processor.image_std + image_processor.image_mean
+    return np.rint(colors / image_processor.rescale_factor).clip(0, 255).astype(np.uint8)
+
+
+def canvas_of(crops: np.ndarray, tile_columns: int) -> np.ndarray:
+    """The canvas (height, width, 3) whose tiles follow the overview in (P, S, S, 3) crops."""
+    return rearrange(crops[1:], "(r k) h w c -> (r h) (k w) c", k=tile_columns)
+
+
+def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarray:
+    """A picture (height, width, 3) under its grid.
+
+    A line is the first row or column of pixels of each token but those at the edge, two of them in large tokens; dark
+    on bright pixels, bright on dark ones. Borders of tiles are orange and three pixels wide. What unpadding drops is
+    striped.
+
+    Args:
+        picture: Bytes.
+        grid: Of the picture.
+        factor: How many pixels wide and high each pixel becomes; lines stay as thin as they are.
+
+    Raises:
+        ValueError: The grid is not of a picture of this size.
+    """
+    if picture.shape[:2] != grid.size:
+        raise ValueError(f"the grid is of a picture of {grid.size} pixels, not of {picture.shape[:2]}")
+    colors = picture.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float32)
+    grid = grid.scaled(factor)
+    (height, width), (top, bottom, left, right) = grid.size, grid.kept
+    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
+    kept = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    lines = kept & (_is_line(y, grid.cell[0]) | _is_line(x, grid.cell[1]))
+    contrast = np.where(colors.mean(axis=-1, keepdims=True) < _GREY, 255.0, 0.0)
+    colors = np.where(lines[..., None], colors + (contrast - colors) * _LINE_STRENGTH, colors)
+    stripes = np.where((x + y) // _STRIPE % 2, _GREY, _GREY + 40)[..., None]
+    colors = np.where(kept[..., None], colors, colors + (stripes - colors) * _DROPPED_STRENGTH)
+    for edge in range(grid.tile, height, grid.tile):
+        colors[edge - 1 : edge + 2] = _TILE_BORDER
+    for edge in range(grid.tile, width, grid.tile):
+        colors[:, edge - 1 : edge + 2] = _TILE_BORDER
+    return np.rint(colors).astype(np.uint8)
+
+
+def _is_line(place: np.ndarray, cell: int) -> np.ndarray:
+    return (place >= cell) & (place % cell < (2 if cell >= _LARGE_CELL else 1))
+
+
+class TokenPictures:
+    """An image's crops, to be drawn under the grid of any level.
+
+    Args:
+        image: RGB.
+        image_processor: Of the model.
+        config: Of the model.
+    """
+
+    def __init__(self, image: Image.Image, image_processor: AvgLlavaImageProcessor, config: AvgLlavaConfig) -> None:
+        self.image_size = (image.height, image.width)
+        self.config = config
+        self._crops = crops_of(image, image_processor)
+        self._canvas = canvas_of(self._crops, canvas_tiles(self.image_size, config)[1])
+
+    def tiles(self, granularity: int) -> Image.Image:
+        """The canvas of tiles at `granularity` tokens per crop."""
+        return _drawn(self._canvas, tiles_grid(self.image_size, granularity, self.config), _LONGEST_CANVAS)
+
+    def overview(self, granularity: int) -> Image.Image:
+        """The overview crop, which is the whole image, squeezed into a square."""
+        return _drawn(self._crops[0], overview_grid(granularity, self.config), _LONGEST_OVERVIEW)
+
+
+def _drawn(picture: np.ndarray, grid: TokenGrid, longest: int) -> Image.Image:
+    return Image.fromarray(draw_grid(picture, grid, max(1, longest // max(grid.size))))
+
+
+__all__ = ["TokenGrid", "TokenPictures", "canvas_of", "crops_of", "draw_grid", "overview_grid", "tiles_grid"]
