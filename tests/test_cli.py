@@ -18,6 +18,7 @@ COMMANDS = [
     ["estimate"],
     ["generate"],
     ["chat"],
+    ["demo"],
     ["convert"],
     ["export", "model"],
     ["export", "prompts"],

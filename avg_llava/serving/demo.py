@@ -317,7 +317,8 @@ def wait_for_the_end() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    told.wait()
+    while not told.wait(1):  # a signal that reaches another thread does not end a wait
+        continue
 
 
 __all__ = ["Demo", "build_page", "read_controls", "read_upload", "serving", "wait_for_the_end"]

@@ -1,0 +1,184 @@
+"""What the page's buttons do, what it refuses, and how it is served."""
+
+import signal
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import gradio as gr
+import httpx
+import pytest
+from PIL import Image
+
+from avg_llava.mini.questions import all_questions
+from avg_llava.mini.world import scene_of
+from avg_llava.model.answers import Decoding, Request
+from avg_llava.model.budget import Budget
+from avg_llava.model.loading import load
+from avg_llava.serving.demo import (
+    MAX_NEW_TOKENS,
+    MAX_QUESTION_CHARACTERS,
+    MAX_UPLOAD_BYTES,
+    Demo,
+    read_controls,
+    serving,
+    wait_for_the_end,
+)
+from avg_llava.serving.examples import EXAMPLES, draw_examples
+from tests.model.test_predictor import noise_images
+from tests.tiny import make_checkpoint
+
+CONTROLS = ("router", 0, 100, 5)
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    return load(make_checkpoint(tmp_path_factory.mktemp("tiny")))[0].predictor
+
+
+@pytest.fixture
+def upload(tmp_path):
+    noise_images()[0].save(tmp_path / "0123.png")
+    return {"path": str(tmp_path / "0123.png"), "orig_name": "dots.png"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_controls():
+    assert read_controls("router", 0.5, 100, 7) == (Budget(None, 0.5, 100), Decoding(7))
+    assert read_controls("16", 0.5, 100, 7) == (Budget(16, 0.0, 100), Decoding(7))
+    for wrong in [("fine", 0, 9, 9), ("router", -1, 9, 9), ("router", 0, 0, 9), ("router", 0, 9, MAX_NEW_TOKENS + 1)]:
+        with pytest.raises(ValueError):
+            read_controls(*wrong)
+
+
+def test_ask(predictor, upload):
+    frames = list(Demo(predictor).ask(upload, " how many dots? ", *CONTROLS))
+    (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], decoding=Decoding(5))
+    text, stats, bars, tiles, overview = frames[0]
+    level = answer.granularity[0]
+    assert text == ""
+    assert f"{level} per crop" in stats
+    assert f"<b>{level}</b>" in bars
+    assert (tiles.width, overview.size) == (768, (320, 320))  # 32 pixels a tile, enlarged
+    *_, written, last = frames
+    assert written[0] == answer.text
+    assert "is being measured" in written[1]
+    assert "the finest level takes" in last[1]
+    assert f"{answer.num_visual_tokens} of " in last[1]
+    assert last[0] == gr.skip()
+
+
+def test_the_budget_is_kept(predictor, upload):
+    for controls, level in [(("8", 0, 100, 2), 8), (("router", 1e6, 100, 2), 1), (("router", 0, 10, 2), 1)]:
+        first = next(Demo(predictor).ask(upload, "how many dots?", *controls))
+        assert f"{level} per crop" in first[1]
+
+
+def test_text_only(predictor):
+    frames = list(Demo(predictor).ask(None, "hello", *CONTROLS))
+    (answer,) = predictor.predict([Request("hello")], decoding=Decoding(5))
+    assert frames[-1] == (answer.text, "", "", None, None)
+
+
+def test_compare(predictor, upload):
+    frames = list(Demo(predictor).compare(upload, "how many dots?", "8", 0, 100, 5))
+    assert [frame.count("data-level") for frame in frames] == [0, 1, 2, 3, 4, 5]
+    for level in predictor.granularities:
+        (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], Budget(level), Decoding(5))
+        card = frames[-1].split(f"data-level='{level}'")[1].split("data-level")[0]
+        assert f"<div class='avg-answer'>{answer.text}</div>" in card
+        assert f"<span>{answer.num_visual_tokens}</span>" in card
+    (routed,) = predictor.predict([Request("how many dots?", (noise_images()[0],))])
+    assert f"avg-chosen' data-level='{routed.granularity[0]}'" in frames[-1]
+
+
+@pytest.mark.parametrize(
+    ("question", "controls", "message"),
+    [
+        ("  ", CONTROLS, "there is no question"),
+        (None, CONTROLS, "there is no question"),
+        ("?" * (MAX_QUESTION_CHARACTERS + 1), CONTROLS, f"{MAX_QUESTION_CHARACTERS} at most"),
+        ("<image> and <image>", CONTROLS, "[1] images"),
+        ("what?", ("router", 0, 2, 5), "max_visual_tokens 2 is too low"),
+        ("what?", ("router", float("nan"), 100, 5), "token_cost is a price"),
+    ],
+)
+def test_mistakes_are_messages(predictor, upload, question, controls, message):
+    demo = Demo(predictor)
+    for press in (demo.ask, demo.compare):
+        with pytest.raises(gr.Error) as raised:
+            list(press(upload, question, *controls))
+        assert message in raised.value.message
+        assert not raised.value.print_exception
+
+
+def test_unknown_levels_are_messages(predictor, upload):
+    with pytest.raises(gr.Error, match="granularity 5 is not one of this model's levels"):
+        list(Demo(predictor).ask(upload, "what?", "5", 0, 100, 5))
+
+
+def test_broken_files_are_messages(predictor, tmp_path):
+    demo = Demo(predictor)
+    (tmp_path / "a").write_text("no image")
+    Image.new("1", (8000, 8000)).save(tmp_path / "b", "PNG")  # small as a file, 64 million pixels
+    demo.check(None)
+    for name, message in [("a", "cat.png: cannot be read as an image"), ("b", "above the limit of 32000000 pixels")]:
+        for press in (demo.check, lambda upload: list(demo.ask(upload, "what?", *CONTROLS))):
+            with pytest.raises(gr.Error) as raised:
+                press({"path": str(tmp_path / name), "orig_name": "cat.png"})
+            assert message in raised.value.message
+            assert str(tmp_path) not in raised.value.message
+    with pytest.raises(gr.Error, match="levels are compared on an image"):
+        list(demo.compare(None, "what?", *CONTROLS))
+
+
+def test_examples_can_be_answered(tmp_path):
+    examples = draw_examples(tmp_path)
+    for (index, question), (path, shown) in zip(EXAMPLES, examples, strict=True):
+        scene, _ = scene_of(0, "eval", index)
+        assert question in [wording for known in all_questions(scene) for wording in known.wordings]
+        assert shown == question
+        assert Image.open(path).size == scene.pixels().shape[::-1]
+
+
+def test_serving_reaches_nobody_else(predictor, monkeypatch):
+    """The page, its upload and its limits, while every connection of this process is looked at."""
+    connect, reached = socket.socket.connect, []
+
+    def watched(own, address):
+        reached.append(address)
+        return connect(own, address)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    port = free_port()
+    with serving(predictor, "127.0.0.1", port) as address:
+        assert address == f"http://127.0.0.1:{port}/"
+        assert "AVG-LLaVA" in httpx.get(address).text
+        config = httpx.get(f"{address}config").json()
+        assert not config["analytics_enabled"]
+        small = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * 1000})
+        large = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * (MAX_UPLOAD_BYTES + 1)})
+        assert (small.status_code, large.status_code) == (200, 413)
+        with pytest.raises(OSError, match=f"port {port}: choose another --port"), serving(predictor, "127.0.0.1", port):
+            pass
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)
+    assert reached
+    assert {host for host, *_ in reached} == {"127.0.0.1"}
+
+
+def test_waits_until_it_is_told_to_end():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM])
+    timer.start()
+    try:
+        wait_for_the_end()
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)

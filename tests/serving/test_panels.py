@@ -1,0 +1,101 @@
+"""The page's tables, with numbers worked out by hand."""
+
+import math
+import re
+
+import pytest
+from PIL import Image
+
+from avg_llava import AvgLlavaConfig
+from avg_llava.model.answers import Answer, PhaseTimes
+from avg_llava.model.budget import Budget
+from avg_llava.model.loading import KNOWN_TOWERS
+from avg_llava.serving.panels import Card, cards_html, level_rows, router_html, stats_html, token_sum
+
+CONFIG = AvgLlavaConfig(
+    vision_config=KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], text_config={"model_type": "llama"}
+)
+SQUARE = (672, 672)
+EQUAL = [0.2] * 5
+
+
+def an_answer(text="a cat", prefill=70.0, route=10.0):
+    return Answer(text, (36,), None, 192, 240, 3, "stop", PhaseTimes(20.0, route, prefill, 50.0))
+
+
+def rows_at(chosen, budget=Budget(), probabilities=EQUAL):
+    return level_rows(SQUARE, CONFIG, budget, probabilities, chosen)
+
+
+def texts(html):
+    return [part.strip() for part in re.sub(r"<[^>]*>", "\n", html).split("\n") if part.strip()]
+
+
+def test_rows():
+    rows = rows_at(144, Budget(max_visual_tokens=744))
+    assert [row.granularity for row in rows] == [36, 72, 144, 288, 576]
+    assert [row.grid for row in rows] == [(6, 6), (12, 6), (12, 12), (24, 12), (24, 24)]
+    assert [row.num_visual_tokens for row in rows] == [192, 384, 744, 1488, 2928]
+    assert [row.is_allowed for row in rows] == [True, True, True, False, False]
+    assert [row.is_chosen for row in rows] == [False, False, True, False, False]
+    assert all(row.is_allowed for row in rows_at(36))
+
+
+def test_the_price_divides_probabilities():
+    """ln 2 nats per doubling halve a level's probability for each doubling of its tokens."""
+    rows = rows_at(36, Budget(token_cost=math.log(2)))
+    assert [row.probability for row in rows] == EQUAL
+    assert [row.priced for row in rows] == pytest.approx([16 / 31, 8 / 31, 4 / 31, 2 / 31, 1 / 31], abs=1e-6)
+    assert [row.priced for row in rows_at(36)] == pytest.approx(EQUAL)
+    assert rows_at(36, probabilities=None)[0].priced is None
+
+
+def test_certain_router():
+    rows = rows_at(36, Budget(token_cost=0.5), [1.0, 0.0, 0.0, 0.0, 0.0])
+    assert [row.priced for row in rows] == [1, 0, 0, 0, 0]
+
+
+def test_where_tokens_come_from():
+    assert token_sum(SQUARE, 36, CONFIG) == "36 of the overview + 12 × 12 of the tiles + 12 newlines"
+    assert token_sum((720, 1280), 36, CONFIG) == "36 of the overview + 8 × 12 of the tiles + 8 newlines"
+
+
+def test_router_bars():
+    html = router_html(rows_at(72, Budget(max_visual_tokens=744), [0.1, 0.4, 0.2, 0.2, 0.1]), 0.0)
+    assert re.findall(r"width: ([\d.]+)%", html) == ["25.0", "100.0", "50.0", "50.0", "25.0"]
+    assert texts(html)[3:7] == ["36", "6 × 6", "10.0%", "192"]
+    assert html.count("over the limit") == 2
+    assert "<b>72</b>" in html
+    assert html.count("avg-chosen") == 1
+    assert "at this price" not in html
+    assert "→ 51.6% at this price" in router_html(rows_at(36, Budget(token_cost=math.log(2))), math.log(2))
+    assert texts(router_html(rows_at(36, probabilities=None), 0.0)) == [
+        "The level was forced, so the router was not asked."
+    ]
+
+
+def test_figures_of_an_answer():
+    rows = rows_at(36)
+    assert texts(stats_html(rows, "all of them", None, None))[:6] == [
+        "Level", "36 per crop", "6 × 6 tokens, chosen by the router",
+        "Visual tokens", "192 of 2928", "7% of the finest level: all of them",
+    ]  # fmt: skip
+    waiting = texts(stats_html(rows, "", an_answer(), None))
+    assert waiting[6:9] == ["First token", "100 ms", "the finest level is being measured"]
+    assert waiting[9:] == ["Whole answer", "150 ms", "encode 20, route 10, prefill 70, 3 tokens 50"]
+    done = texts(stats_html(rows, "", an_answer(), an_answer(prefill=230.0, route=0.0)))
+    assert done[8] == "the finest level takes 250 ms: speed-up 2.50"
+    assert "forced" in stats_html(rows_at(36, probabilities=None), "", None, None)
+
+
+def test_cards():
+    rows = rows_at(36)
+    cards = [Card(rows[0], Image.new("RGB", (2, 2)), an_answer("<b>cat</b> & dog"))]
+    html = cards_html(cards, rows)
+    assert html.count("data-level") == 1
+    assert html.count(">…<") == 4 + 1  # empty cards, and a speed-up that needs the finest level
+    assert "&lt;b&gt;cat&lt;/b&gt; &amp; dog" in html
+    assert texts(html)[:4] == ["router", "36", "6 × 6 per crop", "&lt;b&gt;cat&lt;/b&gt; &amp; dog"]
+    cards.append(Card(rows[-1], Image.new("RGB", (2, 2)), an_answer(prefill=170.0)))
+    assert texts(cards_html(cards, rows)).count("2.00") == 1
+    assert "src='data:image/png;base64,iVBOR" in html
