@@ -252,6 +252,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             masked = encoded.masked_because or "its answers are empty, or beyond the longest sequence"
         return EncodedText(torch.tensor(encoded.input_ids[:num_tokens]), labels, num_images, cut, masked)
 
+    @property
+    def source_names(self) -> list[str]:
+        """Short names of the sources: their files' names without ending, or their paths where these are not unique."""
+        names = [Path(file.path).stem for file in self.files]
+        return [name if names.count(name) == 1 else file.path for name, file in zip(names, self.files, strict=True)]
+
+    def source_number(self, index: int) -> int:
+        """Number of the source that a sample comes from."""
+        return self.origins[index].source
+
     def unique(self) -> list[int]:
         """Positions of the samples, each record once, also where `repeat:N` or several sources repeat it."""
         first: dict[tuple[str, str, int], int] = {}

@@ -22,9 +22,9 @@ from avg_llava.evaluation.baseline import as_llava_next, expand_placeholders
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.writing import now
-from avg_llava.training.bench import PRESETS, ModelShape, Preset, peak_memory, random_model
+from avg_llava.training.bench import PRESETS, ModelShape, Preset, random_model
 from avg_llava.training.flops import SampleShape, head_flops, language_flops, router_flops, vision_flops
-from avg_llava.training.machine import machine_facts
+from avg_llava.training.machine import machine_facts, peak_memory
 
 SHAPES: dict[Preset, ModelShape] = PRESETS | {
     # As deep as the 7B model, which the activations of training are too large for: the router, one layer whatever the

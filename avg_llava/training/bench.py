@@ -6,7 +6,6 @@ else the machine does meets both. Weights, pixels and texts are random: they cha
 
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.flops import SampleShape, StepFlops, step_flops
 from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
-from avg_llava.training.machine import machine_facts
+from avg_llava.training.machine import machine_facts, peak_memory
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.plain import plain_loss
 from avg_llava.training.stages import STAGES, set_trainable
@@ -338,14 +337,6 @@ def random_model(config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
 def compute_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def table_lines(result: dict[str, Any]) -> list[str]:

@@ -169,8 +169,11 @@ class LoggingSettings:
 
     every: int = 1
     """Optimizer steps between two lines of the log."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     run_name: str | None = None
+    peak_tflops: float | None = None
+    """What one device could do in the run's precision, in 10^12 operations per second, for the MFU; null: what is
+    published for the GPU, and no MFU where that is not known."""
     progress_bar: bool = True
 
 
@@ -304,6 +307,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "objective.temperature": config.objective.temperature,
         "model.max_length": config.model.max_length,
         "logging.every": config.logging.every,
+        "logging.peak_tflops": config.logging.peak_tflops,
         "output.keep": config.output.keep,
     }
     not_negative = {

@@ -15,9 +15,10 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
 from avg_llava.training.config import TrainConfig, load_config
-from avg_llava.training.flops import SampleShape, step_flops
+from avg_llava.training.flops import SampleShape, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape, adapter_shapes
 from avg_llava.training.losses import num_supervised
+from avg_llava.training.machine import GPUS
 from avg_llava.training.memory import SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
@@ -28,25 +29,6 @@ DEFAULT_MFU = 0.4
 NUM_DRAWN = 64  # samples that are looked at where the data are there
 RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU's published figures: memory in bytes; dense operations per second in 16 bits, TF32 and float32."""
-
-    memory: float
-    half: float
-    tf32: float
-    float32: float
-
-
-GPUS = {
-    "a100": Gpu(80e9, 312e12, 156e12, 19.5e12),
-    "a100-40gb": Gpu(40e9, 312e12, 156e12, 19.5e12),
-    "h100": Gpu(80e9, 989e12, 494e12, 67e12),
-    "h200": Gpu(141e9, 989e12, 494e12, 67e12),
-    "l40s": Gpu(48e9, 362e12, 183e12, 91.6e12),
-    "rtx4090": Gpu(24e9, 165e12, 82.6e12, 82.6e12),
-}
 
 # Records of the public sets, as playground/data/README.md gives them.
 KNOWN_RECORDS = {
@@ -140,7 +122,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         if shape.image_size is not None or level == levels[-1]
     )
     steps = _steps(config, samples.num_records)
-    peak = _peak(config, GPUS[request.gpu])
+    peak = GPUS[request.gpu].peak(config.runtime)
     seconds = flops / (peak * request.mfu * request.num_gpus)
     return {
         "config": str(path),
@@ -277,7 +259,7 @@ def _is_everything_here(config: TrainConfig) -> bool:
 
 
 def _drawn(config: TrainConfig, request: Request) -> Samples:
-    """Shapes of some of the run's samples. Further images of a sample count as samples without text."""
+    """Shapes of some of the run's samples."""
     processor, model_config = load_processor(config)
     dataset = build_dataset(config, processor, model_config)
     indices = random.Random(config.seed).sample(range(len(dataset)), min(NUM_DRAWN, len(dataset)))
@@ -287,8 +269,7 @@ def _drawn(config: TrainConfig, request: Request) -> Samples:
         text = dataset.encode_text(index, sizes)
         answer = int(num_supervised(text.labels[None]))
         prompt = len(text.input_ids) - text.num_images - answer
-        shapes.append(SampleShape(sizes[0] if text.num_images else None, prompt, answer))
-        shapes += [SampleShape(size, 0, 0) for size in sizes[1 : text.num_images]]
+        shapes += shapes_of(sizes[: text.num_images], prompt, answer)
     source = f"samples are as {len(indices)} drawn from the data"
     return Samples(shapes, request.num_samples or len(dataset), source)
 
@@ -319,14 +300,8 @@ def _steps(config: TrainConfig, num_samples: int | None) -> int | None:
     return math.ceil(math.ceil(num_samples / config.optim.global_batch_size) * config.optim.epochs)
 
 
-def _peak(config: TrainConfig, gpu: Gpu) -> float:
-    if config.runtime.precision != "fp32":
-        return gpu.half
-    return gpu.tf32 if config.runtime.tf32 else gpu.float32
-
-
 def _sharding(name: str) -> Sharding:
     return next(sharding for sharding in SHARDINGS if sharding.name == name)
 
 
-__all__ = ["DEFAULT_MFU", "GPUS", "Gpu", "Request", "estimate", "table_lines"]
+__all__ = ["DEFAULT_MFU", "Request", "estimate", "table_lines"]

@@ -35,6 +35,15 @@ class SampleShape:
         return visual + self.num_prompt_tokens + self.num_answer_tokens
 
 
+def shapes_of(
+    image_sizes: Sequence[tuple[int, int]], num_prompt_tokens: int, num_answer_tokens: int
+) -> list[SampleShape]:
+    """A sample with any number of images; those after the first count as samples without text."""
+    first = image_sizes[0] if image_sizes else None
+    rest = [SampleShape(size, 0, 0) for size in image_sizes[1:]]
+    return [SampleShape(first, num_prompt_tokens, num_answer_tokens), *rest]
+
+
 @dataclass(frozen=True)
 class StepFlops:
     """Operations of one forward and backward pass, by part."""
@@ -107,6 +116,17 @@ def step_flops(
 def _adapter_flops(tokens: float, shape: AdapterShape | None) -> float:
     """Forward and backward pass of tokens through the adapters of a part."""
     return 0.0 if shape is None else 3 * 2.0 * tokens * shape.parameters
+
+
+def sequence_lengths(stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfig) -> list[int]:
+    """Tokens, text and visual, of every sequence that a stage sends through the language model at all its levels."""
+    finest = config.granularities[-1]
+    return [
+        min(sample.length(level, config), config.max_sequence_length)
+        for level in (config.granularities if stage > 2 else [finest])
+        for sample in samples
+        if sample.image_size is not None or level == finest
+    ]
 
 
 def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) -> float:

@@ -11,7 +11,7 @@ Shapes: B samples, L positions, N images of the batch (sample after sample), P c
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,15 @@ class ObjectiveOutput(TypedDict):
         loss: Scalar to differentiate; the mean over the micro-batch's supervised tokens (or, for the router, images).
         metrics: Scalars for the log, each a mean over `num_items`.
         num_items: Weight of the loss and the metrics: supervised tokens, or images that took part.
+        chosen: (K,) number of the level that the router prefers for each of K images.
+        owners: (K,) number of the sample that each of these images belongs to.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     num_items: int
+    chosen: NotRequired[Tensor]
+    owners: NotRequired[Tensor]
 
 
 class Objective(nn.Module, ABC):
@@ -92,6 +96,11 @@ class Objective(nn.Module, ABC):
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
         """What a micro-batch weighs in its optimizer step: supervised tokens, before any is cut off; both (B, L)."""
         return int(num_supervised(labels).sum())
+
+    def owners(self, texts: Texts) -> Tensor:
+        """(N,) sample that each image belongs to."""
+        is_image = (texts.input_ids == self.config.image_token_id) & texts.attention_mask.bool()
+        return torch.nonzero(is_image)[:, 0]
 
     @abstractmethod
     def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
@@ -169,7 +178,7 @@ class RouterObjective(Objective):
             log_probs, comparable = self.feedback(answers)
         router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
         # A blank crop's logits are selected by no index: they stay in the graph without a say in the loss.
-        owners = self._owners(texts)  # (N,)
+        owners = self.owners(texts)  # (N,)
         items = torch.nonzero(comparable[owners])[:, 0]
         item_logits, item_log_probs = router_logits[items], log_probs[owners[items]]
         ranking = ranking_loss(item_logits, item_log_probs, self.settings.ranking)
@@ -177,10 +186,18 @@ class RouterObjective(Objective):
         loss = self.settings.rank_loss_weight * ranking + self.settings.cross_entropy_weight * cross_entropy
         metrics = {"ranking_loss": ranking.detach(), "cross_entropy": cross_entropy.detach()}
         if len(items) > 0:
-            agreement = item_logits.argmax(dim=-1) == best_level(item_log_probs)
+            chosen = item_logits.argmax(dim=-1)
+            regret = item_log_probs.amax(dim=-1) - item_log_probs.gather(-1, chosen[:, None])[:, 0]  # (K,) nats
             metrics |= routing_metrics(item_logits.detach().float(), self.config.granularities)
-            metrics["router_agreement"] = agreement.float().mean()
-        return {"loss": loss, "metrics": metrics, "num_items": len(items)}
+            metrics["router_agreement"] = (chosen == best_level(item_log_probs)).float().mean()
+            metrics["router_regret"] = regret.mean()
+        return {
+            "loss": loss,
+            "metrics": metrics,
+            "num_items": len(items),
+            "chosen": item_logits.argmax(dim=-1),
+            "owners": owners[items],
+        }
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
         """The images of samples with supervised tokens; `loss` may find that some of these take no part."""
@@ -197,11 +214,6 @@ class RouterObjective(Objective):
         comparable = (num_tokens > 0).all(dim=1) & (num_tokens == num_tokens[:, :1]).all(dim=1)
         log_probs = answer_log_prob(answers.log_probs, num_tokens, self.settings.feedback)
         return settle_ties(log_probs, self.settings.tie_tolerance), comparable
-
-    def _owners(self, texts: Texts) -> Tensor:
-        """(N,) sample that each image belongs to."""
-        is_image = (texts.input_ids == self.config.image_token_id) & texts.attention_mask.bool()
-        return torch.nonzero(is_image)[:, 0]
 
 
 class GumbelObjective(Objective):
@@ -228,10 +240,11 @@ class GumbelObjective(Objective):
         )
         num_items = self.num_items(texts.input_ids, texts.labels)
         total = self.model.token_log_probs(pack([spliced])).sum()
-        metrics = {}
+        output: ObjectiveOutput = {"loss": -total / max(num_items, 1), "metrics": {}, "num_items": num_items}
         if not features.is_blank:
-            metrics = routing_metrics(router_logits.detach().float(), self.config.granularities)
-        return {"loss": -total / max(num_items, 1), "metrics": metrics, "num_items": num_items}
+            output["metrics"] = routing_metrics(router_logits.detach().float(), self.config.granularities)
+            output |= {"chosen": router_logits.argmax(dim=-1), "owners": self.owners(texts)}
+        return output
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
         """Supervised tokens of samples with images."""

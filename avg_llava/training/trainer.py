@@ -24,16 +24,18 @@ from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.loading import load_model
 from avg_llava.model.routing import RoutingModel, load_routing_model
 from avg_llava.training.config import TrainConfig
-from avg_llava.training.lora import merge_adapters, save_adapters, unmerge
+from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
 from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
+from avg_llava.training.monitor import Monitor
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
-from avg_llava.training.progress import LOG_NAME, ProgressBar, RunFiles
+from avg_llava.training.progress import LOG_NAME, CollapseAlarm, ProgressBar, RunFiles, end_tracking
 from avg_llava.training.saving import checkpoint_bytes, writing
 from avg_llava.training.stages import is_adapter
 
 CONFIG_NAME = "train_config.yaml"
-TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER, TRACKIO_FOLDER = "tensorboard", "trackio"
+PROJECT = "avg-llava"  # under which wandb and trackio file their runs
 
 
 class TrainingError(ValueError):
@@ -91,23 +93,41 @@ class StageTrainer(Trainer):
         self.sampler = sampler
         self.processor = processor
         self.manifest = manifest
-        self._metric_totals: dict[str, tuple[Tensor, int]] = {}
         super().__init__(model=objective, args=arguments, train_dataset=dataset, data_collator=collator)
         self.loss_is_scaled_for_ga = True  # by compute_loss
+        self.monitor = Monitor(config, objective.config, adapter_shapes(objective.model), dataset, self.args.device)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if config.logging.progress_bar:
             self.add_callback(ProgressBar(f"stage {config.stage}"))
         self.add_callback(RunFiles(Path(config.output.dir), sampler))
+        self.add_callback(CollapseAlarm())
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        """As transformers does; a run that fails is ended in the trackers too."""
+        try:
+            result = super().train(*arguments, **settings)
+        except BaseException:
+            end_tracking(self.config.logging.trackers, failed=True)
+            raise
+        end_tracking(self.config.logging.trackers, failed=False)
+        return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the learning rates of the stage's parts."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model.model, self.config.optim)
+            self.optimizer.register_step_pre_hook(self._before_optimizer_step)
             self._group_settings = [
                 {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
             ]
         return self.optimizer
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Under DeepSpeed too, gradients are there: each process's share of them, where they are sharded."""
+        step = self.state.global_step + 1
+        if step == 1 or step % self.config.logging.every == 0:  # the steps that transformers logs
+            self.monitor.measure_gradients(optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers does. What ZeRO-3 gets wrong where it loads a converted checkpoint is put right: all groups
@@ -125,6 +145,14 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self.sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The micro-batches of an optimizer step and what they weigh together."""
+        batches, num_items = super().get_batch_samples(self.monitor.waiting_for(epoch_iterator), num_batches, device)
+        self.monitor.count(batches)
+        return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """What all micro-batches of an optimizer step weigh together, on all processes; transformers calls this."""
@@ -158,17 +186,13 @@ class StageTrainer(Trainer):
         outputs["loss"] = outputs["loss"] * (
             num_items * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         )
-        for name, value in outputs["metrics"].items():
-            total, count = self._metric_totals.get(name, (torch.zeros_like(value), 0))
-            self._metric_totals[name] = (total + value * num_items, count + num_items)
+        self.monitor.add(outputs, indices)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the objective's metrics, averaged over all processes, to a line of the log."""
+        """Add what all processes have seen since the last line of the log to this one."""
         if "loss" in logs:
-            mine = {name: (total.item(), count) for name, (total, count) in self._metric_totals.items()}
-            self._metric_totals = {}
-            logs |= _weighted_means(gather_object([mine]))
+            logs |= self.monitor.line(gather_object([self.monitor.take()]), logs.get("grad_norm"))
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -197,14 +221,15 @@ class StageTrainer(Trainer):
         """
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
-        with self._writing(folder):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        with self.monitor.paused():
             with self._writing(folder):
-                self._write_manifest(folder, finished=False)
-            _remove_checkpoints(output_dir, keep=self.config.output.keep)
-        self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                with self._writing(folder):
+                    self._write_manifest(folder, finished=False)
+                _remove_checkpoints(output_dir, keep=self.config.output.keep)
+            self.accelerator.wait_for_everyone()
 
     def save_stage(self) -> None:
         """Write the stage's result, and remove the checkpoints that are no longer needed to get there."""
@@ -226,7 +251,8 @@ class StageTrainer(Trainer):
             _remove_checkpoints(output_dir, keep=0)
             for name in (MANIFEST_NAME, LOG_NAME):
                 (output_dir / name).unlink(missing_ok=True)
-            shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
+            for name in (TENSORBOARD_FOLDER, TRACKIO_FOLDER, "wandb"):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _writing(self, folder: Path) -> AbstractContextManager[None]:
@@ -252,7 +278,9 @@ def training_arguments(
     """
     optim, output, runtime = config.optim, config.output, config.runtime
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(output.dir) / TENSORBOARD_FOLDER)
-    os.environ.setdefault("WANDB_PROJECT", "avg-llava")
+    os.environ["TRACKIO_DIR"] = str(Path(output.dir).resolve() / TRACKIO_FOLDER)
+    os.environ["WANDB_DIR"] = output.dir  # where it makes its own folder
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
     return TrainingArguments(
         output_dir=output.dir,
         seed=config.seed,
@@ -279,6 +307,7 @@ def training_arguments(
         save_strategy="steps" if output.save_every else "no",
         save_steps=output.save_every or 500,
         report_to=list(config.logging.trackers) or "none",
+        project=PROJECT,
         run_name=config.logging.run_name or f"stage{config.stage}",
         disable_tqdm=not config.logging.progress_bar,
     )
@@ -290,16 +319,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     weights = load_own(str(folder), dtype=model.dtype).state_dict()
     has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
-
-
-def _weighted_means(records: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Means over all processes of metrics given as (weighted sum, weight); metrics without any weight are left out."""
-    totals: dict[str, tuple[float, int]] = {}
-    for record in records:
-        for name, (total, count) in record.items():
-            earlier_total, earlier_count = totals.get(name, (0.0, 0))
-            totals[name] = (earlier_total + total, earlier_count + count)
-    return {name: total / count for name, (total, count) in totals.items() if count > 0}
 
 
 def _remove_checkpoints(output_dir: Path, keep: int) -> None:

@@ -6,6 +6,7 @@ the other has none. Starting processes costs most of the time, hence one launch 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from avg_llava.training.assembly import build_model
 from avg_llava.training.config import load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.manifest import read_manifest
+from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import ShuffledSampler
@@ -44,6 +46,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_backbones(folder)
     write_data(folder, NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES)
+    shutil.copy(folder / "instruct.json", folder / "more.json")
     return folder
 
 
@@ -90,6 +93,12 @@ def _write_config(stage: int, root: Path, world: Path, deepspeed: Path | None) -
         values["model"]["router"]["dropout"] = 0.0  # its masks would depend on the number of processes
     if stage == 3:
         values["output"]["save_every"] = 1
+    if stage == 4:  # the same records in the same order, from two sources
+        half = (NUM_IMAGE_SAMPLES + NUM_TEXT_SAMPLES) // 4
+        values["data"]["sources"] = [
+            {"path": str(world / "instruct.json"), "sampling": f"first:{half}"},
+            {"path": str(world / "more.json"), "sampling": f"end:{NUM_IMAGE_SAMPLES + NUM_TEXT_SAMPLES - half}"},
+        ]
     path = root / f"stage{stage}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -137,11 +146,15 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _losses(folder: Path) -> list[float]:
+def _steps(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "log_history.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in steps]
+    return steps
+
+
+def _losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in _steps(folder)]
 
 
 def test_some_step_has_an_image_on_one_rank_only(world):
@@ -158,6 +171,20 @@ def test_losses_equal_one_process(two_processes, one_process, stage):
     assert len(found) == STEPS[stage]
     assert found == pytest.approx(expected, abs=1e-4)
     assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_log_equals_one_process(two_processes, one_process, stage):
+    """All figures that are not the machine's: of all ranks, where each sees other samples and holds other gradients."""
+    expected, found = _steps(one_process / f"stage{stage}"), _steps(two_processes / f"stage{stage}")
+    for reference, line in zip(expected, found, strict=True):
+        assert line.keys() == reference.keys()
+        for name in line.keys() - set(MACHINE_METRICS):
+            assert line[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-4), name
+    parts = {name.removeprefix("grad_norm_") for name in found[0] if name.startswith("grad_norm_")}
+    assert parts == set(STAGES[stage].trains)
+    if stage == 4:
+        assert {f"share_{level}/{source}" for level in (4, 64) for source in ("instruct", "more")} <= found[0].keys()
 
 
 @pytest.mark.parametrize("stage", STAGES)

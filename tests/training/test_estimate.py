@@ -16,6 +16,7 @@ from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.blueprint import find_blueprint
 from avg_llava.training.config import ObjectiveSettings, load_config
 from avg_llava.training.flops import step_flops
+from avg_llava.training.machine import GPUS
 from avg_llava.training.memory import SHARDINGS, Activations, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.parsing import ConfigError
@@ -114,7 +115,7 @@ def test_a_start_that_nothing_describes(tmp_path):
 
 
 def test_names_of_the_command_line():
-    assert tuple(estimate.GPUS) == GPU_NAMES
+    assert tuple(GPUS) == GPU_NAMES
     assert tuple(sharding.name for sharding in SHARDINGS) == ZERO_NAMES
 
 

@@ -182,6 +182,14 @@ def test_router_loss_by_brute_force(model, batch, variant, feedback):
     shares = [output["metrics"][f"share_{level}"].item() for level in model.config.granularities]
     assert sum(shares) == pytest.approx(1)
     assert torch.equal(torch.tensor(shares) > 0, torch.bincount(logits.argmax(-1), minlength=5) > 0)
+    chosen = [row.argmax().item() for row in logits]
+    assert output["chosen"].tolist() == chosen
+    assert output["owners"].tolist() == [0, 1]
+    regrets = [max(row) - row[level] for row, level in zip(log_probs.tolist(), chosen, strict=True)]
+    assert sum(regrets) > 0
+    assert output["metrics"]["router_regret"].item() == pytest.approx(sum(regrets) / 2, rel=1e-4, abs=1e-5)
+    agreed = [regret == 0 for regret in regrets]
+    assert output["metrics"]["router_agreement"].item() == pytest.approx(sum(agreed) / 2)
 
 
 def test_router_stage_trains_the_router_alone_and_drops_out_only_there(batch):
