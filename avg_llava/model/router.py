@@ -46,6 +46,9 @@ class GranularityRouter(nn.Module):
     "released" the crops of an image, one token position at a time, as they are, absent text slots being rows of zeros.
     (Word embeddings are tiny. As they are, attention begins uniform, and the instruction is learnt many times slower.)
     Both end in a LayerNorm over the G scores, which the paper does not mention and the released weights need.
+
+    It computes in the type of its own weights, whatever that of the rest of the model is and under autocast too: it is
+    trained in float32 beside a frozen model in half precision.
     """
 
     def __init__(self, config: AvgLlavaConfig):
@@ -93,7 +96,12 @@ class GranularityRouter(nn.Module):
         init.zeros_(attention.out_proj.bias)
 
     def forward(self, crops: Tensor, num_crops: list[int], text: Tensor, text_mask: Tensor) -> Tensor:
-        """Scores the levels of each image.
+        """Scores the levels of each image; arguments and result as of :meth:`score`."""
+        with torch.autocast(crops.device.type, enabled=False):
+            return self.score(crops.to(self.voter.dtype), num_crops, text.to(self.voter.dtype), text_mask)
+
+    def score(self, crops: Tensor, num_crops: list[int], text: Tensor, text_mask: Tensor) -> Tensor:
+        """The scores, of inputs in the type of the weights.
 
         Args:
             crops: (C, T, D) finest tokens of all crops; the first crop of each image is its overview.

@@ -37,6 +37,8 @@ from avg_llava.training.trainer import ShuffledSampler
 def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
     """The model that the stage starts from, in the run's precision and with LoRA's adapters, and its processor.
 
+    A router that is trained is float32 in any precision.
+
     Every process loads the whole model into memory; DeepSpeed takes its share from there.
     """
     dtype = torch.float32
@@ -60,6 +62,8 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         assert settings.language is not None, "checked by TrainConfig"
         model = build_from_backbones(settings.vision, settings.language, dtype=dtype, **config.architecture())
         processor = AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model.config)
+    if "router" in STAGES[config.stage].trains:
+        model.model.router.float()
     if config.runtime.attention is not None:
         model.set_attn_implementation({"text_config": config.runtime.attention})
     if config.lora is not None:

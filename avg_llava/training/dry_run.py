@@ -46,6 +46,7 @@ from avg_llava.training.feedback_store import FeedbackStore
 from avg_llava.training.processes import rank, read_deepspeed_file, world_size
 from avg_llava.training.run import describe_start, find_earlier_run
 from avg_llava.training.saving import checkpoint_bytes
+from avg_llava.training.stages import STAGES
 from avg_llava.training.trainer import CONFIG_NAME
 
 NUM_FIRST, NUM_RANDOM = 4, 28  # samples of each source that are decoded
@@ -195,6 +196,8 @@ def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
     without_store = replace(config, objective=replace(config.objective, feedback_store=None))
     is_wide = config.runtime.deepspeed is None or config.runtime.precision == "fp32"
     model = meta_model(without_store, model_config).to(torch.float32 if is_wide else torch.bfloat16)
+    if "router" in STAGES[config.stage].trains:
+        model.model.router.float()
     result = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if not config.output.save_every:
         return result

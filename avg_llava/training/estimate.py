@@ -19,10 +19,10 @@ from avg_llava.training.flops import SampleShape, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape, adapter_shapes
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.machine import GPUS
-from avg_llava.training.memory import SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
+from avg_llava.training.memory import FLOAT32, SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.stages import Part, count_parameters
+from avg_llava.training.stages import STAGES, Part, count_parameters
 
 GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
@@ -196,7 +196,10 @@ def _memory(
     file = config.runtime.deepspeed
     zero = None if file is None else read_deepspeed_file(file).get("zero_optimization", {})
     width = model_config.text_config.hidden_size
-    state = state_memory(sharding, num_parameters, num_trained, element_size, request.num_gpus, width, zero)
+    trained_size = FLOAT32 if "router" in STAGES[config.stage].trains else element_size
+    state = state_memory(
+        sharding, num_parameters, num_trained, element_size, request.num_gpus, width, zero, trained_size
+    )
     finest = model_config.granularities[-1]
     longest = sorted(samples.shapes, key=lambda shape: -shape.length(finest, model_config))
     size = config.optim.micro_batch_size

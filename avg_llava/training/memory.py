@@ -90,6 +90,7 @@ def state_memory(
     num_gpus: int,
     hidden_size: int,
     zero: Mapping[str, Any] | None = None,
+    trained_size: int | None = None,
 ) -> StateMemory:
     """Parameters, gradients, AdamW's states and DeepSpeed's buffers.
 
@@ -105,19 +106,21 @@ def state_memory(
         num_gpus: over which state is divided.
         hidden_size: of the language model; "auto" bucket sizes are its square.
         zero: the section `zero_optimization` of a DeepSpeed file, for the sizes of buckets.
+        trained_size: bytes of a weight that is trained, and of its gradient; None: as of any other.
     """
     if sharding.zero is None:
         autocast = element_size * num_trained if element_size < FLOAT32 else 0
         return StateMemory(FLOAT32 * num_parameters, FLOAT32 * num_trained, MOMENT_BYTES * num_trained, autocast, 0)
+    trained_size = trained_size or element_size
     parts = [num_gpus if sharding.zero >= stage else 1 for stage in (1, 2, 3)]
     optimizer = (MASTER_WEIGHT_BYTES + MOMENT_BYTES) * num_trained / parts[0]
-    gradients = element_size * num_trained / parts[1]
-    parameters = element_size * num_parameters / parts[2]
+    gradients = trained_size * num_trained / parts[1]
+    parameters = (element_size * (num_parameters - num_trained) + trained_size * num_trained) / parts[2]
     settings = dict(zero or {})
     buffers = 0.0
     if sharding.zero >= 1:
         bucket = _number(settings.get("reduce_bucket_size"), hidden_size**2)
-        buffers += element_size * min(bucket, num_trained) * (2 if settings.get("overlap_comm", True) else 1)
+        buffers += trained_size * min(bucket, num_trained) * (2 if settings.get("overlap_comm", True) else 1)
     if sharding.zero == 3:
         buffers += element_size * min(_number(settings.get("stage3_max_live_parameters"), 10**9), num_parameters)
     host = 0.0
@@ -175,7 +178,7 @@ def activation_memory(
     return Activations(
         vision=_vision(crops, config, element_size, recompute, "vision" in trains, stage != 4, extra["vision"]),
         language=_language(tokens, config, element_size, recompute, "llm" in trains, is_learning, extra["llm"]),
-        router=_router(crops, config, element_size) if stage == 4 else 0.0,
+        router=_router(crops, config) if stage == 4 else 0.0,
         logits=_logits(answers, config, element_size, is_learning),
     )
 
@@ -238,13 +241,13 @@ def _language(
     return float(embeddings + layer * text.num_hidden_layers)
 
 
-def _router(crops: int, config: AvgLlavaConfig, size: int) -> float:
-    """The fusion layer and the MLP over the tokens of all levels and the text slots of every crop."""
+def _router(crops: int, config: AvgLlavaConfig) -> float:
+    """The fusion layer and the MLP over the tokens of all levels and the text slots of every crop, in float32."""
     router, width = config.router_config, config.text_config.hidden_size
     tokens = crops * (sum(config.granularities) + router.num_text_tokens)
     inner = router.intermediate_size or width
     dropout = (2 * width + inner) if router.dropout > 0 else 0  # masks
-    return float(tokens * (size * (12 * width + 2 * inner) + size * dropout))
+    return float(tokens * FLOAT32 * (12 * width + 2 * inner + dropout))
 
 
 def _logits(answers: int, config: AvgLlavaConfig, size: int, learning: bool) -> float:

@@ -31,7 +31,7 @@ from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
 from avg_llava.training.progress import LOG_NAME, CollapseAlarm, ProgressBar, RunFiles, end_tracking
 from avg_llava.training.saving import checkpoint_bytes, writing
-from avg_llava.training.stages import is_adapter
+from avg_llava.training.stages import STAGES, is_adapter
 
 CONFIG_NAME = "train_config.yaml"
 TENSORBOARD_FOLDER, TRACKIO_FOLDER = "tensorboard", "trackio"
@@ -277,6 +277,10 @@ def training_arguments(
         use_cpu: compute on the CPU even where there is a GPU.
     """
     optim, output, runtime = config.optim, config.output, config.runtime
+    # DeepSpeed would cast all parameters and inputs to the run's type; a router that is trained stays float32, beside
+    # frozen parts that are in that type already.
+    is_mixed = deepspeed is not None and "router" in STAGES[config.stage].trains
+    precision = "fp32" if is_mixed else runtime.precision
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(output.dir) / TENSORBOARD_FOLDER)
     os.environ["TRACKIO_DIR"] = str(Path(output.dir).resolve() / TRACKIO_FOLDER)
     os.environ["WANDB_DIR"] = output.dir  # where it makes its own folder
@@ -293,8 +297,8 @@ def training_arguments(
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
         max_grad_norm=optim.max_grad_norm,
-        bf16=runtime.precision == "bf16",
-        fp16=runtime.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         tf32=None if use_cpu else runtime.tf32,
         use_cpu=use_cpu,
         deepspeed=deepspeed,
@@ -316,7 +320,8 @@ def training_arguments(
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model, whole or for routing alone, the weights of a checkpoint of its own kind."""
     load_own = load_routing_model if isinstance(model, RoutingModel) else load_model
-    weights = load_own(str(folder), dtype=model.dtype).state_dict()
+    # The router's type is the widest; where others are narrower, the values are theirs and come back unchanged.
+    weights = load_own(str(folder), dtype=model.model.router.voter.dtype).state_dict()
     has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
 

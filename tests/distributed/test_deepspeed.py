@@ -23,7 +23,7 @@ from avg_llava import load_model
 from avg_llava.training.assembly import build_model
 from avg_llava.training.config import load_config
 from avg_llava.training.feedback import collect
-from avg_llava.training.manifest import read_manifest
+from avg_llava.training.manifest import latest_checkpoint, read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
@@ -58,8 +58,16 @@ def one_process(world, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def half_feedback(one_process) -> Path:
+    """What the language model of the one process says in bfloat16."""
+    path = _router_in_half(one_process / "stage4.yaml", one_process)
+    collect(load_config(path), one_process / "half_feedback", num_processes=1)
+    return one_process / "half_feedback"
+
+
 @pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
-def two_processes(request, world, tmp_path_factory) -> Path:
+def two_processes(request, world, one_process, half_feedback, tmp_path_factory) -> Path:
     """All stages of a chain of their own, in one launch; the chain's folder."""
     root = tmp_path_factory.mktemp(f"zero{request.param}")
     configs = [
@@ -70,6 +78,9 @@ def two_processes(request, world, tmp_path_factory) -> Path:
     configs.append(_vary(configs[2], "checkpointed", gradient_checkpointing=True))
     configs.append(_vary(configs[2], "bf16", precision="bf16"))
     configs.append(_with_lora(configs[2]))
+    configs.append(_router_in_half(configs[3], one_process))
+    if request.param == 3:  # optimizer and parameters in host memory
+        configs.append(_vary(configs[2], "offload", deepspeed=str(ROOT / "configs/deepspeed/zero3_offload.json")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*launch, "-m", "tests.distributed.worker", *map(str, configs)],
@@ -123,6 +134,16 @@ def _vary(path: Path, name: str, **runtime: object) -> Path:
     values["optim"]["max_steps"] = 3
     values["output"] = {"dir": str(path.parent / name)}
     varied = path.with_name(f"{name}.yaml")
+    varied.write_text(yaml.safe_dump(values))
+    return varied
+
+
+def _router_in_half(path: Path, start: Path) -> Path:
+    """Stage 4 in bfloat16, from stored feedback: feedback of another precision may order the levels in another way."""
+    varied = _vary(path, "router", precision="bf16")
+    values = yaml.safe_load(varied.read_text())
+    values["model"]["start"] = str(start / "stage3")
+    values["objective"] = {"feedback_store": str(start / "half_feedback")}
     varied.write_text(yaml.safe_dump(values))
     return varied
 
@@ -206,6 +227,11 @@ def test_only_the_stage_s_parts_change(two_processes, world, stage):
         assert moved > 1e-3
 
 
+@pytest.mark.parametrize("two_processes", [3], indirect=True, ids=["zero3"])
+def test_offload_equals_one_process(two_processes, one_process):
+    assert _losses(two_processes / "offload") == pytest.approx(_losses(one_process / "stage3")[:3], abs=1e-4)
+
+
 def test_lora_equals_one_process(two_processes, one_process):
     """Losses, adapters and the merged weights that the first process gathers; the frozen ones are not touched."""
     run_stage(load_config(_with_lora(one_process / "stage3.yaml")))
@@ -223,6 +249,20 @@ def test_lora_equals_one_process(two_processes, one_process):
     assert not any("embed_tokens" in name or "lm_head" in name or "patch_embedding" in name for name in changed)
 
 
+def test_router_is_float32_beside_a_model_in_bfloat16(two_processes, one_process):
+    """What is learnt is close to what float32 weights learn under autocast, also in weights that are saved in full."""
+    run_stage(load_config(_router_in_half(one_process / "stage4.yaml", one_process)))
+    assert _losses(two_processes / "router") == pytest.approx(_losses(one_process / "router"), rel=3e-2)
+    folders = (two_processes / "router", one_process / "router", one_process / "stage3")
+    weights, expected, before = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, tensor in weights.items():
+        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+    name = next(name for name in weights if name.endswith("router.merger.linear1.weight"))
+    found, moved = weights[name] - before[name], expected[name] - before[name]
+    assert not torch.equal(weights[name], weights[name].bfloat16().float())
+    assert torch.cosine_similarity(found.flatten(), moved.flatten(), dim=0) > 0.9
+
+
 @pytest.mark.parametrize(("name", "tolerance"), [("checkpointed", 1e-4), ("bf16", 3e-2)])
 def test_other_ways_to_compute_learn_the_same(two_processes, one_process, name, tolerance):
     assert _losses(two_processes / name) == pytest.approx(_losses(one_process / "stage3")[:3], abs=tolerance)
@@ -231,29 +271,53 @@ def test_other_ways_to_compute_learn_the_same(two_processes, one_process, name, 
 
 
 def test_router_from_stored_feedback(one_process, world, tmp_path):
-    """Two processes under ZeRO-3 that hold no language model, against one that computes feedback as it goes."""
+    """Two processes under ZeRO-3 that hold no language model, killed and continued, against one process that computes
+    feedback as it goes."""
     config = _write_config(4, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[4]))
     values = yaml.safe_load(config.read_text())
     values["model"]["start"] = str(one_process / "stage3")
     values["objective"] = {"feedback_store": str(tmp_path / "feedback")}
-    values["output"]["save_every"] = 2
+    values["output"]["save_every"] = 1
     config.write_text(yaml.safe_dump(values))
     collect(load_config(config), tmp_path / "feedback", num_processes=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*launch, "-m", "avg_llava.training.run", str(config)],
-        cwd=ROOT,
-        env=_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    assert _losses(tmp_path / "stage4") == pytest.approx(_losses(one_process / "stage4"), abs=1e-5)
+    output = tmp_path / "stage4"
+    with _launch(config, tmp_path) as launched:
+        _wait_for(output / "checkpoint-1" / "stage.json", launched)
+        for process in [*_ranks(launched), psutil.Process(launched.pid)]:
+            process.kill()
+        launched.communicate(timeout=PATIENCE)
+    assert read_manifest(output) is None, "killed before it was finished"
+    _finish(config, tmp_path)
+    assert _losses(output) == pytest.approx(_losses(one_process / "stage4"), abs=1e-5)
     expected, found = (load_model(folder / "stage4").state_dict() for folder in (one_process, tmp_path))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_disk_of_one_rank_is_full(one_process, world, tmp_path):
+    """Two ZeRO-3 processes, of which the second cannot write its part of a checkpoint: both end, one line says why,
+    and from the checkpoint before the same command continues; here with LoRA."""
+    config = _with_lora(_write_config(3, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[3])))
+    values = yaml.safe_load(config.read_text())
+    values["model"]["start"] = str(one_process / "stage2")
+    values["output"]["save_every"] = 1
+    config.write_text(yaml.safe_dump(values))
+    output = tmp_path / "lora"
+    with _launch(config, tmp_path) as launched:
+        _wait_for(output / "checkpoint-1" / "stage.json", launched)
+        (second,) = [process for process in _ranks(launched) if process.environ()["RANK"] == "1"]
+        second.rlimit(psutil.RLIMIT_FSIZE, (1000, -1))
+        _, messages = launched.communicate(timeout=PATIENCE)
+    assert launched.returncode != 0
+    errors = [line for line in messages.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, messages[-5000:]
+    assert errors[0].startswith(f"error (process 1): cannot write {output}"), errors
+    whole = latest_checkpoint(output)
+    assert whole is not None
+    assert f"{whole} is whole, and the run continues from it" in errors[0]
+    assert "continuing from step" in _finish(config, tmp_path)
+    run_stage(load_config(_with_lora(one_process / "stage3.yaml")))
+    assert _losses(output) == pytest.approx(_losses(one_process / "lora"), abs=1e-4)
 
 
 def test_nothing_was_compiled(two_processes):
@@ -298,11 +362,7 @@ def test_one_rank_is_killed_and_one_process_goes_on(two_processes, tmp_path):
     settings = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=_environment(tmp_path), **settings) as launched:
         _wait_for(output / "checkpoint-3" / "stage.json", launched)
-        ranks = [
-            process
-            for process in psutil.Process(launched.pid).children(recursive=True)
-            if "avg_llava.training.run" in process.cmdline() and "RANK" in process.environ()
-        ]
+        ranks = _ranks(launched)
         (second,) = [process for process in ranks if process.environ()["RANK"] == "1"]
         second.kill()
         launched.communicate(timeout=PATIENCE)
@@ -347,6 +407,33 @@ def test_a_worker_of_one_rank_meets_a_bad_sample(world, tmp_path):
     named = [line for line in finished.stderr.splitlines() if "cut.png" in line]
     assert len(named) == 1, finished.stderr[-5000:]
     assert named[0].startswith(f"error (process 1): sample '{victim['id']}' (")
+
+
+def _launch(config: Path, folder: Path) -> subprocess.Popen:
+    """Two processes that train a stage."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [*launch, "-m", "avg_llava.training.run", str(config)],
+        cwd=ROOT,
+        env=_environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finish(config: Path, folder: Path) -> str:
+    """Two processes that train a stage to its end; what they say."""
+    with _launch(config, folder) as launched:
+        _, messages = launched.communicate(timeout=PATIENCE)
+    assert launched.returncode == 0, messages[-5000:]
+    return messages
+
+
+def _ranks(launched: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that train."""
+    children = psutil.Process(launched.pid).children(recursive=True)
+    return [each for each in children if "avg_llava.training.run" in each.cmdline() and "RANK" in each.environ()]
 
 
 def _wait_for(path: Path, launched: subprocess.Popen) -> None:
