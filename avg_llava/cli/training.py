@@ -1,7 +1,7 @@
 """Commands that train, and that prepare training."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one,
 if TYPE_CHECKING:
     from avg_llava.data.verify import Verification
 
-MAX_LISTED = 20  # samples that are named where there is no file to list them in
+MAX_LISTED = 20  # samples that are named where there is no file to list them in, and folders of a source
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -49,7 +49,9 @@ def verify_data(arguments: argparse.Namespace) -> int:
     from avg_llava.training.machine import num_cores
 
     config = load_config(arguments.config)
-    data = replace(config.data, on_bad_sample="skip", skip_list=None)
+    # All records that a weight could draw from, and not only those that this seed draws.
+    sources = tuple(replace(source, weight=1.0) for source in config.data.sources)
+    data = replace(config.data, sources=sources, on_bad_sample="skip", skip_list=None)
     try:
         processor, model_config = load_processor(load_config(arguments.model_of or arguments.config))
     except ValueError as error:
@@ -63,20 +65,30 @@ def verify_data(arguments: argparse.Namespace) -> int:
             progress.update(done - progress.n)
 
         verification = verify(dataset, arguments.num_processes or num_cores(), arguments.output, show)
+    expected = [source.expected or {} for source in config.data.sources]
     facts = {
-        "sources": [vars(source) for source in verification.sources],
+        "sources": [
+            vars(source) | {"expected": counts, "unexpected": source.unexpected(counts)}
+            for source, counts in zip(verification.sources, expected, strict=True)
+        ],
         "num_skipped": verification.num_skipped,
         "skip_list": None if arguments.output is None else str(arguments.output),
     }
-    tell(arguments, facts, "\n".join(_verification_lines(verification, arguments.output)))
+    tell(arguments, facts, "\n".join(_verification_lines(verification, expected, arguments.output)))
     return FAILED if verification.num_skipped and arguments.output is None else FINE
 
 
-def _verification_lines(verification: "Verification", output: Path | None) -> Iterator[str]:
-    for source in verification.sources:
+def _verification_lines(
+    verification: "Verification", expected: Sequence[Mapping[str, int]], output: Path | None
+) -> Iterator[str]:
+    for source, counts in zip(verification.sources, expected, strict=True):
         yield f"{source.path}: {source.num_records:,} records"
-        for group, count in source.groups.most_common():
+        for group, count in source.groups.most_common(MAX_LISTED):
             yield f"  {group:<28} {count:>12,}"
+        if len(source.groups) > MAX_LISTED:
+            yield f"  and {len(source.groups) - MAX_LISTED} more folders"
+        for name, count in source.unexpected(counts).items():
+            yield f"  unlike expected: {name:<11} {count:>12,} instead of about {counts[name]:,}"
         for problem, count in source.problems.most_common():
             yield f"  problem: {problem:<19} {count:>12,}"
     if output is not None:

@@ -3,7 +3,8 @@
 from avg_llava.data.collator import Collator
 from avg_llava.data.conversation import TEMPLATES, encode_conversation
 from avg_llava.data.dataset import ConversationDataset, DataSource
-from avg_llava.data.records import DataError, Sample, Turn, parse_record, read_records
+from avg_llava.data.record_files import read_records
+from avg_llava.data.records import DataError, Sample, Turn, parse_record
 from avg_llava.data.sampler import ModalityLengthSampler
 from avg_llava.model.images import load_image
 

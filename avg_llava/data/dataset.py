@@ -1,31 +1,30 @@
 """The training data set: LLaVA records from several files, encoded one at a time.
 
-Records are read and checked when the data set is made; images are opened when a sample is asked for. What is wrong with
-a sample is an error that names it, or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed record
-is left out from the start, and a sample whose image cannot be read becomes a masked row, so that batches keep their
-size and every rank takes the same steps.
+Which records are samples is known from their files' indices when the data set is made; records are parsed and images
+opened when a sample is asked for. What is wrong with a sample is an error that names it, or, with
+`on_bad_sample="skip"`, a logged and counted omission: a malformed record is left out from the start, and a sample whose
+image cannot be read becomes a masked row, so that batches keep their size and every rank takes the same steps.
 """
 
-import gc
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from avg_llava.data.conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
-from avg_llava.data.records import DataError, Sample, dialogue, parse_record, read_records
-from avg_llava.data.sampling import sample_records
+from avg_llava.data.index import RecordIndex, open_index
+from avg_llava.data.records import DataError, Sample
+from avg_llava.data.sampling import select
 from avg_llava.data.skip_list import SkipList
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
@@ -42,17 +41,24 @@ class DataSource:
     """One file of records.
 
     Attributes:
-        path: A `.json` list or a `.jsonl` file.
+        path: A `.json` list, a `.jsonl` file or a `.parquet` file.
         image_root: Folder that image paths are relative to; None means the file's own folder.
-        sampling: `all`, `first:N`, `end:N`, `random:N` (N records or a share such as `10%`, kept in the file's order),
-            or `repeat:N` (every record N times). None means all.
+        sampling: `all`, `first:N`, `end:N` or `random:N` (N records or a share such as `10%`), in the file's order.
+            None means all.
+        weight: How often these records are passed over in an epoch; of a fraction, so many of them are drawn.
         follow_links: Accept image paths that leave the root through symbolic links.
     """
 
     path: str | Path
     image_root: str | Path | None = None
     sampling: str | None = None
+    weight: float = 1.0
     follow_links: bool = False
+
+    @property
+    def root(self) -> Path:
+        """The image root."""
+        return Path(self.path).parent if self.image_root is None else Path(self.image_root)
 
 
 class OutsideRootError(DataError):
@@ -73,6 +79,7 @@ class SourceFile(NamedTuple):
     sha256: str
     sampling: str
     image_root: str
+    weight: float
 
 
 class Malformed(NamedTuple):
@@ -118,13 +125,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: Longest sequence, visual tokens included; None means `config.max_sequence_length`.
         on_bad_sample: "error" or "skip".
         max_image_pixels: Larger images count as unreadable.
-        seed: Seed of `random:N` sampling.
+        seed: Seed of what is drawn from the sources.
         skip_list: Records to leave out, after sampling.
+        index_dir: Folder of the files' indices; None means one beside each file.
 
     Attributes:
-        samples: The validated records.
-        origins: For each sample, where it comes from.
         files: The files of the sources, in their order.
+        origins: (samples, 2) number of the source and position of the record.
+        modality_lengths: (samples,) words, negative for a sample without image; what `ModalityLengthSampler` groups by.
         malformed: Records that are no samples.
         skipped: Records that the skip list names.
         troubles: How many samples had which trouble, as far as this process has seen.
@@ -144,6 +152,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         seed: int = 0,
         skip_list: SkipList | None = None,
+        index_dir: str | Path | None = None,
     ) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
@@ -157,16 +166,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.skip_list = skip_list
-        self.samples: list[Sample] = []
-        self.origins: list[Origin] = []
         self.files: list[SourceFile] = []
         self.malformed: list[Malformed] = []
         self.skipped: list[Origin] = []
         self.troubles: Counter[str] = Counter()
-        self._linked_roots: set[Path] = set()
-        with _without_garbage_collection():
-            for number, source in enumerate(sources):
-                self._add(source, number)
+        self._sources = list(sources)
+        self._linked_roots = {source.root for source in sources if source.follow_links}
+        self._indices: list[RecordIndex] = []
+        used = [self._add(source, number, index_dir) for number, source in enumerate(sources)]
+        self._rows = np.concatenate([np.zeros(0, np.int64), *used])  # of a sample, in its file's index
+        self._source_numbers = np.repeat(np.arange(len(used), dtype=np.int32), [len(rows) for rows in used])
         if self.malformed and on_bad_sample == "error":
             listed = "\n  ".join(record.message for record in self.malformed[:NAMED_IN_LOG])
             raise DataError(
@@ -176,22 +185,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self._note("malformed record left out", record.message)
         if self.skipped:
             logger.info("%d records are left out by the skip list", len(self.skipped))
-        if not self.samples:
+        if not len(self):
             raise DataError(f"no usable record in {', '.join(str(source.path) for source in sources) or 'no sources'}")
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[index]
+        sample = self.sample(index)
         try:
-            images = self.open_images(index)
+            images = self.open_images(sample)
         except DataError as error:
             if self.on_bad_sample == "error":
                 raise DataError(f"{sample.name}: {error}; correct it or set on_bad_sample to skip") from error
             self._note("unreadable sample masked", f"{sample.name}: {error}")
-            return self._masked_row(index)
-        text = self.encode_text(index, [(image.height, image.width) for image in images])
+            return self._masked_row(index, sample)
+        text = self.encode_text(sample, [(image.height, image.width) for image in images])
         if text.cut is not None:
             self._note("over-long sample cut", f"{sample.name}: {text.cut}")
         if text.masked is not None:
@@ -211,26 +220,35 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "unreadable": False,
         }
 
-    def open_images(self, index: int) -> list[Image.Image]:
+    def sample(self, index: int) -> Sample:
+        """Reads the record of a sample.
+
+        Raises:
+            DataError: Its file was changed since the data set was made.
+        """
+        number = self._source_numbers[index]
+        return self._indices[number].sample(int(self._rows[index]), self._sources[number].root)
+
+    def open_images(self, sample: Sample) -> list[Image.Image]:
         """The decoded images of a sample.
 
         Raises:
             DataError: An image is missing, leads out of its root, is damaged or too large; the message names the file.
         """
-        sample, images = self.samples[index], []
+        images = []
         for path in sample.images:
             if sample.image_root not in self._linked_roots:
                 _check_inside(path, sample.image_root)
             images.append(load_image(path, self.max_image_pixels))
         return images
 
-    def encode_text(self, index: int, image_sizes: Sequence[tuple[int, int]]) -> EncodedText:
+    def encode_text(self, sample: Sample, image_sizes: Sequence[tuple[int, int]]) -> EncodedText:
         """Ids and labels of a sample whose images have these (height, width), cut to the longest sequence.
 
         What fits is counted with every image at the finest level.
         """
         encoded = encode_conversation(
-            self.samples[index].turns, self.processor.tokenizer, self.template, self.processor.image_token_id
+            sample.turns, self.processor.tokenizer, self.template, self.processor.image_token_id
         )
         finest = self.config.granularities[-1]
         length = num_images = num_tokens = 0
@@ -260,35 +278,42 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def source_number(self, index: int) -> int:
         """Number of the source that a sample comes from."""
-        return self.origins[index].source
+        return int(self._source_numbers[index])
 
-    def unique(self) -> list[int]:
-        """Positions of the samples, each record once, also where `repeat:N` or several sources repeat it."""
-        first: dict[tuple[str, str, int], int] = {}
-        for index, (source, position) in enumerate(self.origins):
-            file = self.files[source]
-            first.setdefault((file.sha256, file.image_root, position), index)
-        return list(first.values())
+    @property
+    def origins(self) -> np.ndarray:
+        """(samples, 2) number of the source, and position of the record in the source's file."""
+        return np.stack([self._source_numbers, self._of_samples("position")], axis=1)
 
-    @cached_property
-    def modality_lengths(self) -> list[int]:
-        """Words of each sample, negative for one without image; what `ModalityLengthSampler` groups by."""
-        return [self.modality_length(index) for index in range(len(self))]
+    @property
+    def modality_lengths(self) -> np.ndarray:
+        """(samples,) words, negative for a sample without image."""
+        return self._of_samples("length")
 
-    def modality_length(self, index: int) -> int:
-        """Words of one sample, negative for one without image."""
-        sample = self.samples[index]
-        words = max(sum(len(turn.value.split()) for turn in sample.turns), 1)
-        return words if sample.images else -words
+    def origin(self, index: int) -> Origin:
+        """Where a sample comes from."""
+        number = int(self._source_numbers[index])
+        return Origin(number, int(self._indices[number].rows["position"][self._rows[index]]))
+
+    def unique(self) -> np.ndarray:
+        """Positions of the samples, each record once, also where a weight or several sources repeat it."""
+        files: dict[tuple[str, str], int] = {}
+        numbers = [files.setdefault((file.sha256, file.image_root), number) for number, file in enumerate(self.files)]
+        files_of_samples = np.array(numbers, dtype=np.int64)[self._source_numbers]
+        records = files_of_samples << 40 | self._of_samples("position")  # no file has 2^40 records
+        return np.sort(np.unique(records, return_index=True)[1])
 
     def fingerprint(self) -> str:
         """A hash of what the records are and how they are read: files' bytes, sampling, template and length.
 
         Where the files lie does not matter, nor do the images' bytes, which would have to be read.
         """
+        is_drawn = any("random" in file.sampling or file.weight % 1 for file in self.files)
         parts: dict[str, Any] = {
-            "sources": [(file.sha256, file.sampling) for file in self.files],
-            "seed": self.seed if any("random" in file.sampling for file in self.files) else None,
+            "sources": [
+                (file.sha256, file.sampling, *([] if file.weight == 1 else [file.weight])) for file in self.files
+            ],
+            "seed": self.seed if is_drawn else None,
             "template": self.template,
             "max_length": self.max_length,
             "num_samples": len(self),
@@ -297,40 +322,41 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             parts["skipped"] = self.skipped
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _add(self, source: DataSource, number: int) -> None:
-        """Appends the valid samples of one file."""
+    def _add(self, source: DataSource, number: int, index_dir: str | Path | None) -> np.ndarray:
+        """Takes in a source; gives the rows of its file's index that are its samples, in their order."""
         path = Path(source.path)
-        root = path.parent if source.image_root is None else Path(source.image_root)
-        if not root.is_dir():
-            raise DataError(f"image root {root} of {path} is no folder; check data.sources")
-        if source.follow_links:
-            self._linked_roots.add(root)
-        records, sha256 = read_records(path)
+        if not source.root.is_dir():
+            raise DataError(f"image root {source.root} of {path} is no folder; check data.sources")
+        index = open_index(path, self.template, index_dir)
         sampling = source.sampling or "all"
-        self.files.append(SourceFile(str(path), sha256, sampling, str(root)))
-        skipped = frozenset() if self.skip_list is None else self.skip_list.positions(path, sha256)
-        check = TEMPLATES[self.template].check
-        for record in sample_records(records, sampling, path, f"{self.seed}/{number}"):
-            if record.position in skipped:
-                self.skipped.append(Origin(number, record.position))
-                continue
+        self._indices.append(index)
+        self.files.append(SourceFile(str(path), index.sha256, sampling, str(source.root), source.weight))
+        rows = select(len(index.rows), sampling, source.weight, path, f"{self.seed}/{number}")
+        if self.skip_list is not None:
+            named = np.array(sorted(self.skip_list.positions(path, index.sha256)), dtype=np.int64)
+            is_named = np.isin(index.rows["position"][rows], named)
+            self.skipped += [Origin(number, int(position)) for position in index.rows["position"][rows[is_named]]]
+            rows = rows[~is_named]
+        is_sample = index.rows["length"][rows] != 0
+        for row in dict.fromkeys(rows[~is_sample].tolist()):  # each once
             try:
-                if record.error is not None:
-                    raise DataError(f"{record.source}: {record.error}")
-                sample = parse_record(record.value, root, record.source)
-                try:
-                    check(dialogue(sample.turns))
-                except DataError as error:
-                    raise DataError(f"{sample.name}: {error}") from None
+                index.sample(row, source.root)
             except DataError as error:
-                self.malformed.append(Malformed(Origin(number, record.position), str(error)))
+                self.malformed.append(Malformed(Origin(number, int(index.rows["position"][row])), str(error)))
             else:
-                self.samples.append(sample)
-                self.origins.append(Origin(number, record.position))
+                raise AssertionError(f"{path}: row {row} of the index is a sample")
+        return rows[is_sample]
 
-    def _masked_row(self, index: int) -> dict[str, Any]:
+    def _of_samples(self, field: str) -> np.ndarray:
+        """(samples,) a field of the indices."""
+        values = np.zeros(len(self), dtype=np.int64)
+        for number, index in enumerate(self._indices):
+            is_of_source = self._source_numbers == number
+            values[is_of_source] = index.rows[field][self._rows[is_of_source]]
+        return values
+
+    def _masked_row(self, index: int, sample: Sample) -> dict[str, Any]:
         """Stands for a sample that cannot be read: one token that no loss looks at."""
-        sample = self.samples[index]
         tokenizer = self.processor.tokenizer
         token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return {
@@ -358,18 +384,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             logger.info("%s: %s", trouble, message)
             if count % 1000 == 0:
                 logger.warning("%s: %d samples so far (names at log level INFO)", trouble, count)
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Half of the time of building a million samples would go into looking for garbage among them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _check_inside(path: Path, root: Path) -> None:

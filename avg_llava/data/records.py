@@ -1,10 +1,7 @@
-"""LLaVA's JSON records: reading them, and turning each into a validated sample or an error that names it."""
+"""LLaVA's records: turning each into a validated sample or an error that names it."""
 
-import hashlib
-import json
 import ntpath
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,61 +47,13 @@ class Sample:
 class RawRecord(NamedTuple):
     """One entry of a file before validation; `error` instead of `value` where the line is not JSON.
 
-    `position` is its index in a list, or its line in a `.jsonl` file, counted from 1.
+    `position` is its index in a list or its row in a Parquet file, or its line in a `.jsonl` file, counted from 1.
     """
 
     value: Any
     source: str
     position: int
     error: str | None = None
-
-
-class RecordFile(NamedTuple):
-    """The entries of one file and the SHA-256 of its bytes."""
-
-    records: list[RawRecord]
-    sha256: str
-
-
-def read_records(path: str | Path) -> RecordFile:
-    """Reads a JSON list or, for names ending in `.jsonl`, one JSON value per line.
-
-    Raises:
-        DataError: The file is missing, is not UTF-8, is not JSON, or is not a list.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check data.sources") from error
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); re-save it as UTF-8") from error
-    del content
-    if path.suffix == ".jsonl":
-        return RecordFile(list(_parse_lines(path, text)), sha256)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}; a file with one record per line must end in .jsonl") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path} holds a {type(values).__name__}, but a list of records is expected")
-    return RecordFile(
-        [RawRecord(value, f"{path}, record {index}", index) for index, value in enumerate(values)], sha256
-    )
-
-
-def _parse_lines(path: Path, text: str) -> Iterator[RawRecord]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        source = f"{path}, line {number}"
-        try:
-            yield RawRecord(json.loads(line), source, number)
-        except (ValueError, RecursionError) as error:
-            yield RawRecord(None, source, number, f"not JSON: {error}")
 
 
 def parse_record(record: Any, image_root: str | Path, source: str = "record") -> Sample:
@@ -216,11 +165,9 @@ def _check_placeholders(turns: tuple[Turn, ...], num_images: int) -> None:
 __all__ = [
     "DataError",
     "RawRecord",
-    "RecordFile",
     "Sample",
     "Turn",
     "dialogue",
     "image_paths",
     "parse_record",
-    "read_records",
 ]

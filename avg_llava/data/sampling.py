@@ -1,44 +1,53 @@
-"""Which records of a file are used."""
+"""Which records of a file are used, and how often."""
 
 import random
 import re
 from pathlib import Path
 
-from avg_llava.data.records import DataError, RawRecord
+import numpy as np
+
+from avg_llava.data.records import DataError
 
 
-def sample_records(records: list[RawRecord], sampling: str, path: Path, seed: str) -> list[RawRecord]:
-    """The records that `sampling` asks for, in the file's order.
+def select(count: int, sampling: str, weight: float, path: Path, seed: str) -> np.ndarray:
+    """Numbers of the records that are used, in the file's order, once per pass.
 
     Args:
-        records: All of the file's.
-        sampling: `all`, `first:N`, `end:N`, `random:N` (N records, or a share such as `10%`) or `repeat:N`.
+        count: Records of the file.
+        sampling: `all`, `first:N`, `end:N` or `random:N` (N records, or a share such as `10%`).
+        weight: Passes over these: 2.3 is two, and a third over 30 % of them drawn at random.
         path: The file, for messages.
-        seed: Seed of `random:N`.
+        seed: Seed of what is drawn.
 
     Raises:
-        DataError: `sampling` is none of these, or asks for more than there is.
+        DataError: `sampling` is none of these, or asks for more than there is, or `weight` is not positive.
     """
+    if not weight > 0:
+        raise DataError(f"weight {weight} of {path}: it is the number of passes over the file, and above 0")
+    chosen = _sampled(count, sampling, path, seed)
+    passes = int(weight)
+    rest = random.Random(f"{seed}/weight").sample(range(len(chosen)), round((weight - passes) * len(chosen)))
+    return np.concatenate([np.tile(chosen, passes), chosen[np.sort(np.array(rest, dtype=np.int64))]])
+
+
+def _sampled(count: int, sampling: str, path: Path, seed: str) -> np.ndarray:
     if sampling == "all":
-        return records
-    match = re.fullmatch(r"(first|end|random|repeat):(\d+(?:\.\d+)?%|\d+)", sampling)
-    if match is None or (match[1] == "repeat" and "%" in match[2]):
+        return np.arange(count)
+    match = re.fullmatch(r"(first|end|random):(\d+(?:\.\d+)?%|\d+)", sampling)
+    if match is None:
         raise DataError(
-            f"sampling {sampling!r} of {path}: use all, first:N, end:N, random:N (N records, or a share such as 10%) "
-            "or repeat:N"
+            f"sampling {sampling!r} of {path}: use all, first:N, end:N or random:N (N records, or a share such as "
+            "10%); to repeat records, set the source's weight"
         )
     kind, amount = match[1], match[2]
-    if kind == "repeat":
-        return records * int(amount)
-    count = round(len(records) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
-    if count > len(records):
-        raise DataError(f"sampling {sampling!r} of {path}: the file holds only {len(records)} records")
+    wanted = round(count * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+    if wanted > count:
+        raise DataError(f"sampling {sampling!r} of {path}: the file holds only {count} records")
     if kind == "first":
-        return records[:count]
+        return np.arange(wanted)
     if kind == "end":
-        return records[len(records) - count :]
-    chosen = random.Random(seed).sample(range(len(records)), count)
-    return [records[index] for index in sorted(chosen)]
+        return np.arange(count - wanted, count)
+    return np.array(sorted(random.Random(seed).sample(range(count), wanted)), dtype=np.int64)
 
 
-__all__ = ["sample_records"]
+__all__ = ["select"]

@@ -7,15 +7,16 @@ goes on from where it was, by notes beside its skip list.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from avg_llava.data.dataset import ConversationDataset, OutsideRootError
-from avg_llava.data.records import DataError
+from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList, SkippedRecords
 from avg_llava.model.images import MissingImageError, OversizedImageError
 
@@ -24,6 +25,7 @@ Problem = Literal["malformed", "missing", "outside root", "oversized", "unreadab
 are counted and used."""
 
 BATCH_SIZE = 32  # samples that a process looks at before it reports
+TOTAL = "total"
 TEXT_ONLY, MALFORMED = "(text only)", "(malformed)"  # groups of samples without an image's path
 
 
@@ -51,6 +53,11 @@ class SourceReport:
     num_records: int = 0
     groups: Counter[str] = field(default_factory=Counter)
     problems: Counter[Problem] = field(default_factory=Counter)
+
+    def unexpected(self, expected: Mapping[str, int]) -> dict[str, int]:
+        """The counts, by group and `TOTAL`, that are more than 1 % from what is expected."""
+        found = {name: self.num_records if name == TOTAL else self.groups[name] for name in expected}
+        return {name: found[name] for name in expected if abs(found[name] - expected[name]) > 0.01 * expected[name]}
 
 
 @dataclass
@@ -186,7 +193,7 @@ class VerifiedSamples(Dataset[Finding]):
         indices: Positions of the samples.
     """
 
-    def __init__(self, dataset: ConversationDataset, indices: Sequence[int]):
+    def __init__(self, dataset: ConversationDataset, indices: np.ndarray):
         self.dataset = dataset
         self.indices = indices
 
@@ -194,17 +201,17 @@ class VerifiedSamples(Dataset[Finding]):
         return len(self.indices)
 
     def __getitem__(self, place: int) -> Finding:
-        index = self.indices[place]
-        sample, origin = self.dataset.samples[index], self.dataset.origins[index]
+        index = int(self.indices[place])
+        sample, origin = self.dataset.sample(index), self.dataset.origin(index)
         group = TEXT_ONLY
         if sample.images:
             folders = sample.images[0].relative_to(sample.image_root).parts[:-1]
             group = folders[0] if folders else "."
-        return Finding(*origin, group, tuple(self._problems(index)))
+        return Finding(*origin, group, tuple(self._problems(sample)))
 
-    def _problems(self, index: int) -> Iterator[tuple[Problem, str]]:
+    def _problems(self, sample: Sample) -> Iterator[tuple[Problem, str]]:
         try:
-            images = self.dataset.open_images(index)
+            images = self.dataset.open_images(sample)
         except MissingImageError as error:
             yield "missing", str(error)
         except OutsideRootError as error:
@@ -214,7 +221,7 @@ class VerifiedSamples(Dataset[Finding]):
         except DataError as error:
             yield "unreadable", str(error)
         else:
-            text = self.dataset.encode_text(index, [(image.height, image.width) for image in images])
+            text = self.dataset.encode_text(sample, [(image.height, image.width) for image in images])
             if text.cut is not None:
                 yield "over-long", text.cut
             if text.masked is not None:
@@ -226,4 +233,4 @@ def _identity(dataset: ConversationDataset) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-__all__ = ["Problem", "SourceReport", "Verification", "verify"]
+__all__ = ["TOTAL", "Problem", "SourceReport", "Verification", "verify"]

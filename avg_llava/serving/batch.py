@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from avg_llava.data.records import DataError, RawRecord, image_paths, read_records
+from avg_llava.data.record_files import read_records
+from avg_llava.data.records import DataError, RawRecord, image_paths
 from avg_llava.evaluation.workers import read_answers
 from avg_llava.model.answers import Answer, Decoding, Request
 from avg_llava.model.budget import Budget
@@ -39,7 +40,7 @@ def read_questions(path: Path, image_root: Path, budget: Budget) -> list[Questio
     Raises:
         DataError: The file cannot be read, or two records have the same id.
     """
-    questions = [_parse(record, image_root, budget) for record in read_records(path).records]
+    questions = [_parse(record, image_root, budget) for record in read_records(path)]
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:

@@ -128,7 +128,7 @@ def build_dataset(
 ) -> ConversationDataset:
     """The samples of `data.sources`."""
     sources = [
-        DataSource(source.path, source.image_root, source.sampling, source.follow_links)
+        DataSource(source.path, source.image_root, source.sampling, source.weight, source.follow_links)
         for source in config.data.sources
     ]
     return ConversationDataset(
@@ -139,6 +139,7 @@ def build_dataset(
         on_bad_sample=config.data.on_bad_sample,
         seed=config.seed,
         skip_list=None if config.data.skip_list is None else read_skip_list(config.data.skip_list),
+        index_dir=config.data.index_dir,
     )
 
 
@@ -147,7 +148,7 @@ def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> Sampler[
     if not config.data.group_by_modality_length:
         return ShuffledSampler(len(dataset), config.seed)
     return ModalityLengthSampler(
-        dataset.modality_lengths,
+        dataset.modality_lengths.tolist(),
         batch_size=config.optim.micro_batch_size,
         world_size=world_size(),
         accumulation_steps=config.accumulation_steps(world_size()),

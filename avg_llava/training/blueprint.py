@@ -90,7 +90,10 @@ def _file_that_makes(start: str, path: Path) -> Path | None:
     above = path.parent.parent
     searched = (path.parent.glob("*.yaml"), above.glob("*.yaml"), above.glob("*/*.yaml"))
     for candidate in (file for files in searched for file in sorted(files)):
-        output = read_yaml(candidate).get("output")
+        try:
+            output = read_yaml(candidate).get("output")
+        except ConfigError:
+            continue  # a mixture of data, or another file that configures no run
         if isinstance(output, dict) and output.get("dir") == start and candidate.resolve() != path.resolve():
             return candidate
     return None

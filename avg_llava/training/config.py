@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from avg_llava.training.losses import RankingVariant, Reduction
-from avg_llava.training.parsing import ConfigError, apply_overrides, build, read_yaml
+from avg_llava.training.parsing import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
 from avg_llava.training.stages import STAGES, ObjectiveName
 
 
@@ -58,15 +58,20 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """One file of conversations in LLaVA's JSON or JSONL format."""
+    """One file of conversations in LLaVA's format: a JSON list, JSON lines (`.jsonl`) or Parquet (`.parquet`)."""
 
     path: str
     image_root: str | None = None
     """Folder that image paths are relative to and stay inside of; null: the file's own folder."""
     sampling: str | None = None
-    """`all`, `first:N`, `end:N`, `random:N` (N records, or a share such as 10%) or `repeat:N`; null: all."""
+    """`all`, `first:N`, `end:N` or `random:N` (N records, or a share such as 10%); null: all."""
+    weight: float = 1.0
+    """Passes over these records per epoch; 2.3 is two, and a third over 30 % of them, drawn by `seed`."""
     follow_links: bool = False
     """Accept image paths that leave the root through symbolic links."""
+    expected: dict[str, int] | None = None
+    """How many records there should be before `weight`: `total`, and by the first folder of their images' paths, or
+    `(text only)`. What `verify-data` compares with."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class DataSettings:
     """What is learnt from, and in which order."""
 
     sources: tuple[SourceSettings, ...]
+    """In the YAML file also the path of another YAML file, a mixture, which holds this list for several stages."""
     template: Literal["plain", "vicuna_v1"]
     """`plain` for captions (stage 1), `vicuna_v1` for instructions."""
     group_by_modality_length: bool = False
@@ -82,6 +88,8 @@ class DataSettings:
     """An unreadable sample stops the run with its name, or is skipped and counted."""
     skip_list: str | None = None
     """File that `avg-llava verify-data` wrote: records to leave out."""
+    index_dir: str | None = None
+    """Folder for indices of the sources, a few MB each; null: `.avg-llava-index` beside each source."""
     num_workers: int = 4
 
 
@@ -259,7 +267,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: unreadable file, unknown key, value of the wrong type, or values that contradict one another.
     """
     spelled_out = ["--model.force_start" if argument == "--force-start" else argument for argument in overrides]
-    return build(TrainConfig, apply_overrides(read_yaml(path), spelled_out))
+    return build(TrainConfig, with_list_from_file(apply_overrides(read_yaml(path), spelled_out), "data.sources"))
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -332,6 +340,9 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ConfigError(f"optim.betas must be a list of two numbers, got {list(optim.betas)}")
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one file")
+    for index, source in enumerate(config.data.sources):
+        if not source.weight > 0:
+            raise ConfigError(f"data.sources.{index}.weight must be above 0, got {source.weight}")
     if config.objective.feedback_store is not None and config.stage != 4:
         raise ConfigError(
             f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"

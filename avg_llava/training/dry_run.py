@@ -1,7 +1,8 @@
 """`--dry-run`: everything that can be found wrong with a run before it starts, found at once.
 
 Reads the configuration, compares the start's weights with the model's on the meta device, decodes some samples of every
-source, measures the disk and writes a trial save. No weights are loaded and nothing is left behind.
+source, measures the disk and writes a trial save. No weights are loaded, and nothing is left behind but the data's
+indices, which the run itself will need.
 """
 
 import logging
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
-from avg_llava.data.records import DataError, parse_record, read_records
+from avg_llava.data.index import open_index
+from avg_llava.data.records import DataError
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import load_image
 from avg_llava.model.loading import (
@@ -255,19 +257,17 @@ def _look_at_disk(folder: Path, needed: int, report: Report) -> None:
 def _look_at_files(config: TrainConfig, report: Report) -> None:
     """What can be seen of the data without a tokenizer: the first records of every source, and their images."""
     for source in config.data.sources:
-        file = report.attempt(f"data {source.path}", partial(read_records, source.path))
+        data = config.data
+        index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
         root = Path(source.path).parent if source.image_root is None else Path(source.image_root)
         if not root.is_dir():
             report.problems.append(f"data {source.path}: image root {root} is no folder; check data.sources")
-        elif file is not None:
-            for record in file.records[: NUM_FIRST + NUM_RANDOM]:
-                if record.error is not None:
-                    report.problems.append(f"data: {record.source}: {record.error}")
-                    continue
+        elif index is not None:
+            for row in range(min(len(index.rows), NUM_FIRST + NUM_RANDOM)):
                 with report_failure(report, "data"):
-                    for path in parse_record(record.value, root, record.source).images:
+                    for path in index.sample(row, root).images:
                         load_image(path)
-            report.facts.append(f"{source.path}: {len(file.records):,} records, of which the first were looked at")
+            report.facts.append(f"{source.path}: {len(index.rows):,} records, of which the first were looked at")
 
 
 def _look_at_data(
@@ -312,13 +312,13 @@ def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: 
     cut = masked = 0
     usable = []
     for index in indices:
-        sample = dataset.samples[index]
+        sample = dataset.sample(index)
         try:
-            images = dataset.open_images(index)
+            images = dataset.open_images(sample)
         except DataError as error:
             bad.append(f"{sample.name}: {error}")
             continue
-        text = dataset.encode_text(index, [(image.height, image.width) for image in images])
+        text = dataset.encode_text(sample, [(image.height, image.width) for image in images])
         cut += text.cut is not None
         masked += text.masked is not None
         usable.append(index)

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
-from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.config import SourceSettings, TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape, adapter_shapes
 from avg_llava.training.losses import num_supervised
@@ -30,11 +31,6 @@ NUM_DRAWN = 64  # samples that are looked at where the data are there
 RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
 
 
-# Records of the public sets, as playground/data/README.md gives them.
-KNOWN_RECORDS = {
-    "blip_laion_cc_sbu_558k.json": 558_000,
-    "open-llava-next_instruct_mix1M.json": 1_020_000,
-}
 # A photo of 640 x 480; a caption, or a question behind the system prompt and an answer of some sentences.
 TYPICAL_SAMPLES = {
     1: SampleShape((480, 640), 2, 20),
@@ -244,12 +240,20 @@ def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request
         f"every sample has an image of {width}x{height} pixels, {shape.num_prompt_tokens} tokens of prompt and "
         f"{shape.num_answer_tokens} of answer"
     )
-    known = [KNOWN_RECORDS.get(Path(each.path).name) for each in config.data.sources if each.sampling in (None, "all")]
     num_records = request.num_samples
-    if num_records is None and len(known) == len(config.data.sources) and None not in known:
-        num_records = sum(count for count in known if count is not None)
+    if num_records is None and (num_records := _expected_records(config.data.sources)) is not None:
         source += f"; the data are about {num_records:,} samples"
     return Samples([shape], num_records, source)
+
+
+def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
+    """How many samples an epoch should have, where all sources say what to expect of them."""
+    total = 0.0
+    for source in sources:
+        if source.expected is None or TOTAL not in source.expected:
+            return None
+        total += source.expected[TOTAL] * source.weight
+    return round(total)
 
 
 def _is_everything_here(config: TrainConfig) -> bool:
@@ -268,8 +272,9 @@ def _drawn(config: TrainConfig, request: Request) -> Samples:
     indices = random.Random(config.seed).sample(range(len(dataset)), min(NUM_DRAWN, len(dataset)))
     shapes: list[SampleShape] = []
     for index in indices:
-        sizes = [(image.height, image.width) for image in dataset.open_images(index)]
-        text = dataset.encode_text(index, sizes)
+        sample = dataset.sample(index)
+        sizes = [(image.height, image.width) for image in dataset.open_images(sample)]
+        text = dataset.encode_text(sample, sizes)
         answer = int(num_supervised(text.labels[None]))
         prompt = len(text.input_ids) - text.num_images - answer
         shapes += shapes_of(sizes[: text.num_images], prompt, answer)

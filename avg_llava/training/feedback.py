@@ -165,11 +165,12 @@ class ShardCollector:
         self.model = model.to(device).eval()
         self.dataset = build_dataset(config, processor, model.config)
         self.unique = self.dataset.unique()
+        self.lengths = self.dataset.modality_lengths
         self.collate = Collator(processor.tokenizer.pad_token_id)
 
     def __call__(self, shard: int, advance: Advance) -> int:
         """Computes and writes a shard; its number is the result."""
-        indices = [self.unique[place] for place in self.store.manifest.samples_of(shard)]
+        indices = self.unique[self.store.manifest.samples_of(shard)].tolist()
         rows: dict[int, dict[str, Any]] = {}
         for items in self._loader(indices):
             for item, answer in zip(items, self._answers(items), strict=True):
@@ -181,8 +182,8 @@ class ShardCollector:
 
     def _loader(self, indices: list[int]) -> DataLoader:
         """Batches of a shard's samples: those without images apart, others with ones of similar length."""
-        ordered = sorted(indices, key=self.dataset.modality_length)  # negative without image
-        num_text_only = sum(not self.dataset.samples[index].images for index in ordered)
+        ordered = sorted(indices, key=self.lengths.__getitem__)  # negative without image
+        num_text_only = sum(self.lengths[index] < 0 for index in ordered)
         size = self.config.optim.micro_batch_size
         batches = [
             group[start : start + size]
@@ -221,7 +222,7 @@ class ShardCollector:
     def _row(self, item: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
         """A sample's values of the store's columns; what is absent is null."""
         index = item["index"]
-        origin = self.dataset.origins[index]
+        origin = self.dataset.origin(index)
         files = list(self.store.manifest.files)
         row = {
             "file": files.index(self.dataset.files[origin.source].sha256),
@@ -235,7 +236,7 @@ class ShardCollector:
             return row
         if not all(math.isfinite(value) for value in answer.log_probs):
             raise FeedbackError(
-                f"the log-probability of the answer of {self.dataset.samples[index].name} is {answer.log_probs} under "
+                f"the log-probability of the answer of {self.dataset.sample(index).name} is {answer.log_probs} under "
                 f"the levels {self.store.manifest.levels}; look at this sample, or use runtime.precision bf16 or fp32"
             )
         return row | {

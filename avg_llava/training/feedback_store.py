@@ -107,7 +107,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
         precision: `runtime.precision`.
     """
     _refuse_ambiguous_files(dataset)
-    origins = [dataset.origins[index] for index in dataset.unique()]
+    origins = dataset.origins[dataset.unique()].tolist()
     tensors = list_weights(resolve_folder(start))
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
@@ -269,7 +269,7 @@ class FeedbackStore:
                     "changed since it was collected. Collect it in another folder with `avg-llava feedback`"
                 )
         of_sources = np.array([numbers[file.sha256] for file in dataset.files])
-        origins = np.array(dataset.origins).reshape(-1, 2)
+        origins = dataset.origins
         wanted = _key(of_sources[origins[:, 0]], origins[:, 1])
         stored = _key(table.column("file").to_numpy(), table.column("position").to_numpy())
         order = np.argsort(stored, kind="stable")
@@ -279,7 +279,7 @@ class FeedbackStore:
         if len(absent):
             raise ConfigError(
                 f"the feedback in {self.folder} lacks {len(absent)} of {len(dataset)} samples, the first of them "
-                f"{dataset.samples[absent[0]].name}: it was collected with another sampling. Collect it in another "
+                f"{dataset.sample(absent[0]).name}: it was collected with another sampling. Collect it in another "
                 "folder with `avg-llava feedback`"
             )
         return rows

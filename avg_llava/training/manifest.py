@@ -21,7 +21,14 @@ CHECKPOINT_PREFIX = "checkpoint-"
 RECORDED_LIBRARIES = ("avg-llava", "torch", "transformers", "deepspeed", "accelerate")
 
 # Sections and keys that may change between a run and its continuation: they do not change what is learnt.
-FREE_KEYS = ("logging", "output", "model.force_start", "data.num_workers", "runtime.gradient_checkpointing")
+FREE_KEYS = (
+    "logging",
+    "output",
+    "model.force_start",
+    "data.index_dir",
+    "data.num_workers",
+    "runtime.gradient_checkpointing",
+)
 
 
 @dataclass(frozen=True)

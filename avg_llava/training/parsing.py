@@ -64,13 +64,17 @@ def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    content = _read_file(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(content).__name__}")
     return content
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -93,6 +97,26 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             else:
                 text = "true"
         _set_dotted(merged, key, RawValue(text))
+    return merged
+
+
+def with_list_from_file(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Put the list that a YAML file holds in the place of the file's path, where the value of a dotted key is one."""
+    merged = _copy_mappings(values)
+    *sections, name = key.split(".")
+    node = merged
+    for section in sections:
+        node = node.get(section, {})
+        if not isinstance(node, dict):
+            return merged  # a mistake that `build` names
+    value = node.get(name)
+    path = value.parse(key) if isinstance(value, RawValue) else value
+    if isinstance(path, str):
+        if not Path(path).is_file():
+            raise ConfigError(f"{key}: {path} does not exist; name a YAML file that holds a list, or give the list")
+        node[name] = _read_file(Path(path))
+        if not isinstance(node[name], list):
+            raise ConfigError(f"{key}: {path} must hold a list, got {type(node[name]).__name__}")
     return merged
 
 

@@ -176,7 +176,7 @@ class StageTrainer(Trainer):
         indices = inputs.pop("index").tolist()
         outputs = model(**inputs)
         if not math.isfinite(outputs["loss"].item()):
-            names = "; ".join(self.train_dataset.samples[index].name for index in indices)
+            names = "; ".join(self.train_dataset.sample(index).name for index in indices)
             raise TrainingError(
                 f"the loss is {outputs['loss'].item()} at step {self.state.global_step + 1} on {names}. Look at these "
                 "samples, or lower optim.lr"

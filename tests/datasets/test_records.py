@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from avg_llava.data.records import DataError, Turn, dialogue, parse_record, read_records
+from avg_llava.data.record_files import read_records
+from avg_llava.data.records import DataError, Turn, dialogue, parse_record
 from tests.datasets.conftest import record
 
 ROOT = Path("root")
@@ -128,15 +129,15 @@ def test_reading_a_list_and_lines(tmp_path):
     # A line separator inside a text is not the end of a record.
     lines = json.dumps(content[0], ensure_ascii=False) + "\r\n\n" + json.dumps({"id": "a\u2028b"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
-    assert [entry.value for entry in read_records(tmp_path / "a.json").records] == content
+    assert [entry.value for entry in read_records(tmp_path / "a.json")] == content
     read = read_records(tmp_path / "a.jsonl")
-    assert [entry.value for entry in read.records] == [content[0], {"id": "a\u2028b"}]
-    assert [entry.source for entry in read.records] == [f"{tmp_path / 'a.jsonl'}, line {number}" for number in (1, 3)]
+    assert [entry.value for entry in read] == [content[0], {"id": "a\u2028b"}]
+    assert [entry.source for entry in read] == [f"{tmp_path / 'a.jsonl'}, line {number}" for number in (1, 3)]
 
 
 def test_a_bad_line_is_one_bad_record(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
-    good, bad, also_good = read_records(tmp_path / "a.jsonl").records
+    good, bad, also_good = read_records(tmp_path / "a.jsonl")
     assert good.error is also_good.error is None
     assert "not JSON" in bad.error
 

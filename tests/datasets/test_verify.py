@@ -233,6 +233,6 @@ def test_notes_of_other_data_are_dropped(folder, make, tmp_path):
 def test_sources_are_counted_apart_and_records_once(folder, make):
     first = write(folder, *[record(n, "<image>\nWhat?", "A car.", WIDE) for n in range(3)], name="first.json")
     second = write(folder, record("bad", "<image>\nWhat?", "A car.", "images/none.png"), name="second.json")
-    found = verify(make(DataSource(first, sampling="repeat:3"), second), 1)
+    found = verify(make(DataSource(first, weight=3), second), 1)
     assert [source.num_records for source in found.sources] == [3, 1]
     assert [source.problems for source in found.sources] == [{}, {"missing": 1}]

@@ -82,7 +82,9 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path, write):
         (["--data.template", "vicuna"], "one of plain, vicuna_v1; got 'vicuna' - did you mean 'vicuna_v1'"),
         (["--stage", "5"], "stage must be one of 1, 2, 3, 4"),
         (["--output.overwrite", "1"], "output.overwrite must be true or false"),
-        (["--data.sources", "x.json"], "data.sources must be a list"),
+        (["--data.sources", "x.yaml"], "data.sources: x.yaml does not exist; name a YAML file that holds a list"),
+        (["--data.sources", "3"], "data.sources must be a list"),
+        (["--data.sources", "[{path: x.json, weight: 0}]"], "data.sources.0.weight must be above 0"),
         (["--data.sources", "[{pth: x}]"], "unknown key data.sources.0.pth - did you mean 'path'"),
         (["--data.sources", "[{image_root: x}]"], "data.sources.0.path is missing"),
         (["--data", "3"], "data must be a mapping"),
@@ -205,3 +207,36 @@ def test_batch_sizes_that_do_not_fit(write, world_size):
     config = load_config(write(optim={"global_batch_size": 16, "micro_batch_size": 2}))
     with pytest.raises(ConfigError, match=r"global_batch_size 16 is not a multiple of .* 2 x"):
         config.accumulation_steps(world_size)
+
+
+class TestMixture:
+    """`data.sources` in a file of its own, which stages share."""
+
+    @pytest.fixture
+    def mixture(self, tmp_path) -> Path:
+        path = tmp_path / "mixture.yaml"
+        path.write_text("- path: a.json\n  weight: 0.5\n- path: b.parquet\n  expected: {total: 3, coco: 2}\n")
+        return path
+
+    @pytest.mark.parametrize("place", ["file", "override"])
+    def test_it_stands_for_its_list(self, write, mixture, place):
+        if place == "file":
+            config = load_config(write(data={"sources": str(mixture)}))
+        else:
+            config = load_config(write(), ["--data.sources", str(mixture)])
+        first, second = config.data.sources
+        assert (first.path, first.weight, first.expected) == ("a.json", 0.5, None)
+        assert (second.path, second.weight, second.expected) == ("b.parquet", 1.0, {"total": 3, "coco": 2})
+        listed = yaml.safe_load(mixture.read_text())
+        assert config == load_config(write(data={"sources": listed})), "what a run records is the list itself"
+
+    def test_mistakes_in_it_are_named(self, write, mixture):
+        path = write(data={"sources": str(mixture)})
+        for content, message in {
+            "path: a.json": r"data\.sources: .*mixture\.yaml must hold a list, got dict",
+            "- [": r"mixture\.yaml is not valid YAML",
+            "- pth: a.json": r"unknown key data\.sources\.0\.pth - did you mean 'path'",
+        }.items():
+            mixture.write_text(content)
+            with pytest.raises(ConfigError, match=message):
+                load_config(path)

@@ -19,9 +19,10 @@ from tests.parity.golden import GOLDEN
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+MIXTURES = sorted((ROOT / "configs/mixtures").glob("*.yaml"))
 MINI_ABLATIONS = sorted((ROOT / "configs/mini/ablations").glob("*.yaml"))
 LORA = sorted((ROOT / "configs/vicuna-7b/lora").glob("*.yaml"))
-SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS))
+SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS) - set(MIXTURES))
 # Some of the things that ablations change, each one.
 CHANGES = {"gumbel": "objective.method", "image_only": "model.router", "fixed_576": "model.granularities"}
 WIDTH = 4096
@@ -108,6 +109,17 @@ def test_shipped_mini_ablation(path, monkeypatch):
         assert load_config(full).model.router == trained, "as large as the one that the quickstart trains"
     else:
         assert len(changed) == 1, changed
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_shipped_mixture(path, monkeypatch):
+    """It can stand in any configuration, and says of its files what playground/data/README.md says."""
+    monkeypatch.chdir(ROOT)
+    (source,) = load_config("configs/mini/stage1.yaml", ["--data.sources", str(path)]).data.sources
+    guide = Path("playground/data/README.md").read_text()
+    assert f"`{Path(source.path).relative_to('playground/data')}`" in guide
+    for count in source.expected.values():
+        assert f"{count:,}" in guide
 
 
 def test_there_is_a_configuration_for_every_stage():

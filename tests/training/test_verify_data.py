@@ -1,6 +1,7 @@
 """`avg-llava verify-data` on a configuration, and training with the skip list it writes."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ def path(tmp_path):
     write_data(tmp_path, num_samples=6, num_text_only=0)
     (tmp_path / "images/3.png").write_bytes((tmp_path / "images/3.png").read_bytes()[:90])
     values = stage_values(1, tmp_path, tmp_path)
+    values["data"]["sources"][0] |= {"expected": {"total": 6, "images": 7, "(text only)": 2}}
     values["optim"] |= {"max_steps": None, "global_batch_size": 6, "micro_batch_size": 3}
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "stage1.yaml"
@@ -33,6 +35,9 @@ def test_command(path, tmp_path, capsys):
     assert "position 3: unreadable:" in told
     assert "images/3.png" in told
     assert "--output" in told
+    assert re.search(r"unlike expected: images +6 instead of about 7\n", told)
+    assert re.search(r"unlike expected: \(text only\) +0 instead of about 2\n", told)
+    assert "unlike expected: total" not in told
 
     with pytest.raises(DataError, match=r"3\.png"):
         run.run_stage(load_config(path))
@@ -41,8 +46,10 @@ def test_command(path, tmp_path, capsys):
     assert (facts["num_skipped"], facts["skip_list"]) == (1, str(tmp_path / "skip.json"))
     assert facts["sources"][0]["groups"] == {"images": 6}
     assert facts["sources"][0]["problems"] == {"unreadable": 1}
+    assert facts["sources"][0]["unexpected"] == {"images": 6, "(text only)": 0}
 
     values = stage_values(2, tmp_path, tmp_path)  # whose start is not trained yet
+    values["data"]["sources"][0]["weight"] = 0.5  # of any seed
     (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(values))
     later = ["verify-data", "--config", str(tmp_path / "stage2.yaml"), "--model-of", str(path)]
     assert cli.main(later) == 1
