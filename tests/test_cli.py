@@ -26,6 +26,7 @@ COMMANDS = [
     ["mini", "data"],
     ["mini", "pretrain"],
     ["mini", "claims"],
+    ["mini", "routers"],
     ["bench", "train"],
     ["bench", "inference"],
 ]

@@ -20,6 +20,7 @@ COMMAND = """#!/usr/bin/env bash
 echo "$*" >>calls
 if [[ $2 == data ]]; then mkdir -p playground/data/mini && touch playground/data/mini/manifest.json; fi
 """
+SWEEP = "runs/mini/ablations"
 PYTHON = """#!/usr/bin/env bash
 echo "${FAKE_GPUS:-0}"
 """
@@ -100,6 +101,33 @@ def test_quickstart_runs_a_stage_again_whose_inputs_changed(project):
     shutil.rmtree(project / "runs/mini/stage4")
     run(quickstart, project)
     assert [call.split()[0] for call in calls(project)] == ["stage3", "stage4", "mini"]
+
+
+def test_ablations_share_one_store_and_end_in_a_table(project):
+    for script in ("scripts/ablations.sh", "configs/mini/ablations/full.yaml", "configs/mini/ablations/other.yaml"):
+        (project / script).parent.mkdir(parents=True, exist_ok=True)
+        (project / script).write_text((ROOT / "scripts/ablations.sh").read_text() if script.endswith(".sh") else "")
+    environment = {"FAKE_GPUS": "0", "NPROC_PER_NODE": "1"}
+    done = run(project / "scripts/ablations.sh", project, **environment)
+    assert done.returncode == 0, done.stderr
+    lines = (project / "calls").read_text().splitlines()
+    data, feedback, *trainings, table = lines
+    assert data == "mini data --output playground/data/mini"
+    assert feedback.split() == [
+        "feedback",
+        "--config",
+        "configs/mini/ablations/full.yaml",
+        "--output",
+        f"{SWEEP}/feedback",
+    ]
+    assert trainings == [f"stage4 configs/mini/ablations/{name}.yaml 1" for name in ("full", "other")]
+    assert table.startswith("mini routers --model avg_llava/mini/checkpoint ")
+    assert table.split()[-2:] == [f"{SWEEP}/full", f"{SWEEP}/other"]
+    (project / "calls").write_text("")
+    run(project / "scripts/ablations.sh", project, **environment)
+    assert [call.split()[0] for call in calls(project)] == ["feedback", "stage4", "stage4", "mini"]
+    (project / "fail-stage4").touch()
+    assert run(project / "scripts/ablations.sh", project, **environment).returncode == 1
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [("0", "2"), ("1", "1"), ("2", "2"), ("8", "2")])

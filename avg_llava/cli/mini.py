@@ -1,6 +1,7 @@
 """Commands of the mini world."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def mini_claims(arguments: argparse.Namespace) -> int:
     return FINE if held or not arguments.check else FAILED
 
 
+def mini_routers(arguments: argparse.Namespace) -> int:
+    """Compares routers of one language model, as ablations of router training give them."""
+    from avg_llava.evaluation.report import table_lines
+    from avg_llava.mini.routers import compare_routers
+
+    rows = compare_routers(
+        arguments.model, arguments.routers, arguments.data, arguments.answers, num_workers=arguments.workers
+    )
+    report: dict[str, Any] = {"rows": [dataclasses.asdict(row) for row in rows], "claims": []}
+    tell(arguments, report, "\n".join(table_lines(report)).rstrip())
+    return FINE
+
+
 def add_mini(commands: Any) -> None:
     """Adds the commands of this module."""
     mini = add_group(
@@ -59,6 +73,11 @@ def _add_commands(commands: Any) -> None:
     seed = (("--seed",), {"type": int, "default": 0, "metavar": "N", "help": "of everything random (default 0)"})
     output = (("--output",), {"type": Path, "required": True, "metavar": "DIR", "help": "folder to write"})
     add_command(commands, "data", mini_data, "avg-llava mini data --output playground/data/mini", [output, seed, JSON])
+    data = (
+        ("--data",),
+        {"type": Path, "default": Path("playground/data/mini"), "metavar": "DIR", "help": "the mini world"},
+    )
+    workers = (("--workers",), {"type": int, "metavar": "N", "help": "processes (default: one per core, one per GPU)"})
     example = "avg-llava mini benchmarks --output playground/data/benchmarks"
     add_command(commands, "benchmarks", mini_benchmarks, example, [output, seed, JSON])
     add_command(commands, "pretrain", mini_pretrain, "avg-llava mini pretrain --output backbones", [output, seed, JSON])
@@ -72,10 +91,7 @@ def _add_commands(commands: Any) -> None:
                 ("--runs",),
                 {"type": Path, "default": Path("runs/mini"), "metavar": "DIR", "help": "folder with stage1 to stage4"},
             ),
-            (
-                ("--data",),
-                {"type": Path, "default": Path("playground/data/mini"), "metavar": "DIR", "help": "the mini world"},
-            ),
+            data,
             (("--output",), {"type": Path, "metavar": "DIR", "help": "the report (default <runs>/report)"}),
             (
                 ("--token-cost",),
@@ -85,8 +101,28 @@ def _add_commands(commands: Any) -> None:
                     "help": "the price at which the router is judged (default: chosen on training data)",
                 },
             ),
-            (("--workers",), {"type": int, "metavar": "N", "help": "processes (default: one per core, one per GPU)"}),
+            workers,
             (("--check",), {"action": "store_true", "help": "fail if a claim does not hold"}),
+            JSON,
+        ],
+    )
+    add_command(
+        commands,
+        "routers",
+        mini_routers,
+        "avg-llava mini routers --model avg_llava/mini/checkpoint --answers runs/answers runs/a runs/b",
+        [
+            (("routers",), {"type": Path, "nargs": "+", "metavar": "DIR", "help": "checkpoint with a router"}),
+            (
+                ("--model",),
+                {"type": Path, "required": True, "metavar": "DIR", "help": "checkpoint that answers, at all levels"},
+            ),
+            (
+                ("--answers",),
+                {"type": Path, "required": True, "metavar": "DIR", "help": "folder that its answers are kept in"},
+            ),
+            data,
+            workers,
             JSON,
         ],
     )

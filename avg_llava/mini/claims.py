@@ -229,27 +229,37 @@ def compute_rows(outcomes: Outcomes, token_cost: float, token_costs: Sequence[fl
         token_cost: The price at which the claims are checked; also sets the budget of `random@router-tokens`.
         token_costs: The prices of the curve.
     """
-    num_questions, num_levels = outcomes.correct.shape
-    rows = [_baseline_row(outcomes)]
-    for index, granularity in enumerate(outcomes.granularities):
-        rows.append(_row(f"fixed-{granularity}", outcomes, one_hot(np.full(num_questions, index), num_levels)))
-    rows.append(_row("random", outcomes, np.full((num_questions, num_levels), 1 / num_levels)))
-
-    routers = [
-        _row(
-            router_name(cost),
-            outcomes,
-            one_hot(router_choice(outcomes.router_log_probs, outcomes.granularities, cost), num_levels),
-            token_cost=cost,
-        )
-        for cost in sorted({0.0, token_cost, *token_costs})
-    ]
+    routers = [router_row(router_name(cost), outcomes, cost) for cost in sorted({0.0, token_cost, *token_costs})]
     budget = find_row(routers, router_name(token_cost)).mean_visual_tokens
     blind = blind_mixture(outcomes.tokens.mean(axis=0), budget)
-    rows.append(_row("random@router-tokens", outcomes, np.tile(blind, (num_questions, 1))))
-    rows.extend(routers)
-    rows.append(_row("oracle", outcomes, one_hot(oracle_choice(outcomes.correct), num_levels)))
-    return rows
+    return [
+        _baseline_row(outcomes),
+        *rows_without_router(outcomes),
+        _row("random@router-tokens", outcomes, np.tile(blind, (len(outcomes.questions), 1))),
+        *routers,
+        oracle_row(outcomes),
+    ]
+
+
+def rows_without_router(outcomes: Outcomes) -> list[Row]:
+    """The row of each fixed level, coarse to fine, and that of chance."""
+    num_questions, num_levels = outcomes.correct.shape
+    fixed = [
+        _row(f"fixed-{granularity}", outcomes, one_hot(np.full(num_questions, index), num_levels))
+        for index, granularity in enumerate(outcomes.granularities)
+    ]
+    return [*fixed, _row("random", outcomes, np.full((num_questions, num_levels), 1 / num_levels))]
+
+
+def router_row(name: str, outcomes: Outcomes, token_cost: float) -> Row:
+    """The row of the router at a price."""
+    choice = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
+    return _row(name, outcomes, one_hot(choice, len(outcomes.granularities)), token_cost)
+
+
+def oracle_row(outcomes: Outcomes) -> Row:
+    """The row of the cheapest level that answers right."""
+    return _row("oracle", outcomes, one_hot(oracle_choice(outcomes.correct), len(outcomes.granularities)))
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:

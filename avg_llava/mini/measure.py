@@ -51,14 +51,14 @@ class Measurement:
     """What to measure.
 
     Attributes:
-        baseline: Checkpoint of the stage-2 model.
+        baseline: Checkpoint of the stage-2 model; None where it is not compared with.
         final: Checkpoint of the stage-4 model.
         data: Folder of the mini world, with `eval.json` (the held-out questions) and `router.json`.
         answers: Folder that the answers are written to.
         num_workers: Processes that answer.
     """
 
-    baseline: Path
+    baseline: Path | None
     final: Path
     data: Path
     answers: Path
@@ -97,10 +97,16 @@ def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
 _predictors: dict[str, Predictor] = {}
 
 
-def _load_predictors(checkpoints: dict[str, str], device: str) -> None:
+def load_predictors(checkpoints: dict[str, Path], device: str) -> None:
+    """Loads what `predictor_of` gives, in this process."""
     _predictors.clear()
     for name, path in checkpoints.items():
         _predictors[name] = make_predictor(path, device)
+
+
+def predictor_of(name: str) -> Predictor:
+    """A predictor that this process has loaded."""
+    return _predictors[name]
 
 
 def make_predictor(path: str | Path, device: str) -> Predictor:
@@ -113,7 +119,7 @@ def make_predictor(path: str | Path, device: str) -> Predictor:
 def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
     """Answers a batch with one of the two models: file name -> lines."""
     which, items = batch
-    predictor = _predictors[which]
+    predictor = predictor_of(which)
     encoded = predictor.encode([item.request for item in items])
     finest = predictor.granularities[-1]
     if which == BASELINE:
@@ -146,8 +152,7 @@ def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any
 def _identity(measurement: Measurement) -> dict[str, str]:
     """What the answers depend on."""
     files = {
-        BASELINE: measurement.baseline / "model.safetensors",
-        "final": measurement.final / "model.safetensors",
+        **{name: folder / "model.safetensors" for name, folder in _checkpoints(measurement).items()},
         "questions": measurement.data / HELD_OUT,
         "calibration": measurement.data / CALIBRATION,
     }
@@ -157,7 +162,13 @@ def _identity(measurement: Measurement) -> dict[str, str]:
     return {name: hash_file(path) for name, path in files.items()}
 
 
-def _batches(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
+def _checkpoints(measurement: Measurement) -> dict[str, Path]:
+    """The models that answer."""
+    folders = {BASELINE: measurement.baseline, "final": measurement.final}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def batch_by_length(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
     """Batches of images with about as many visual tokens, so that little is padded; longest first."""
 
     def length(item: Item) -> int:
@@ -191,28 +202,28 @@ def collect_answers(
     open_store(measurement.answers, _identity(measurement))
     config = AvgLlavaConfig.from_pretrained(measurement.final)
     granularities = tuple(config.granularities or ())
+    checkpoints = _checkpoints(measurement)
     names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
     asked = {BASELINE: items, "final": [*items, *calibration]}
-    todo = {}
-    for which, files in names.items():
-        answered = [read_answers(measurement.answers / f"{name}.jsonl") for name in files]
+    todo: dict[str, list[Item]] = {which: [] for which in names}
+    for which in checkpoints:
+        answered = [read_answers(measurement.answers / f"{name}.jsonl") for name in names[which]]
         todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
     total = sum(map(len, todo.values()))
     if not total:
         return granularities
 
-    checkpoints = {BASELINE: str(measurement.baseline), "final": str(measurement.final)}
     files_of = {
         name: (measurement.answers / f"{name}.jsonl").open("a", encoding="utf-8")
-        for group in names.values()
-        for name in group
+        for which in checkpoints
+        for name in names[which]
     }
     # The final model answers at every level, so its batches take longest and go first.
-    batches = [(which, batch) for which in ("final", BASELINE) for batch in _batches(todo[which], config)]
+    batches = [(which, batch) for which in ("final", BASELINE) for batch in batch_by_length(todo[which], config)]
     try:
         with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
             for answered_batch in map_batches(
-                partial(_load_predictors, checkpoints), _answer_batch, batches, measurement.num_workers
+                partial(load_predictors, checkpoints), _answer_batch, batches, measurement.num_workers
             ):
                 for name, lines in answered_batch.items():
                     files_of[name].writelines(json.dumps(line) + "\n" for line in lines)

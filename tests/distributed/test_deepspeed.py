@@ -78,6 +78,8 @@ def two_processes(request, world, one_process, half_feedback, tmp_path_factory) 
     configs.append(_vary(configs[2], "checkpointed", gradient_checkpointing=True))
     configs.append(_vary(configs[2], "bf16", precision="bf16"))
     configs.append(_with_lora(configs[2]))
+    configs.append(_vary(configs[3], "gumbel", gradient_checkpointing=True))
+    configs[-1].write_text(configs[-1].read_text() + "objective: {method: gumbel}\n")
     configs.append(_router_in_half(configs[3], one_process))
     if request.param == 3:  # optimizer and parameters in host memory
         configs.append(_vary(configs[2], "offload", deepspeed=str(ROOT / "configs/deepspeed/zero3_offload.json")))
@@ -268,6 +270,16 @@ def test_other_ways_to_compute_learn_the_same(two_processes, one_process, name, 
     assert _losses(two_processes / name) == pytest.approx(_losses(one_process / "stage3")[:3], abs=tolerance)
     expected = torch.bfloat16 if name == "bf16" else torch.float32
     assert load_model(two_processes / name).dtype == expected
+
+
+def test_router_from_the_instruction_loss(two_processes):
+    """Also in steps in which one rank has no image, the launch goes on to its end, and the router learns."""
+    losses = _losses(two_processes / "gumbel")
+    assert len(losses) == 3
+    assert all(0 < loss < 20 for loss in losses)
+    before, after = (load_model(two_processes / name).state_dict() for name in ("stage3", "gumbel"))
+    changed = {part_of(name) for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed == {"router"}
 
 
 def test_router_from_stored_feedback(one_process, world, tmp_path):
