@@ -19,6 +19,7 @@ COMMANDS = [
     ["generate"],
     ["chat"],
     ["demo"],
+    ["serve"],
     ["convert"],
     ["export", "model"],
     ["export", "prompts"],
@@ -29,6 +30,7 @@ COMMANDS = [
     ["mini", "routers"],
     ["bench", "train"],
     ["bench", "inference"],
+    ["bench", "serve"],
 ]
 
 

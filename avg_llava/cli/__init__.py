@@ -18,6 +18,7 @@ from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
 from avg_llava.cli.parsing import FAILED, INTERRUPTED
 from avg_llava.cli.report import add_report
+from avg_llava.cli.serving import add_serving
 from avg_llava.cli.training import add_training
 
 
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_inference(commands)
     add_export(commands)
     add_demo(commands)
+    add_serving(commands)
     add_evaluation(commands)
     add_report(commands)
     add_mini(commands)
@@ -67,5 +69,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
-        message += "; it belongs to an extra: pip install -e '.[train,eval]'"
+        message += "; it belongs to an extra: pip install -e '.[train,eval,serve,demo]'"
     return message

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, add_group, at_least_one, tell
+from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, add_group, at_least_one, hide_bars_from_files, tell
 
 
 def bench_train(arguments: argparse.Namespace) -> int:
@@ -34,6 +34,16 @@ def bench_data(arguments: argparse.Namespace) -> int:
     result = bench.bench_data(repeats=arguments.repeats)
     tell(arguments, result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
     return FINE
+
+
+def bench_serve(arguments: argparse.Namespace) -> int:
+    """Asks a server, started for it on this machine, by many clients at once, and compares every answer."""
+    from avg_llava.serving import stress
+
+    hide_bars_from_files()
+    result = stress.bench_serve(arguments.model, arguments.clients, arguments.seconds)
+    tell(arguments, result, "\n".join(stress.table_lines(result)))
+    return FINE if stress.is_fine(result) else FAILED
 
 
 _PRESET = (
@@ -112,6 +122,18 @@ def add_bench(commands: Any) -> None:
                     "help": "timed rounds of each size, of which the median counts (default 7)",
                 },
             ),
+            JSON,
+        ],
+    )
+    add_command(
+        bench,
+        "serve",
+        bench_serve,
+        "avg-llava bench serve --model avg_llava/mini/checkpoint --clients 64 --seconds 120 --json",
+        [
+            (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint that knows the mini world"}),
+            (("--clients",), {"type": at_least_one, "default": 64, "metavar": "N", "help": "at once (64)"}),
+            (("--seconds",), {"type": at_least_one, "default": 120, "metavar": "N", "help": "of asking (120)"}),
             JSON,
         ],
     )

@@ -1,0 +1,129 @@
+"""`avg-llava serve` as a process: how it ends, and how it bears many clients."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from avg_llava import cli
+from avg_llava.model.loading import load
+from avg_llava.serving import stress
+from avg_llava.serving.stress import started_server
+from tests.serving.running import CHAT, MINI, Running, endless, rest_of, running, stream_of, until
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.xdist_group("serving")
+LONG = endless(max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The folder of a model that never comes to an end by itself."""
+    model, processor = load(make_checkpoint(tmp_path_factory.mktemp("talker")))
+    model.generation_config.eos_token_id = model.config.text_config.eos_token_id = 10**6
+    folder = tmp_path_factory.mktemp("endless")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def client_of(address):
+    return Running(urlsplit(address).port)
+
+
+def test_sigterm_lets_answers_end_and_takes_no_more(talker):
+    with started_server(talker, "--name", "mini", "--max-tokens", "100000", "--max-batch", "1") as (process, address):
+        server = client_of(address)
+        _, response = stream_of(server, LONG)
+        waiting = server.connect()
+        waiting.request("POST", CHAT, json.dumps(endless(max_tokens=5)), {"Content-Type": "application/json"})
+        until(lambda: server.metric("avg_llava_queue_depth") == 1)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: server.request("GET", "/health")[0] == 503)
+        assert json.loads(server.request("GET", "/health")[2]) == {"status": "draining"}
+        status, told = server.chat(endless())
+        assert (status, told["error"]["code"]) == (503, "shutting_down")
+        texts, end = rest_of(response)
+        assert (end, len(texts) > 10) == ("done", True)
+        answer = waiting.getresponse()
+        assert answer.status == 200
+        assert json.loads(answer.read())["usage"]["completion_tokens"] == 5
+        assert process.wait(30) == 0
+        with pytest.raises(OSError):
+            server.request("GET", "/health")
+
+
+def test_a_second_signal_does_not_wait(talker):
+    flags = ("--name", "mini", "--max-tokens", "100000", "--grace", "1000")
+    with started_server(talker, *flags) as (process, address):
+        server = client_of(address)
+        _, response = stream_of(server, endless())
+        process.terminate()
+        until(lambda: server.request("GET", "/health")[0] == 503)
+        process.send_signal(signal.SIGINT)
+        assert rest_of(response)[1] == "shutting_down"
+        assert process.wait(30) == 1
+
+
+def test_mistakes_at_the_start(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--model", str(MINI), "--port", port]) == 1
+        assert "ddress already in use" in capsys.readouterr().err
+    empty = tmp_path / "key"
+    empty.touch()
+    assert cli.main(["serve", "--model", str(MINI), "--api-key-file", str(empty)]) == 1
+    assert "must hold one line, the key" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "--model", str(MINI), "--port", "70000"])
+    assert exit_.value.code == 2
+
+
+def is_borne(result, clients):
+    assert result["failures"] == {}
+    assert result["wrong"] == 0, result["wrong_examples"]
+    assert result["answered"] >= clients
+    assert result["mean_batch_size"] > 1
+    assert result["exit_code"] == 0
+    assert set(result["images_by_granularity"]) == {"4", "8", "16", "32", "64"}
+    assert stress.is_fine(result)
+
+
+def test_many_clients_get_their_own_answers():
+    result = stress.bench_serve(MINI, clients=16, seconds=4)
+    is_borne(result, 16)
+    assert len(stress.table_lines(result)) == 6
+
+
+@pytest.mark.slow
+def test_64_clients_for_two_minutes():
+    command = [sys.executable, "-m", "avg_llava.cli", "bench", "serve", "--model", str(MINI), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["clients"], result["seconds"]) == (64, 120)
+    is_borne(result, 64)
+    memory = result["memory_bytes"]
+    assert memory["peak"] <= 1.1 * memory["peak_of_first_half"]
+
+
+def test_the_comparison_can_fail(monkeypatch):
+    """Clients notice answers that are not the expected ones, and requests that fail."""
+    predictor = load(MINI)[0].predictor
+    questions = stress.make_questions(predictor, 6)
+    swapped = [stress.Question(own.body, questions[0].expected) for own in questions]
+    broken = stress.Question({**questions[0].body, "n": 3}, questions[0].expected)
+    tally = stress.Tally()
+    with running(predictor) as server:
+        while not (tally.num_wrong and tally.failures["400"]):
+            stress._be_a_client(server.address, [*swapped[1:], broken], 0, time.monotonic() + 0.5, tally)
+    assert 1 <= len(tally.wrong) <= tally.num_wrong
+    with pytest.raises(OSError, match="refused"):
+        stress.read_metrics(server.address)
+    stress._be_a_client(server.address, swapped, 0, time.monotonic() + 0.1, tally)
+    assert tally.failures["ConnectionRefusedError"] > 0

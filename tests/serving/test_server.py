@@ -1,0 +1,475 @@
+"""The server as clients see it: OpenAI's own, and such as send what they should not."""
+
+import contextlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import openai
+import pytest
+from PIL import Image
+
+from avg_llava.mini.world import encode_png, scene_of
+from avg_llava.model.answers import Decoding, Request
+from avg_llava.model.budget import Budget
+from avg_llava.model.loading import load
+from tests.serving.running import (
+    CHAT,
+    MINI,
+    data_url,
+    endless,
+    image_part,
+    png,
+    question,
+    rest_of,
+    running,
+    stream_of,
+    until,
+)
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.xdist_group("serving")
+GROUND = "What is the background colour?"
+CODE = "Which digits follow the star?"
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return load(MINI)[0].predictor
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [encode_png(scene_of(seed=3, split="served", index=index)[0].pixels()) for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def server(predictor):
+    with running(predictor, max_tokens=32, max_images=3, max_pixels=300_000, max_body_mib=1) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model that never comes to an end by itself."""
+    predictor = load(make_checkpoint(tmp_path_factory.mktemp("talker")))[0].predictor
+    predictor.model.generation_config.eos_token_id = -1
+    return predictor
+
+
+def messages(text, *contents):
+    return question(text, *contents)["messages"]
+
+
+class TestOpenAIsClient:
+    def test_an_answer_with_its_level(self, client, predictor, pictures):
+        (expected,) = predictor.predict([Request(GROUND, (pictures[0],))], decoding=Decoding(8))
+        told = client.chat.completions.create(model="mini", messages=messages(GROUND, pictures[0]), max_tokens=8)
+        assert told.choices[0].message.content == expected.text
+        assert expected.text
+        assert told.choices[0].finish_reason == expected.finish_reason
+        assert told.granularity == list(expected.granularity)
+        (probabilities,) = told.router_probs
+        assert list(probabilities) == [str(level) for level in predictor.granularities]
+        assert list(probabilities.values()) == pytest.approx(expected.router_probs[0], abs=1e-5)
+        assert told.usage.prompt_tokens_details.visual_tokens == expected.num_visual_tokens > 0
+        assert told.usage.prompt_tokens == expected.num_prompt_tokens
+        assert told.usage.completion_tokens == expected.num_new_tokens
+        assert told.usage.total_tokens == expected.num_prompt_tokens + expected.num_new_tokens
+        assert told.model == "mini"
+
+    def test_a_stream(self, client, predictor, pictures):
+        (expected,) = predictor.predict([Request(CODE, (pictures[1],))], Budget(64), Decoding(8))
+        chunks = list(
+            client.chat.completions.create(
+                model="mini", messages=messages(CODE, pictures[1]), max_tokens=8, stream=True,
+                stream_options={"include_usage": True}, extra_body={"granularity": 64},
+            )
+        )  # fmt: skip
+        *body, usage = chunks
+        pieces = [chunk.choices[0].delta.content for chunk in body if chunk.choices[0].delta.content]
+        assert "".join(pieces) == expected.text
+        assert len(pieces) > 1
+        assert body[0].choices[0].delta.role == "assistant"
+        assert [chunk.choices[0].finish_reason for chunk in body if chunk.choices[0].finish_reason] == ["stop"]
+        assert (body[-1].granularity, body[-1].router_probs) == ([64], None)
+        assert usage.choices == []
+        assert usage.usage.prompt_tokens_details.visual_tokens == expected.num_visual_tokens
+        assert len({chunk.id for chunk in chunks}) == 1
+
+    def test_a_stream_without_usage(self, client, pictures):
+        chunks = list(
+            client.chat.completions.create(
+                model="mini", messages=messages(GROUND, pictures[0]), max_tokens=2, stream=True
+            )
+        )
+        assert all(chunk.choices for chunk in chunks)
+        assert all(chunk.usage is None for chunk in chunks)
+
+    @pytest.mark.parametrize(
+        ("fields", "budget"),
+        [
+            ({"granularity": 4}, Budget(4)),
+            ({"token_cost": 100.0}, Budget(token_cost=100.0)),
+            ({"max_visual_tokens": 150}, Budget(max_visual_tokens=150)),
+        ],
+        ids=str,
+    )
+    def test_budgets(self, client, predictor, pictures, fields, budget):
+        (expected,) = predictor.predict([Request(GROUND, (pictures[2],))], budget, Decoding(8))
+        told = client.chat.completions.create(
+            model="mini", messages=messages(GROUND, pictures[2]), max_completion_tokens=8, extra_body=fields
+        )
+        assert told.choices[0].message.content == expected.text
+        assert told.granularity == list(expected.granularity)
+        assert told.usage.prompt_tokens_details.visual_tokens == expected.num_visual_tokens
+
+    def test_turns_and_several_images(self, client, predictor, pictures):
+        first = client.chat.completions.create(model="mini", messages=messages(GROUND, pictures[0]), max_tokens=8)
+        turns = [
+            {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
+            *messages(GROUND, pictures[0]),
+            first.choices[0].message,
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "And here? "}, *map(image_part, pictures[1:3])],
+            },
+        ]
+        told = client.chat.completions.create(model="mini", messages=turns, max_tokens=8, extra_body={"granularity": 8})
+        prompt = (
+            f"Be short. USER: <image>\n{GROUND} ASSISTANT: {first.choices[0].message.content}</s>"
+            "USER: And here? <image>\n<image>\n ASSISTANT:"
+        )
+        inputs = predictor.processor(images=[_open(picture) for picture in pictures[:3]], text=prompt)
+        ids = predictor.model.generate(**inputs, granularity=8, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert told.choices[0].message.content == predictor.processor.tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert told.granularity == [8, 8, 8]
+
+    def test_stop_and_length(self, client, predictor, pictures):
+        whole = predictor.predict([Request(CODE, (pictures[1],))], Budget(64), Decoding(8))[0].text
+        stop = whole[2]
+        for stream in (False, True):
+            told = client.chat.completions.create(
+                model="mini", messages=messages(CODE, pictures[1]), stop=["@@", stop], stream=stream,
+                extra_body={"granularity": 64},
+            )  # fmt: skip
+            choices = [chunk.choices[0] for chunk in told] if stream else told.choices
+            texts = [choice.delta.content or "" for choice in choices] if stream else [choices[0].message.content]
+            assert "".join(texts) == whole.split(stop)[0].strip()
+            assert choices[-1].finish_reason == "stop"
+        cut = client.chat.completions.create(
+            model="mini", messages=messages(CODE, pictures[1]), max_tokens=1, extra_body={"granularity": 64}
+        )
+        assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 1)
+
+    def test_draws(self, client, predictor, pictures):
+        decoding = Decoding(8, temperature=2.0, top_p=0.9, seed=7)
+        (expected,) = predictor.predict([Request(GROUND, (pictures[0],))], decoding=decoding)
+        texts = [
+            client.chat.completions.create(
+                model="mini", messages=messages(GROUND, pictures[0]), max_tokens=8, temperature=2.0, top_p=0.9,
+                seed=seed,
+            ).choices[0].message.content
+            for seed in (7, 7, 8, 9, 10)
+        ]  # fmt: skip
+        assert texts[0] == texts[1] == expected.text
+        assert len(set(texts)) > 1
+
+    def test_models(self, client, predictor):
+        (model,) = client.models.list().data
+        assert model.id == "mini"
+        assert model.granularities == predictor.granularities
+
+    def test_errors_are_its_own(self, client, pictures):
+        with pytest.raises(openai.NotFoundError, match="this server has mini"):
+            client.chat.completions.create(model="gpt-4o", messages=messages(GROUND, pictures[0]))
+        with pytest.raises(openai.BadRequestError, match="this server gives one answer per request"):
+            client.chat.completions.create(model="mini", messages=messages(GROUND, pictures[0]), n=2)
+
+
+def _open(content):
+    return Image.open(BytesIO(content)).convert("RGB")
+
+
+def user(content):
+    return {"model": "mini", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+
+
+def at(url):
+    return user([{"type": "image_url", "image_url": {"url": url}}])
+
+
+def large_png():
+    return png(Image.new("1", (20_000, 20_000)))  # 400 million pixels in a few kilobytes
+
+
+TRUNCATED = png(Image.effect_noise((60, 60), 50))[:-200]
+REFUSED = {
+    "no JSON": (b"{", "JSON"),
+    "no UTF-8": (b'{"model": "\xff"}', "parsing the body"),
+    "nested": (b"[" * 100_000, "body"),
+    "a list": (b"[]", "body"),
+    "half a character": (
+        b'{"model": "mini", "messages": [{"role": "user", "content": "\\ud800"}]}', "half a character",
+    ),
+    "an unknown field with half a character": (b'{"\\udc00": 1}', "unicode string"),
+    "no messages": ({"model": "mini", "messages": []}, "messages: List should have at least 1 item"),
+    "an unknown field": (user("hi") | {"tools": []}, "tools: Extra inputs are not permitted"),
+    "an unknown role": ({"model": "mini", "messages": [{"role": "tool", "content": "x"}]}, "role"),
+    "the assistant last": (
+        {"model": "mini", "messages": [{"role": "assistant", "content": "x"}]}, "must be the user's",
+    ),
+    "a late system message": (
+        {"model": "mini", "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]},
+        "can only be the first",
+    ),
+    "a number as text": (user("hi") | {"temperature": "1"}, "temperature: Input should be a valid number"),
+    "not a number": (b'{"model": "mini", "messages": [], "token_cost": NaN}', "; and 1 more"),
+    "too hot": (user("hi") | {"temperature": 2.5}, "temperature"),
+    "a huge number": (b'{"model": "mini", "max_tokens": 1' + b"0" * 5000 + b"}", "parsing the body"),
+    "too long an answer": (user("hi") | {"max_tokens": 33}, "above this server's limit of 32"),
+    "two limits": (user("hi") | {"max_completion_tokens": 2}, "give one of the two"),
+    "penalties": (user("hi") | {"presence_penalty": 1.0}, "this server has no penalties"),
+    "stream options": (user("hi") | {"stream_options": {"include_usage": True}}, "stream is not true"),
+    "a placeholder": (user("what is <image> here?"), "must not hold <image>"),
+    "too long a prompt": (user("word " * 30_000), "more than the model can read"),
+    "an unknown level": (user("hi") | {"granularity": 5}, "granularity 5 is not one of this model's levels"),
+    "level and price": (user("hi") | {"granularity": 4, "token_cost": 1.0}, "give one of the two"),
+    "too low a limit": (question("hi", png(Image.new("RGB", (70, 70))), max_visual_tokens=2), "is too low"),
+    "a file": (at("file:///etc/passwd"), "is no data URL"),
+    "a remote image": (at("http://127.0.0.1/x.png"), "send a data URL"),
+    "no base64": (at("data:image/png;base64,!!!"), "image 1 is no valid base64"),
+    "no image": (at("data:image/png;base64,aGVsbG8="), "image 1 is damaged, or of none of the formats"),
+    "a truncated image": (at(data_url(TRUNCATED)), "image 1: cannot be read as an image"),
+    "PostScript": (at(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), "of none of the formats"),
+    "too many pixels": (at(data_url(large_png())), "400000000 pixels|exceeds limit"),
+    "too many pixels together": (
+        question("hi", *[png(Image.new("1", (400, 400)))] * 2),
+        "320000 pixels together, above this server's limit of 300000",
+    ),
+    "too many images": (question("hi", *[png(Image.new("1", (9, 9)))] * 4), "4 images are more than"),
+    "detail": (user([{"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]), "detail"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_400(server, body, message):
+    status, told = server.chat(body)
+    assert status == 400
+    assert set(told["error"]) == {"message", "type", "param", "code"}
+    assert told["error"]["type"] == "invalid_request_error"
+    assert re.search(message, told["error"]["message"]), told
+    assert len(told["error"]["message"]) <= 600
+
+
+def test_a_prompt_takes_the_levels_that_fit_into_the_model(predictor, pictures):
+    """Where the finest level would make a prompt too long, coarser ones are taken; where none fits, it is refused."""
+    longest = predictor.model.config.max_sequence_length
+    (free,) = predictor.predict([Request(GROUND, (pictures[0],))], Budget(64), Decoding(1))
+    num_text = free.num_prompt_tokens - free.num_visual_tokens
+    try:
+        predictor.model.config.max_sequence_length = num_text + free.num_visual_tokens - 1
+        with running(predictor) as server:
+            status, told = server.chat(question(GROUND, pictures[0], granularity=64))
+            assert (status, told["error"]["code"]) == (400, "context_length_exceeded")
+            status, told = server.chat(question(GROUND, pictures[0]))
+            assert status == 200
+            assert told["usage"]["prompt_tokens"] < num_text + free.num_visual_tokens
+        predictor.model.config.max_sequence_length = num_text
+        with running(predictor) as server:
+            status, told = server.chat(question(GROUND, pictures[0]))
+            assert (status, told["error"]["code"]) == (400, "context_length_exceeded")
+    finally:
+        predictor.model.config.max_sequence_length = longest
+
+
+def test_other_paths_and_methods(server):
+    for method, path, expected in (("GET", CHAT, 405), ("POST", "/v1/nothing", 404), ("DELETE", "/health", 405)):
+        status, headers, body = server.request(method, path)
+        assert status == expected
+        assert json.loads(body)["error"]["code"] in ("not_found", "method_not_allowed")
+        assert ("Allow" in headers) == (expected == 405)
+
+
+def test_large_bodies_are_413_and_the_client_can_read_that(server):
+    body = b'{"model": "' + b"x" * (2**20 + 1)
+    assert server.chat(body)[0] == 413
+    connection = server.connect()
+    with contextlib.closing(connection):
+        connection.request(
+            "POST", CHAT, iter([body[: 2**19]] * 3), {"Content-Type": "application/json"}, encode_chunked=True
+        )
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]["code"] == "body_too_large"
+    assert server.request("GET", "/health")[0] == 200
+
+
+def test_a_key(predictor):
+    with running(predictor, api_key="secret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            status, told = server.chat(user("hi"), headers)
+            assert (status, told["error"]["code"]) == (401, "invalid_api_key")
+            assert server.request("GET", "/v1/models", headers=headers or {"X": "y"})[0] == 401
+        assert server.request("GET", "/health")[0] == 200
+        schema = json.loads(server.request("GET", "/openapi.json")[2])
+        assert schema["paths"][CHAT]["post"]["security"] == [{"key": []}]
+        with openai.OpenAI(base_url=f"{server.address}/v1", api_key="secret") as client:
+            told = client.chat.completions.create(
+                model="mini", messages=[{"role": "user", "content": "hi"}], max_tokens=1
+            )
+            assert told.usage.completion_tokens == 1
+
+
+def test_remote_images(predictor, pictures, monkeypatch):
+    with running(predictor, remote_images=True) as server:
+        status, told = server.chat(at("http://127.0.0.1:9/x.png"))
+        assert (status, told["error"]["message"]) == (400, "image 1 is on a host that is not public")
+        monkeypatch.setattr("avg_llava.serving.prompts.fetch", lambda url, max_bytes, seconds: pictures[0])
+        status, told = server.chat(at("https://example.org/x.png") | {"granularity": 16})
+        (expected,) = predictor.predict(
+            [Request([{"role": "user", "content": [{"type": "image"}]}], (pictures[0],))], Budget(16), Decoding(2)
+        )
+        assert (status, told["choices"][0]["message"]["content"]) == (200, expected.text)
+
+
+def test_metrics(predictor, pictures):
+    with running(predictor) as server:
+        server.chat(question(GROUND, pictures[0], pictures[1], granularity=16))
+        status, told = server.chat(question(GROUND, pictures[0], granularity=4))
+        assert status == 200
+        server.chat(b"{")
+        headers = server.request("GET", "/metrics")[1]
+        assert headers["Content-Type"].startswith("text/plain; version=")
+        until(lambda: server.metric('avg_llava_requests_total{status="400"}') == 1)
+        assert server.metric('avg_llava_requests_total{status="200"}') == 2
+        assert server.metric('avg_llava_images_total{granularity="16"}') == 2
+        assert server.metric('avg_llava_images_total{granularity="4"}') == 1
+        assert server.metric("avg_llava_batch_size_sum") == server.metric("avg_llava_first_token_seconds_count") == 2
+        assert server.metric("avg_llava_request_seconds_count") == 3
+        assert server.metric("avg_llava_visual_tokens_total") > told["usage"]["prompt_tokens_details"]["visual_tokens"]
+        assert server.metric("avg_llava_queue_depth") == server.metric("avg_llava_requests_in_flight") == 0
+        assert server.metric("process_resident_memory_bytes") > 1e7
+
+
+def test_requests_are_answered_together_and_not_mixed_up(predictor, pictures):
+    """Levels, lengths, draws and streams in one batch, each answer what it is alone."""
+    budgets = [Budget(), Budget(4), Budget(64), Budget(token_cost=1.0)]
+    wanted, bodies = [], []
+    for number in range(16):
+        picture, budget, length = pictures[number % 4], budgets[number // 4], 1 + number % 5
+        (expected,) = predictor.predict([Request(CODE, (picture,))], budget, Decoding(length))
+        wanted.append((expected.text, list(expected.granularity)))
+        fields = {"granularity": budget.granularity, "token_cost": budget.token_cost}
+        bodies.append(question(CODE, picture, **fields) | {"max_tokens": length})
+    with running(predictor, batch_wait_ms=1000) as server, ThreadPoolExecutor(16) as clients:
+        told = [answer for _, answer in clients.map(server.chat, bodies)]
+        assert server.metric("avg_llava_batch_size_count") < 8
+    assert [(answer["choices"][0]["message"]["content"], answer["granularity"]) for answer in told] == wanted
+    assert len(set(map(str, wanted))) > 6
+
+
+def test_a_request_that_the_model_fails_at_takes_no_other_with_it(predictor, pictures, monkeypatch, caplog):
+    encode = predictor.encode
+
+    def fail_at_poison(requests):
+        if any("poison" in str(request.prompt) for request in requests):
+            raise RuntimeError("out of memory")
+        return encode(requests)
+
+    monkeypatch.setattr(predictor, "encode", fail_at_poison)
+    bodies = [question(text, pictures[0]) for text in (GROUND, "poison", CODE, GROUND)]
+    with running(predictor, batch_wait_ms=1000) as server, ThreadPoolExecutor(4) as clients:
+        told = list(clients.map(server.chat, bodies))
+        assert [status for status, _ in told] == [200, 500, 200, 200]
+        assert told[1][1]["error"]["code"] == "model_failed"
+        assert server.chat(bodies[0])[0] == 200
+        assert server.metric('avg_llava_requests_total{status="500"}') == 1
+    assert "out of memory" in caplog.text
+
+
+def test_clients_that_leave_end_their_answers(talker):
+    with running(talker, max_tokens=100_000, max_batch=2) as server:
+        connection, response = stream_of(server, endless())
+        waiting = server.connect()
+        waiting.request("POST", CHAT, json.dumps(endless()), {"Content-Type": "application/json"})
+        until(lambda: server.metric("avg_llava_requests_in_flight") == 2)
+        response.close()
+        connection.close()
+        waiting.close()  # before the model has it, while it waits behind the first
+        until(lambda: server.metric("avg_llava_requests_in_flight") == 0)
+        assert server.metric('avg_llava_requests_total{status="499"}') == 2
+        status, told = server.chat(endless(max_tokens=3))  # at once: the model has nothing else to do
+        assert (status, told["usage"]["completion_tokens"]) == (200, 3)
+
+
+def test_the_queue_is_bounded(talker):
+    with running(talker, max_tokens=100_000, max_batch=1, max_queue=2) as server:
+        connection, _ = stream_of(server, endless())
+        others = [server.connect() for _ in range(2)]
+        for other in others:
+            other.request("POST", CHAT, json.dumps(endless(max_tokens=1)), {"Content-Type": "application/json"})
+        until(lambda: server.metric("avg_llava_queue_depth") == 2)
+        status, headers, body = server.request("POST", CHAT, json.dumps(endless()))
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert json.loads(body)["error"]["code"] == "queue_full"
+        connection.close()
+        for other in others:
+            assert other.getresponse().status == 200
+        assert server.metric("avg_llava_queue_depth") == 0
+
+
+def test_time_is_limited(talker):
+    with running(talker, max_tokens=100_000, timeout=1) as server:
+        status, told = server.chat(endless())
+        assert (status, told["error"]["code"]) == (504, "timeout")
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+        with client, pytest.raises(openai.APIError, match="no whole answer within 1 seconds"):
+            for _ in client.chat.completions.create(**endless(stream=True)):
+                pass
+        until(lambda: server.metric('avg_llava_requests_total{status="504"}') == 2)
+
+
+def test_answers_that_outlast_the_grace_are_cut_off(talker):
+    with running(talker, max_tokens=100_000, max_batch=1, grace=1) as server:
+        _, response = stream_of(server, endless())
+        waiting = server.connect()
+        waiting.request("POST", CHAT, json.dumps(endless()), {"Content-Type": "application/json"})
+        until(lambda: server.metric("avg_llava_queue_depth") == 1)
+        assert server.drain() is False
+        assert rest_of(response)[1] == "shutting_down"
+        assert waiting.getresponse().status == 503
+        assert server.drain() is True  # nothing is left
+
+
+def test_slow_bodies_are_408(server, monkeypatch):
+    monkeypatch.setattr("avg_llava.serving.gate.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("avg_llava.serving.gate._DISCARD_SECONDS", 0.1)
+    connection = server.connect()
+    with contextlib.closing(connection):
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Length", "100")
+        connection.endheaders()
+        connection.send(b"{")
+        response = connection.getresponse()
+        assert response.status == 408
+        assert json.loads(response.read())["error"]["code"] == "body_too_slow"
+
+
+def test_clients_that_leave_while_they_send_are_forgotten(predictor):
+    with running(predictor) as server:
+        connection = server.connect()
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Length", "100")
+        connection.endheaders()
+        until(lambda: server.metric("avg_llava_queue_depth") == 1)
+        connection.close()
+        until(lambda: server.metric("avg_llava_queue_depth") == 0)
+        assert server.metric('avg_llava_requests_total{status="499"}') == 1
