@@ -257,8 +257,8 @@ def test_router_is_float32_beside_a_model_in_bfloat16(two_processes, one_process
     assert _losses(two_processes / "router") == pytest.approx(_losses(one_process / "router"), rel=3e-2)
     folders = (two_processes / "router", one_process / "router", one_process / "stage3")
     weights, expected, before = (load_file(folder / "model.safetensors") for folder in folders)
-    for name, tensor in weights.items():
-        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+    for name, tensor in weights.items():  # a run from stored feedback leaves all others as its start has them
+        assert tensor.dtype == torch.float32 if ".router." in name else torch.equal(tensor, before[name]), name
     name = next(name for name in weights if name.endswith("router.merger.linear1.weight"))
     found, moved = weights[name] - before[name], expected[name] - before[name]
     assert not torch.equal(weights[name], weights[name].bfloat16().float())
