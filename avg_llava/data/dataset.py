@@ -226,7 +226,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: Its file was changed since the data set was made.
         """
-        number = self._source_numbers[index]
+        number = self.source_number(index)
         return self._indices[number].sample(int(self._rows[index]), self._sources[number].root)
 
     def open_images(self, sample: Sample) -> list[Image.Image]:
@@ -292,7 +292,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def origin(self, index: int) -> Origin:
         """Where a sample comes from."""
-        number = int(self._source_numbers[index])
+        number = self.source_number(index)
         return Origin(number, int(self._indices[number].rows["position"][self._rows[index]]))
 
     def unique(self) -> np.ndarray:

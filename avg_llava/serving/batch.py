@@ -84,7 +84,6 @@ def answer_file(
     done = read_answers(output)
     todo = [question for question in questions if question.id not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
-    errors_path = output.with_suffix(".errors.jsonl")
     failures: list[dict[str, str]] = []
     with (
         output.open("a", encoding="utf-8") as file,
@@ -98,10 +97,15 @@ def answer_file(
                 else:
                     failures.append({"id": question.id, "error": answer})
                 bar.update()
-    errors_path.unlink(missing_ok=True)
-    if failures:
-        errors_path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in failures), "utf-8")
+    write_errors(output.with_suffix(".errors.jsonl"), failures)
     return len(failures)
+
+
+def write_errors(path: Path, failures: Sequence[dict[str, str]]) -> None:
+    """Writes which questions failed and why, one a line; no file where there are none."""
+    path.unlink(missing_ok=True)
+    if failures:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in failures), "utf-8")
 
 
 def _answer(
@@ -135,4 +139,4 @@ def _answer(
         yield question, answer
 
 
-__all__ = ["Question", "answer_file", "read_questions"]
+__all__ = ["Question", "answer_file", "read_questions", "write_errors"]

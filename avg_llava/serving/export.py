@@ -23,7 +23,7 @@ from avg_llava.model.answers import Request
 from avg_llava.model.budget import Budget
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.predictor import Predictor
-from avg_llava.serving.batch import Question
+from avg_llava.serving.batch import Question, write_errors
 
 INDEX, ERRORS = "index.jsonl", "errors.jsonl"
 
@@ -97,7 +97,7 @@ def write_prompts(
     """
     write, ending = FORMATS[form]
     output.mkdir(parents=True, exist_ok=True)
-    failures: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
     with (output / INDEX).open("w", encoding="utf-8") as index:
         for number, question in enumerate(tqdm(questions, unit="question", disable=None)):
             try:
@@ -117,10 +117,7 @@ def write_prompts(
                 "num_prompt_tokens": len(prompt.embeds),
             }
             index.write(json.dumps(facts, ensure_ascii=False) + "\n")
-    (output / ERRORS).unlink(missing_ok=True)
-    if failures:
-        lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
-        (output / ERRORS).write_text(lines, encoding="utf-8")
+    write_errors(output / ERRORS, failures)
     return len(failures)
 
 

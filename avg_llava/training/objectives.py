@@ -185,17 +185,17 @@ class RouterObjective(Objective):
         cross_entropy = router_cross_entropy(item_logits, item_log_probs)
         loss = self.settings.rank_loss_weight * ranking + self.settings.cross_entropy_weight * cross_entropy
         metrics = {"ranking_loss": ranking.detach(), "cross_entropy": cross_entropy.detach()}
+        chosen = item_logits.argmax(dim=-1)  # (K,)
         if len(items) > 0:
-            chosen = item_logits.argmax(dim=-1)
             regret = item_log_probs.amax(dim=-1) - item_log_probs.gather(-1, chosen[:, None])[:, 0]  # (K,) nats
-            metrics |= routing_metrics(item_logits.detach().float(), self.config.granularities)
+            metrics |= routing_metrics(item_logits.detach().float(), chosen, self.config.granularities)
             metrics["router_agreement"] = (chosen == best_level(item_log_probs)).float().mean()
             metrics["router_regret"] = regret.mean()
         return {
             "loss": loss,
             "metrics": metrics,
             "num_items": len(items),
-            "chosen": item_logits.argmax(dim=-1),
+            "chosen": chosen,
             "owners": owners[items],
         }
 
@@ -242,8 +242,9 @@ class GumbelObjective(Objective):
         total = self.model.token_log_probs(pack([spliced])).sum()
         output: ObjectiveOutput = {"loss": -total / max(num_items, 1), "metrics": {}, "num_items": num_items}
         if not features.is_blank:
-            output["metrics"] = routing_metrics(router_logits.detach().float(), self.config.granularities)
-            output |= {"chosen": router_logits.argmax(dim=-1), "owners": self.owners(texts)}
+            preferred = router_logits.argmax(dim=-1)
+            output["metrics"] = routing_metrics(router_logits.detach().float(), preferred, self.config.granularities)
+            output |= {"chosen": preferred, "owners": self.owners(texts)}
         return output
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
@@ -275,10 +276,9 @@ class GumbelObjective(Objective):
         return replace(features, crops=torch.cat(connected))
 
 
-def routing_metrics(router_logits: Tensor, granularities: list[int]) -> dict[str, Tensor]:
-    """Entropy of a router's choice, and how often it prefers each level; of (K, G) logits."""
+def routing_metrics(router_logits: Tensor, preferred: Tensor, granularities: list[int]) -> dict[str, Tensor]:
+    """Entropy of a router's (K, G) logits, and how often each level is the preferred one, of (K,) numbers."""
     log_shares = router_logits.log_softmax(dim=-1)
-    preferred = router_logits.argmax(dim=-1)
     metrics = {"router_entropy": -(log_shares.exp() * log_shares).sum(dim=-1).mean()}
     for level, granularity in enumerate(granularities):
         metrics[f"share_{granularity}"] = (preferred == level).float().mean()

@@ -20,7 +20,7 @@ from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.optim import parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, is_adapter, part_of, set_trainable
 from tests.model.tiny import images, pad, prompt, tiny_model
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.training.tiny_world import interrupt_at, stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-lora")  # the trained stages are shared
 
@@ -242,19 +242,7 @@ def test_interrupted_and_continued(stages, tmp_path, monkeypatch):
     arguments = ["--output.dir", str(tmp_path / "run"), "--output.save_every", "1"]
     config = load_config(write_config(stages, 3), arguments)
 
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(trainer, *others, **settings):
-        if trainer.state.global_step == 2:
-            raise Interrupted
-        return compute_loss(trainer, *others, **settings)
-
-    compute_loss = run.StageTrainer.compute_loss
-    with monkeypatch.context() as patch:
-        patch.setattr(run.StageTrainer, "compute_loss", interrupt)
-        with pytest.raises(Interrupted):
-            run.run_stage(config)
+    interrupt_at(2, config, monkeypatch)
     assert not (tmp_path / "run" / "stage.json").exists()
     load_model(tmp_path / "run" / "checkpoint-2")  # whole, too
     run.run_stage(config)

@@ -17,7 +17,7 @@ from avg_llava.training.manifest import read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import ShuffledSampler, TrainingError
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.training.tiny_world import interrupt_at, stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
 
@@ -177,19 +177,7 @@ def test_checkpoints_are_kept_as_told_and_resumed(stages, world, tmp_path, monke
     overrides = ("--output.dir", str(tmp_path / "run"), "--output.save_every", "1", "--output.keep", "2")
     config = _config(3, stages, world, overrides)
 
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(trainer, *arguments, **settings):
-        if trainer.state.global_step == 3:
-            raise Interrupted
-        return compute_loss(trainer, *arguments, **settings)
-
-    compute_loss = run.StageTrainer.compute_loss
-    with monkeypatch.context() as patch:
-        patch.setattr(run.StageTrainer, "compute_loss", interrupt)
-        with pytest.raises(Interrupted):
-            run.run_stage(config)
+    interrupt_at(3, config, monkeypatch)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert read_manifest(folder) is None

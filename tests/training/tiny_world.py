@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from avg_llava.training import run
+from avg_llava.training.config import TrainConfig
 
 CROP, PATCH = 16, 2  # 8 x 8 patches: levels of 4, 8, 16, 32 and 64 tokens
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
@@ -125,3 +129,21 @@ def stage_values(stage: int, root: Path, world: Path) -> dict[str, object]:
         "logging": {"progress_bar": False, "trackers": []},
         "output": {"dir": str(root / f"stage{stage}")},
     }
+
+
+def interrupt_at(step: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a stage until `step` optimizer steps are taken, and there raises an error in its next one."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(trainer, *arguments, **settings):
+        if trainer.state.global_step == step:
+            raise Interrupted
+        return compute_loss(trainer, *arguments, **settings)
+
+    compute_loss = run.StageTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(run.StageTrainer, "compute_loss", interrupt)
+        with pytest.raises(Interrupted):
+            run.run_stage(config)
