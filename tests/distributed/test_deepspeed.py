@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from avg_llava import load_model
 from avg_llava.training.assembly import build_model
@@ -419,6 +420,34 @@ def test_a_worker_of_one_rank_meets_a_bad_sample(world, tmp_path):
     named = [line for line in finished.stderr.splitlines() if "cut.png" in line]
     assert len(named) == 1, finished.stderr[-5000:]
     assert named[0].startswith(f"error (process 1): sample '{victim['id']}' (")
+
+
+def test_the_loss_of_one_rank_is_not_finite(world, tmp_path):
+    """Two ZeRO-3 processes, one of which meets a word whose embedding is NaN: both end, and one line names the sample.
+
+    The other is in its backward pass by then, and waits for gradients that never come.
+    """
+    records = json.loads((world / "captions.json").read_text())
+    config = _write_config(1, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[1]))
+    values = yaml.safe_load(config.read_text())
+    victim = records[list(ShuffledSampler(len(records), seed=values["seed"]))[1]]  # the second process's first
+    victim["conversations"][1]["value"] = "~"
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    shutil.copytree(world / "language", tmp_path / "language")
+    token = AutoTokenizer.from_pretrained(tmp_path / "language").convert_tokens_to_ids("~")
+    weights = load_file(tmp_path / "language" / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, tmp_path / "language" / "model.safetensors", {"format": "pt"})
+    values["model"]["language"] = str(tmp_path / "language")
+    values["data"]["sources"] = [{"path": str(tmp_path / "captions.json"), "image_root": str(world)}]
+    config.write_text(yaml.safe_dump(values))
+    with _launch(config, tmp_path) as launched:
+        _, messages = launched.communicate(timeout=PATIENCE)
+    assert launched.returncode != 0
+    (named,) = [line for line in messages.splitlines() if "the loss is" in line]
+    assert named.startswith(f"error (process 1): the loss is nan at step 1 on sample '{victim['id']}' ("), named
+    assert "optim.lr" in named
+    assert read_manifest(tmp_path / "stage1") is None
 
 
 def _launch(config: Path, folder: Path) -> subprocess.Popen:
