@@ -1,14 +1,10 @@
 """Verification of data, with files that are really bad, and the skip list it writes."""
 
 import json
-import os
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from avg_llava.data import ConversationDataset, DataError, DataSource
@@ -17,55 +13,15 @@ from avg_llava.data.skip_list import read_skip_list
 from avg_llava.data.verify import verify
 from avg_llava.training.run import message_of
 from tests.datasets.conftest import record, write
+from tests.datasets.faults import write_faults
 
 WIDE = "images/wide.png"
-
-
-def huge_png(side: int = 30_000) -> bytes:
-    """A valid black image of side x side pixels, one bit each: a few hundred bytes for every million pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    row = bytes(1 + (side + 7) // 8)
-    compressor = zlib.compressobj(1)
-    pixels = b"".join(compressor.compress(row * 1000) for _ in range(side // 1000)) + compressor.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
 def bad(folder, tmp_path_factory) -> Path:
     """A file of records with every fault there is, and some sound ones."""
-    picture = Image.open(folder / WIDE)
-    picture.save(folder / "images/whole.jpg")
-    content = (folder / "images/whole.jpg").read_bytes()
-    (folder / "images/cut.jpg").write_bytes(content[: len(content) // 2])
-    (folder / "images/empty.jpg").write_bytes(b"")
-    picture.save(folder / "images/gif.gif")
-    (folder / "images/gif.gif").rename(folder / "images/gif.jpg")
-    (folder / "images/bomb.png").write_bytes(huge_png())
-    outside = tmp_path_factory.mktemp("outside") / "wide.png"
-    picture.save(outside)
-    os.symlink(outside, folder / "images/link.png")
-    disordered = record("roles out of order", "<image>\nWhat?", "A car.", WIDE)
-    disordered["conversations"].append(disordered["conversations"][1])
-    return write(
-        folder,
-        record("sound", "<image>\nWhat?", "A car.", WIDE),
-        record("text", "Hi", "Yes"),
-        record("truncated JPEG", "<image>\nWhat?", "A car.", "images/cut.jpg"),
-        record("0 bytes", "<image>\nWhat?", "A car.", "images/empty.jpg"),
-        record("GIF named .jpg", "<image>\nWhat?", "A car.", "images/gif.jpg"),
-        record("bomb", "<image>\nWhat?", "A car.", "images/bomb.png"),
-        record("link", "<image>\nWhat?", "A car.", "images/link.png"),
-        record("dots", "<image>\nWhat?", "A car.", "../wide.png"),
-        disordered,
-        record("placeholders", "<image> <image>\nWhat?", "A car.", WIDE),
-        record("over-long", "<image>\nWhat?", "A car. " * 300, WIDE),
-        record("masked", "<image>\nWhat? " + "Now? " * 300, "A car.", WIDE),
-        record("missing", "<image>\nWhat?", "A car.", "images/nowhere.png"),
-    )
+    return write_faults(folder, tmp_path_factory.mktemp("outside"))
 
 
 EXPECTED = {
