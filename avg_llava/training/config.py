@@ -167,6 +167,8 @@ class RuntimeSettings:
     device: Literal["auto", "cpu"] = "auto"
     gradient_checkpointing: bool = True
     """Recompute activations of tower and language model in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the layers of tower and language model; needs a compiler, and not ZeRO-3."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel of the language model; null: what transformers picks."""
 

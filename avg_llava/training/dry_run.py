@@ -43,9 +43,10 @@ from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.weight_files import list_tensors, weight_files
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.blueprint import find_blueprint, meta_model
+from avg_llava.training.compilation import check_compilation
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
-from avg_llava.training.processes import rank, read_deepspeed_file, world_size
+from avg_llava.training.processes import rank, read_deepspeed_file, uses_cpu, world_size
 from avg_llava.training.run import describe_start, find_earlier_run
 from avg_llava.training.saving import checkpoint_bytes
 from avg_llava.training.stages import STAGES
@@ -110,9 +111,12 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
             state = "is finished" if earlier.finished else f"would continue from step {earlier.manifest.step}"
             report.facts.append(f"earlier run: {earlier.folder} {state}")
     accumulation = report.attempt("batch size", lambda: config.accumulation_steps(world_size()))
+    deepspeed = None
     if config.runtime.deepspeed is not None:
         file = config.runtime.deepspeed
-        report.attempt("DeepSpeed", lambda: read_deepspeed_file(file))
+        deepspeed = report.attempt("DeepSpeed", lambda: read_deepspeed_file(file))
+    if config.runtime.compile:
+        report.attempt("compilation", lambda: check_compilation(deepspeed, uses_cpu(config)))
     found = report.attempt("model", lambda: load_processor(config))
     processor = None
     if found is not None:

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "model.force_start",
     "data.index_dir",
     "data.num_workers",
+    "runtime.compile",
     "runtime.gradient_checkpointing",
 )
 

@@ -17,6 +17,7 @@ from transformers import set_seed
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.training.assembly import build_collator, build_dataset, build_model, build_sampler
+from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
 from avg_llava.training.manifest import (
@@ -76,6 +77,8 @@ def run_stage(config: TrainConfig) -> Path:
     if config.runtime.deepspeed is not None:
         deepspeed = read_deepspeed_file(config.runtime.deepspeed)
         prepare_deepspeed(use_cpu)
+    if config.runtime.compile:
+        check_compilation(deepspeed, use_cpu)
     set_seed(config.seed)
 
     model, processor = build_model(config)
@@ -89,6 +92,8 @@ def run_stage(config: TrainConfig) -> Path:
         # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
         # ZeRO-3 takes and gets wrong.
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.runtime.compile:
+        compile_layers(model)
     objective = OBJECTIVES[config.objective_name](model, config.objective)
 
     dataset = build_dataset(config, processor, model.config)
