@@ -66,6 +66,11 @@ class PhaseTimes:
     prefill: float
     decode: float
 
+    @property
+    def first_token(self) -> float:
+        """Milliseconds until the first token was there."""
+        return self.encode + self.route + self.prefill
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -117,10 +117,9 @@ def describe(answer: Answer) -> str:
     levels = ", ".join(map(str, answer.granularity))
     chosen = f"{levels} tokens per crop ({'routed' if answer.router_probs else 'forced'}), " if levels else ""
     timings = answer.timings
-    first = timings.encode + timings.route + timings.prefill
     return (
         f"[{chosen}{answer.num_visual_tokens} visual of {answer.num_prompt_tokens} prompt tokens, "
-        f"first token after {first:.0f} ms, all after {first + timings.decode:.0f} ms]"
+        f"first token after {timings.first_token:.0f} ms, all after {timings.first_token + timings.decode:.0f} ms]"
     )
 
 

@@ -113,11 +113,6 @@ def token_sum(image_size: Sequence[int], granularity: int, config: AvgLlavaConfi
     return f"{granularity} of the overview + {rows} × {columns} of the tiles + {rows} newlines"
 
 
-def first_token_ms(answer: Answer) -> float:
-    """Milliseconds until the first token of an answer that had a batch for itself."""
-    return answer.timings.encode + answer.timings.route + answer.timings.prefill
-
-
 def router_html(rows: Sequence[LevelRow], token_cost: float) -> str:
     """The router's probabilities as bars, and what the price makes of them."""
     if all(row.probability is None for row in rows):
@@ -166,10 +161,10 @@ def stats_html(rows: Sequence[LevelRow], sizes: str, answer: Answer | None, fine
     if answer is None:
         cells += [("First token", *waiting), ("Whole answer", *waiting)]
     else:
-        first = first_token_ms(answer)
+        first = answer.timings.first_token
         against = "the finest level is being measured"
         if finest is not None:
-            slow = first_token_ms(finest)
+            slow = finest.timings.first_token
             against = f"the finest level takes {slow:.0f} ms: speed-up {slow / first:.2f}"
         times = answer.timings
         cells += [
@@ -217,13 +212,14 @@ def _card(row: LevelRow, done: dict[int, Card], finest: Card | None) -> str:
     card = done.get(row.granularity)
     if card is None:
         return f"<div class='avg-card{mark}'>{head}<div class='avg-answer'>…</div></div>"
-    first, times = first_token_ms(card.answer), card.answer.timings
+    times = card.answer.timings
+    first = times.first_token
     share = row.probability or 0.0
     figures = {
         "visual tokens": f"{card.answer.num_visual_tokens}",
         "first token": f"{first:.0f} ms",
         "whole answer": f"{first + times.decode:.0f} ms",
-        "speed-up": "…" if finest is None else f"{first_token_ms(finest.answer) / first:.2f}",
+        "speed-up": "…" if finest is None else f"{finest.answer.timings.first_token / first:.2f}",
         "router's probability": f"{share:.1%}",
     }
     lines = "".join(
@@ -249,7 +245,6 @@ __all__ = [
     "Card",
     "LevelRow",
     "cards_html",
-    "first_token_ms",
     "level_rows",
     "router_html",
     "stats_html",
