@@ -132,7 +132,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     Attributes:
         files: The files of the sources, in their order.
         origins: (samples, 2) number of the source and position of the record.
-        modality_lengths: (samples,) words, negative for a sample without image; what `ModalityLengthSampler` groups by.
+        modality_lengths: (samples,) words, negative for a sample without image; what `ModalityBatches` groups by.
         malformed: Records that are no samples.
         skipped: Records that the skip list names.
         troubles: How many samples had which trouble, as far as this process has seen.

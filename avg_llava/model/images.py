@@ -47,15 +47,20 @@ def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
     Raises:
         DataError: The file is missing, no image, damaged, cut off, or too large.
     """
-    try:
-        return _read(Path(path), str(path), max_pixels)
-    except FileNotFoundError as error:
-        raise MissingImageError(f"{path}: image file not found; check image_root and the record's path") from error
+    with _opened(Path(path), str(path), max_pixels) as image:
+        return to_rgb(image)
+
+
+def read_image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """(height, width) of an image file from its header, nothing decoded; arguments and errors as of `load_image`."""
+    with _opened(Path(path), str(path), max_pixels) as image:
+        return image.height, image.width
 
 
 def decode_image(content: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """As `load_image`, of the bytes of a file; `name` is what an error calls it."""
-    return _read(BytesIO(content), name, max_pixels)
+    with _opened(BytesIO(content), name, max_pixels) as image:
+        return to_rgb(image)
 
 
 @contextlib.contextmanager
@@ -69,7 +74,9 @@ def _whole_images_only() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
+@contextlib.contextmanager
+def _opened(file: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header is read; errors of its header, and of what is done with it, become ones that name it."""
     try:
         with warnings.catch_warnings(), _whole_images_only():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -80,8 +87,10 @@ def _read(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
                         f"{name}: image of {width}x{height} pixels is above the limit of {max_pixels} pixels; make it "
                         "smaller or raise the limit"
                     )
-                return to_rgb(image)
-    except (FileNotFoundError, DataError):
+                yield image
+    except FileNotFoundError as error:
+        raise MissingImageError(f"{name}: image file not found; check image_root and the record's path") from error
+    except DataError:
         raise
     except Image.DecompressionBombError as error:  # above twice Pillow's own limit, which comes first
         raise OversizedImageError(f"{name}: far above the limit of {max_pixels} pixels ({error})") from error
@@ -135,5 +144,6 @@ __all__ = [
     "OversizedImageError",
     "decode_image",
     "load_image",
+    "read_image_size",
     "to_rgb",
 ]

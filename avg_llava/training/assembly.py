@@ -4,14 +4,16 @@ Every command that needs a part of a run (feedback, estimate, verify-data, the d
 """
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import set_seed
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
-from avg_llava.data.sampler import ModalityLengthSampler
+from avg_llava.data.lengths import token_lengths
+from avg_llava.data.sampler import MicroBatches, ModalityBatches, ShuffledBatches
 from avg_llava.data.skip_list import read_skip_list
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.loading import (
@@ -31,7 +33,6 @@ from avg_llava.training.lora import add_adapters
 from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import rank, world_size
 from avg_llava.training.stages import STAGES
-from avg_llava.training.trainer import ShuffledSampler
 
 
 def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
@@ -143,14 +144,18 @@ def build_dataset(
     )
 
 
-def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> Sampler[int]:
-    """The order of the samples."""
-    if not config.data.group_by_modality_length:
-        return ShuffledSampler(len(dataset), config.seed)
-    return ModalityLengthSampler(
-        dataset.modality_lengths.tolist(),
-        batch_size=config.optim.micro_batch_size,
-        world_size=world_size(),
-        accumulation_steps=config.accumulation_steps(world_size()),
-        seed=config.seed,
-    )
+def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> MicroBatches:
+    """The micro-batches, in their order. With a token budget, samples are measured first, unless they have been."""
+    tokens = None
+    if config.optim.max_tokens_per_batch is not None:
+        tokens = token_lengths(dataset, Path(config.output.dir), rank(), config.data.num_workers)
+    arguments: dict[str, Any] = {
+        "capacity": config.optim.max_tokens_per_batch or config.optim.micro_batch_size,
+        "world_size": world_size(),
+        "accumulation_steps": config.accumulation_steps(world_size()),
+        "seed": config.seed,
+        "tokens": tokens,
+    }
+    if config.data.group_by_modality_length:
+        return ModalityBatches(dataset.modality_lengths.tolist(), **arguments)
+    return ShuffledBatches(len(dataset), **arguments)

@@ -135,9 +135,13 @@ class OptimSettings:
 
     lr: float
     global_batch_size: int
-    """Samples per optimizer step, over all processes and accumulation steps."""
+    """Samples per optimizer step, over all processes and accumulation steps; see `max_tokens_per_batch`."""
     micro_batch_size: int
     """Samples per process and forward pass; the number of accumulation steps follows."""
+    max_tokens_per_batch: int | None = None
+    """Fill micro-batches with samples up to this many tokens (text, and visual tokens at the finest level; padding is
+    not counted) instead of with `micro_batch_size` samples; a longer sample is alone. An optimizer step then has
+    `global_batch_size` / `micro_batch_size` micro-batches, of however many samples. null: by the number of samples."""
     vision_lr: float | None = None
     """Learning rate of the vision tower; null: `lr`."""
     projector_lr: float | None = None
@@ -312,6 +316,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "optim.lora_lr": optim.lora_lr,
         "optim.global_batch_size": optim.global_batch_size,
         "optim.micro_batch_size": optim.micro_batch_size,
+        "optim.max_tokens_per_batch": optim.max_tokens_per_batch,
         "optim.epochs": optim.epochs,
         "optim.max_steps": optim.max_steps,
         "objective.temperature": config.objective.temperature,

@@ -126,9 +126,12 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
             report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
         num_samples = _look_at_data(config, processor, model_config, report)
         if num_samples is not None and accumulation is not None:
+            budget = config.optim.max_tokens_per_batch
+            in_all, size = f"{config.optim.global_batch_size} per step", f"{config.optim.micro_batch_size}"
+            if budget is not None:
+                in_all, size = "as many per step as fit", f"up to {budget:,} tokens"
             report.facts.append(
-                f"data: {num_samples:,} samples, {config.optim.global_batch_size} per step in {accumulation} "
-                f"micro-batches of {config.optim.micro_batch_size} per process"
+                f"data: {num_samples:,} samples, {in_all} in {accumulation} micro-batches of {size} per process"
             )
     else:
         _look_at_files(config, report)

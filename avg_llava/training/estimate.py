@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from avg_llava.data.sampler import fill
 from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.assembly import build_dataset, load_processor
@@ -28,6 +29,7 @@ from avg_llava.training.stages import STAGES, Part, count_parameters
 GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
 NUM_DRAWN = 64  # samples that are looked at where the data are there
+MICRO_BATCHES_FILLED = 64  # at least, to find how many samples a token budget holds
 RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
 
 
@@ -92,7 +94,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         raise ConfigError(f"the MFU is a share of the GPU's operations, above 0 and at most 1; got {request.mfu}")
     blueprint = find_blueprint(config, path, request.model_of)
     samples = _samples(config, blueprint.config, request)
-    accumulation = config.accumulation_steps(request.num_gpus)
+    accumulation, budget = config.accumulation_steps(request.num_gpus), config.optim.max_tokens_per_batch
     model = meta_model(config, blueprint.config)
     counts, adapters = count_parameters(model), adapter_shapes(model)
     num_parameters = sum(count.total for count in counts.values())
@@ -107,7 +109,8 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         for sharding in dict.fromkeys((*SHARDINGS, chosen))
     }
 
-    flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * config.optim.global_batch_size
+    step_samples = _samples_per_step(config, blueprint.config, samples.shapes)
+    flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * step_samples
     levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
     share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
     tokens = sum(
@@ -117,7 +120,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         for level in levels
         if shape.image_size is not None or level == levels[-1]
     )
-    steps = _steps(config, samples.num_records)
+    steps = _steps(config, samples.num_records, step_samples)
     peak = GPUS[request.gpu].peak(config.runtime)
     seconds = flops / (peak * request.mfu * request.num_gpus)
     return {
@@ -134,10 +137,11 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         "sharding": chosen.name,
         "memory": memory,
         "step": {
-            "samples": config.optim.global_batch_size,
-            "micro_batch_size": config.optim.micro_batch_size,
+            "samples": step_samples,
+            "micro_batch_size": config.optim.micro_batch_size if budget is None else None,
+            "max_tokens_per_batch": budget,
             "accumulation_steps": accumulation,
-            "tokens": round(tokens / len(samples.shapes) * config.optim.global_batch_size),
+            "tokens": round(tokens / len(samples.shapes) * step_samples),
             "flops": flops,
             "seconds": seconds,
         },
@@ -151,6 +155,8 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
 def table_lines(result: dict[str, Any]) -> list[str]:
     """An estimate for people."""
     model, hardware, step = result["model"], result["hardware"], result["step"]
+    budget = step["max_tokens_per_batch"]
+    size = step["micro_batch_size"] if budget is None else f"{budget:,} tokens"
     is_large = max(memory["total"] for memory in result["memory"].values()) >= GIB
     unit, name_of_unit = (GIB, "GiB") if is_large else (MIB, "MiB")
     lines = [
@@ -168,7 +174,7 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     lines += [
         f"{'fits into ' + str(round(hardware['memory'] / 1e9)) + ' GB':<20}{fits}",
         "",
-        f"a step: {step['samples']} samples in {step['accumulation_steps']} x {step['micro_batch_size']} per GPU, "
+        f"a step: {step['samples']:.4g} samples in {step['accumulation_steps']} x {size} per GPU, "
         f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.2f} TFLOP, {step['seconds']:.3g} s at an MFU of "
         f"{result['mfu']:.0%}",
     ]
@@ -199,6 +205,8 @@ def _memory(
     finest = model_config.granularities[-1]
     longest = sorted(samples.shapes, key=lambda shape: -shape.length(finest, model_config))
     size = config.optim.micro_batch_size
+    if config.optim.max_tokens_per_batch is not None:
+        size = max(config.optim.max_tokens_per_batch // _length(longest[0], model_config), 1)
     micro_batch = (longest * math.ceil(size / len(longest)))[:size]
     activations = activation_memory(
         config.stage,
@@ -300,12 +308,28 @@ def _mean_flops(
     return flops.total / len(shapes)
 
 
-def _steps(config: TrainConfig, num_samples: int | None) -> int | None:
+def _length(shape: SampleShape, model_config: AvgLlavaConfig) -> int:
+    """Tokens of a sample as a token budget counts them."""
+    return min(shape.length(model_config.granularities[-1], model_config), model_config.max_sequence_length)
+
+
+def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
+    """Samples of an optimizer step; with a token budget, the mean of filling micro-batches from these samples."""
+    optim = config.optim
+    if optim.max_tokens_per_batch is None:
+        return optim.global_batch_size
+    lengths = [_length(shape, model_config) for shape in shapes]
+    order = list(range(len(lengths))) * math.ceil(MICRO_BATCHES_FILLED * optim.max_tokens_per_batch / sum(lengths))
+    full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last may have room left
+    return sum(map(len, full)) / len(full) * optim.global_batch_size / optim.micro_batch_size
+
+
+def _steps(config: TrainConfig, num_samples: int | None, step_samples: float) -> int | None:
     if config.optim.max_steps is not None:
         return config.optim.max_steps
     if num_samples is None:
         return None
-    return math.ceil(math.ceil(num_samples / config.optim.global_batch_size) * config.optim.epochs)
+    return math.ceil(math.ceil(num_samples / step_samples) * config.optim.epochs)
 
 
 def _sharding(name: str) -> Sharding:

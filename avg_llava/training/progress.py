@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+from avg_llava.data.sampler import MicroBatches
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ COLLAPSE_SHARE = 0.98  # of the images of these lines that get one and the same 
 class RunFiles(TrainerCallback):
     """Keeps `log_history.jsonl`, tells the sampler its epoch, and leaves the last save to the end of the run."""
 
-    def __init__(self, output_dir: Path, sampler: Sampler[int]):
+    def __init__(self, output_dir: Path, sampler: MicroBatches):
         self.path = output_dir / LOG_NAME
         self.sampler = sampler
 
@@ -39,7 +40,7 @@ class RunFiles(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The samplers are wrapped too deeply, in a run resumed in a later epoch, for accelerate to find them."""
-        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))  # type: ignore[attr-defined]
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint of the last step would be superseded at once by the stage's result."""

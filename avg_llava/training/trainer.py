@@ -10,17 +10,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import seed_worker
 
 from avg_llava.data.dataset import ConversationDataset
+from avg_llava.data.sampler import MicroBatches
 from avg_llava.model.loading import load_model
 from avg_llava.model.routing import RoutingModel, load_routing_model
 from avg_llava.training.config import TrainConfig
@@ -42,26 +45,6 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what to look at."""
 
 
-class ShuffledSampler(Sampler[int]):
-    """A new random order every epoch, the same on every rank and in a resumed run."""
-
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.num_samples, generator=generator).tolist())
-
-
 class StageTrainer(Trainer):
     """Trains one stage's objective and writes checkpoints that say what they are.
 
@@ -71,7 +54,7 @@ class StageTrainer(Trainer):
         arguments: what transformers is told (see `training_arguments`).
         dataset: its `samples` have a `name` each.
         collator: samples to micro-batches with the arguments of `Objective.forward` and `index`.
-        sampler: order of the samples; its `set_epoch` is called at the start of every epoch.
+        sampler: the micro-batches; its `set_epoch` is called at the start of every epoch.
         processor: saved with the model.
         manifest: the run's manifest; `finished` and `step` are filled in when it is written.
     """
@@ -85,7 +68,7 @@ class StageTrainer(Trainer):
         arguments: TrainingArguments,
         dataset: ConversationDataset,
         collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
-        sampler: Sampler[int],
+        sampler: MicroBatches,
         processor: ProcessorMixin,
         manifest: StageManifest,
     ):
@@ -143,8 +126,18 @@ class StageTrainer(Trainer):
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        return self.sampler
+    def get_train_dataloader(self) -> DataLoader:
+        """The sampler's micro-batches, each process its share."""
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

@@ -2,10 +2,9 @@ import itertools
 import random
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 
-from avg_llava.data.sampler import ModalityLengthSampler
+from avg_llava.data.sampler import ModalityBatches, ShuffledBatches, fill
 
 
 def lengths_of(with_image: int, text_only: int, seed: int = 0) -> list[int]:
@@ -16,16 +15,32 @@ def lengths_of(with_image: int, text_only: int, seed: int = 0) -> list[int]:
     return lengths
 
 
+def tokens_of(lengths: list[int]) -> list[int]:
+    """Text, and an image's tokens where there is one; a few samples are far longer than the rest."""
+    generator = random.Random(1)
+    images = [300 * generator.randint(1, 4) * (length > 0) for length in lengths]
+    return [
+        abs(length) + image + 5000 * (generator.random() < 0.02) for length, image in zip(lengths, images, strict=True)
+    ]
+
+
+def flat(batches) -> list[int]:
+    return [index for batch in batches for index in batch]
+
+
 CASES = [(0, 40), (40, 0), (64, 64), (61, 35), (3, 200), (5, 2), (1, 0), (128, 17)]
+SHAPES = [(1, 1, 1), (2, 2, 1), (4, 2, 2), (3, 1, 4)]
 
 
 @pytest.mark.parametrize(("with_image", "text_only"), CASES)
-@pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (3, 1, 4)])
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), SHAPES)
 def test_order(with_image, text_only, batch_size, world_size, accumulation):
     lengths = lengths_of(with_image, text_only)
-    sampler = ModalityLengthSampler(lengths, batch_size, world_size, accumulation, seed=3)
-    order = list(sampler)
-    assert len(sampler) == len(order)
+    sampler = ModalityBatches(lengths, batch_size, world_size, accumulation, seed=3)
+    batches = list(sampler)
+    order = flat(batches)
+    assert len(sampler) == len(batches)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
     assert sorted(order) == list(range(len(lengths)))  # every sample once
 
     step = batch_size * world_size * accumulation
@@ -54,16 +69,7 @@ def check_balance(chunks: list[list[int]], lengths: list[int]) -> None:
 def test_ranks_see_one_modality_per_optimizer_step():
     """Micro-batches as accelerate deals them to two processes that accumulate three of them."""
     lengths = lengths_of(50, 60)
-    batches = [
-        list(
-            BatchSamplerShard(
-                BatchSampler(ModalityLengthSampler(lengths, 2, 2, 3, seed=1), 2, drop_last=False),
-                num_processes=2,
-                process_index=rank,
-            )
-        )
-        for rank in (0, 1)
-    ]
+    batches = ranks(ModalityBatches(lengths, 2, 2, 3, seed=1), 2)
     assert len(batches[0]) == len(batches[1])
     for step in range((50 // 12) + (60 // 12)):
         seen = [index for rank in batches for batch in rank[3 * step : 3 * step + 3] for index in batch]
@@ -71,10 +77,16 @@ def test_ranks_see_one_modality_per_optimizer_step():
         assert len({lengths[index] > 0 for index in seen}) == 1
 
 
+def ranks(sampler, world_size: int) -> list[list[list[int]]]:
+    return [
+        list(BatchSamplerShard(sampler, num_processes=world_size, process_index=rank)) for rank in range(world_size)
+    ]
+
+
 def test_balance_beats_chance():
     lengths = lengths_of(512, 0)
     step, size = 32, 4
-    order = list(ModalityLengthSampler(lengths, size, 8, seed=0))
+    order = flat(ModalityBatches(lengths, size, 8, seed=0))
     shuffled = random.Random(0).sample(order, len(order))
 
     def spread(order):
@@ -87,30 +99,113 @@ def test_balance_beats_chance():
     assert spread(order) < spread(shuffled) / 3
 
 
-def test_order_is_a_function_of_seed_and_epoch():
-    lengths = lengths_of(64, 64)
+def make(kind, lengths, *arguments, **settings):
+    return kind(lengths if kind is ModalityBatches else len(lengths), *arguments, **settings)
 
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = ModalityLengthSampler(lengths, 4, 2, seed=seed)
+
+@pytest.mark.parametrize("kind", [ShuffledBatches, ModalityBatches])
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_order_is_a_function_of_seed_and_epoch(kind, budget):
+    lengths = lengths_of(64, 64)
+    tokens = None if budget is None else tokens_of(lengths)
+
+    def batches(seed: int, epoch: int) -> list[list[int]]:
+        sampler = make(kind, lengths, budget or 4, 2, seed=seed, tokens=tokens)
         sampler.set_epoch(epoch)
+        assert len(list(sampler)) == len(sampler)
         return list(sampler)
 
-    sampler = ModalityLengthSampler(lengths, 4, 2, seed=0)
-    assert list(sampler) == list(sampler) == order(0, 0)  # iterating twice does not move on
-    assert order(0, 1) == order(0, 1)
-    assert len({tuple(order(seed, epoch)) for seed, epoch in [(0, 0), (0, 1), (5, 0), (5, 1)]}) == 4
+    sampler = make(kind, lengths, budget or 4, 2, seed=0, tokens=tokens)
+    assert list(sampler) == list(sampler) == batches(0, 0)  # iterating twice does not move on
+    assert batches(0, 1) == batches(0, 1)
+    orders = [flat(batches(seed, epoch)) for seed, epoch in [(0, 0), (0, 1), (5, 0), (5, 1)]]
+    assert len(set(map(tuple, orders))) == 4
+    assert all(sorted(order) == list(range(128)) for order in orders)
+    assert len(batches(0, 0)) == len(batches(0, 1))  # or the epochs' steps would differ
 
 
 def test_both_modalities_are_mixed_over_the_epoch():
     lengths = lengths_of(400, 400)
-    order = list(ModalityLengthSampler(lengths, 4, 2, seed=0))
+    order = flat(ModalityBatches(lengths, 4, 2, seed=0))
     firsts = [lengths[order[start]] > 0 for start in range(0, 800, 8)]
     changes = sum(a != b for a, b in itertools.pairwise(firsts))
     assert 30 < changes < 70
 
 
+class TestTokenBudget:
+    BUDGET = 2000
+
+    @pytest.mark.parametrize("kind", [ShuffledBatches, ModalityBatches])
+    @pytest.mark.parametrize(("with_image", "text_only"), CASES)
+    @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3), (3, 4)])
+    def test_every_sample_once_within_the_budget(self, kind, with_image, text_only, world_size, accumulation):
+        lengths = lengths_of(with_image, text_only)
+        tokens = tokens_of(lengths)
+        sampler = make(kind, lengths, self.BUDGET, world_size, accumulation, seed=3, tokens=tokens)
+        batches = list(sampler)
+        assert len(sampler) == len(batches)
+        assert sorted(flat(batches)) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or sum(tokens[index] for index in batch) <= self.BUDGET
+        shares = ranks(sampler, world_size)
+        assert len({len(share) for share in shares}) == 1  # or ZeRO-3 would wait for ever
+        if len(lengths) > 5:  # so few cannot be shared out without a repetition
+            assert sorted(index for share in shares for index in flat(share)) == list(range(len(lengths)))
+
+    def test_budgets_are_used_up(self):
+        lengths = lengths_of(400, 300)
+        tokens = tokens_of(lengths)
+        for kind in (ShuffledBatches, ModalityBatches):
+            batches = list(make(kind, lengths, self.BUDGET, 2, 4, tokens=tokens))
+            fair = [min(sum(tokens[index] for index in batch), self.BUDGET) for batch in batches]
+            assert sum(fair) / len(fair) > 0.7 * self.BUDGET
+
+    def test_one_modality_per_step_and_even_micro_batches(self):
+        lengths = lengths_of(200, 200)
+        tokens = tokens_of(lengths)
+        batches = list(ModalityBatches(lengths, self.BUDGET, 2, 2, seed=1, tokens=tokens))
+        plain = list(ShuffledBatches(len(lengths), self.BUDGET, 2, 2, seed=1, tokens=tokens))
+
+        def spread(batches):
+            sums = [min(sum(tokens[index] for index in batch), self.BUDGET) for batch in batches]
+            return sum(max(sums[at : at + 4]) - min(sums[at : at + 4]) for at in range(0, len(sums) // 4 * 4, 4))
+
+        steps = [flat(batches[at : at + 4]) for at in range(0, len(batches), 4)]
+        mixed = [step for step in steps if len({lengths[index] > 0 for index in step}) == 2]
+        assert len(steps) > 30
+        assert len(mixed) <= 2  # what is left over at the end
+        assert mixed == steps[len(steps) - len(mixed) :]
+        assert spread(batches) / len(batches) < spread(plain) / len(plain)
+
+    @pytest.mark.parametrize("count", range(100, 110))
+    def test_optimizer_steps_do_not_depend_on_processes(self, count):
+        """Eight micro-batches of a step: on one process, and on two or four of them."""
+        lengths = lengths_of(150, count)
+        tokens = tokens_of(lengths)
+        runs = [
+            list(ModalityBatches(lengths, self.BUDGET, world, 8 // world, seed=1, tokens=tokens)) for world in (1, 2, 4)
+        ]
+        assert len({-(-len(run) // 8) for run in runs}) == 1  # optimizer steps of an epoch
+        full = min(len(run) for run in runs) // 8 * 8 - 16
+        assert full > 40
+        assert runs[0][:full] == runs[1][:full] == runs[2][:full]
+
+    def test_what_accelerate_skips_is_what_was_seen(self):
+        lengths = lengths_of(50, 60)
+        sampler = ModalityBatches(lengths, self.BUDGET, 2, 2, tokens=tokens_of(lengths))
+        shard = BatchSamplerShard(sampler, num_processes=2, process_index=1)
+        assert list(SkipBatchSampler(shard, 3)) == list(shard)[3:]
+
+    def test_fill_by_hand(self):
+        costs = [3, 4, 9, 20, 1, 1, 8]
+        assert fill(range(7), costs, 10) == [[0, 1], [2], [3], [4, 5, 6]]
+        assert fill([6, 4, 5, 0], costs, 10) == [[6, 4, 5], [0]]
+        assert fill(range(5), None, 2) == [[0, 1], [2, 3], [4]]
+        assert fill([], costs, 10) == fill([], None, 2) == []
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="sample 1 has length 0"):
-        ModalityLengthSampler([3, 0, -2], 1, 1)
+        ModalityBatches([3, 0, -2], 1, 1)
     with pytest.raises(ValueError, match="at least 1"):
-        ModalityLengthSampler([3], 0, 1)
+        ModalityBatches([3], 0, 1)

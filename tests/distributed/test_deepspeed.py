@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from avg_llava import load_model
+from avg_llava.data.sampler import ShuffledBatches
 from avg_llava.training.assembly import build_model
 from avg_llava.training.config import load_config
 from avg_llava.training.feedback import collect
@@ -28,7 +29,6 @@ from avg_llava.training.manifest import latest_checkpoint, read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
-from avg_llava.training.trainer import ShuffledSampler
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +79,7 @@ def two_processes(request, world, one_process, half_feedback, tmp_path_factory) 
     configs.append(_vary(configs[2], "checkpointed", gradient_checkpointing=True))
     configs.append(_vary(configs[2], "bf16", precision="bf16"))
     configs.append(_with_lora(configs[2]))
+    configs.append(_with_budget(configs[2]))
     configs.append(_vary(configs[3], "gumbel", gradient_checkpointing=True))
     configs[-1].write_text(configs[-1].read_text() + "objective: {method: gumbel}\n")
     configs.append(_router_in_half(configs[3], one_process))
@@ -160,6 +161,16 @@ def _with_lora(path: Path) -> Path:
     return varied
 
 
+def _with_budget(path: Path) -> Path:
+    """A run of the same stage, into its second epoch, whose micro-batches hold as many samples as a token budget."""
+    varied = _vary(path, "budget")
+    values = yaml.safe_load(varied.read_text())
+    values["optim"] |= {"max_tokens_per_batch": 700, "max_steps": 4}
+    values["data"]["group_by_modality_length"] = True
+    varied.write_text(yaml.safe_dump(values))
+    return varied
+
+
 def _environment(folder: Path) -> dict[str, str]:
     """One thread for each process, and a folder of its own for compiled extensions, of which there must be none."""
     return os.environ | {
@@ -184,7 +195,7 @@ def _losses(folder: Path) -> list[float]:
 def test_some_step_has_an_image_on_one_rank_only(world):
     """What the comparison below relies on, from the order that all runs share."""
     records = json.loads((world / "instruct.json").read_text())
-    order = list(ShuffledSampler(len(records), seed=stage_values(2, world, world)["seed"]))
+    order = [batch[0] for batch in ShuffledBatches(len(records), 1, seed=stage_values(2, world, world)["seed"])]
     has_image = ["image" in records[index] for index in order]
     assert any(first != second for first, second in zip(has_image[::2], has_image[1::2], strict=True))
 
@@ -264,6 +275,14 @@ def test_router_is_float32_beside_a_model_in_bfloat16(two_processes, one_process
     found, moved = weights[name] - before[name], expected[name] - before[name]
     assert not torch.equal(weights[name], weights[name].bfloat16().float())
     assert torch.cosine_similarity(found.flatten(), moved.flatten(), dim=0) > 0.9
+
+
+def test_token_budget_equals_one_process(two_processes, one_process):
+    """Micro-batches of different numbers of samples on the two ranks, and as many on the one as on the other."""
+    run_stage(load_config(_with_budget(one_process / "stage3.yaml")))
+    found = _losses(two_processes / "budget")
+    assert found == pytest.approx(_losses(one_process / "budget"), abs=1e-4)
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("checkpointed", 1e-4), ("bf16", 3e-2)])
@@ -397,7 +416,7 @@ def test_a_worker_of_one_rank_meets_a_bad_sample(world, tmp_path):
     records = json.loads((world / "captions.json").read_text())
     config = _write_config(1, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[1]))
     values = yaml.safe_load(config.read_text())
-    order = list(ShuffledSampler(len(records), seed=values["seed"]))
+    order = [batch[0] for batch in ShuffledBatches(len(records), 1, seed=values["seed"])]
     victim = records[order[1]]  # of micro-batches of one sample, the second process takes every second
     content = (world / victim["image"]).read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
@@ -430,7 +449,7 @@ def test_the_loss_of_one_rank_is_not_finite(world, tmp_path):
     records = json.loads((world / "captions.json").read_text())
     config = _write_config(1, tmp_path, world, _deepspeed_file(tmp_path, 3, PERSISTENCE[1]))
     values = yaml.safe_load(config.read_text())
-    victim = records[list(ShuffledSampler(len(records), seed=values["seed"]))[1]]  # the second process's first
+    victim = records[list(ShuffledBatches(len(records), 1, seed=values["seed"]))[1][0]]  # the second process's first
     victim["conversations"][1]["value"] = "~"
     (tmp_path / "captions.json").write_text(json.dumps(records))
     shutil.copytree(world / "language", tmp_path / "language")

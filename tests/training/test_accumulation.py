@@ -9,6 +9,8 @@ import yaml
 from avg_llava.training import run
 from avg_llava.training.config import load_config
 from avg_llava.training.monitor import MACHINE_METRICS
+from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.stages import STAGES
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 SAMPLES = 8
@@ -27,7 +29,7 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def _train(stage: int, world: Path, folder: Path, micro_batch_size: int, monkeypatch) -> tuple[list, list[dict]]:
+def _train(stage: int, world: Path, folder: Path, optim: dict, monkeypatch) -> tuple[list, list[dict]]:
     """Gradients at each of two optimizer steps, and the lines of the log."""
     gradients: list[list[torch.Tensor]] = []
     step = torch.optim.AdamW.step
@@ -40,28 +42,58 @@ def _train(stage: int, world: Path, folder: Path, micro_batch_size: int, monkeyp
     values = stage_values(stage, folder, world)
     values["model"] = values["model"] if stage == 1 else {"start": str(world / "stage1"), "force_start": True}
     values["data"]["group_by_modality_length"] = False
-    values["optim"] |= {"global_batch_size": SAMPLES, "micro_batch_size": micro_batch_size, "max_steps": 2}
-    values["output"] = {"dir": str(folder / f"{stage}-{micro_batch_size}")}
+    values["optim"] |= {**optim, "max_steps": 2}
+    values["output"] = {"dir": str(folder / "-".join(map(str, (stage, *optim.values()))))}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", record)
         run.run_stage(load_config(path))
-    log = (folder / f"{stage}-{micro_batch_size}" / "log_history.jsonl").read_text().splitlines()
+    log = (Path(values["output"]["dir"]) / "log_history.jsonl").read_text().splitlines()
     return gradients, [line for line in map(yaml.safe_load, log) if "loss" in line]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_one_by_eight_is_eight_by_one(world, tmp_path, stage, monkeypatch):
-    runs = {size: _train(stage, world, tmp_path, size, monkeypatch) for size in (8, 1)}
-    expected_gradients, expected_log = runs.pop(8)
+    runs = [
+        _train(stage, world, tmp_path, {"global_batch_size": SAMPLES, "micro_batch_size": size}, monkeypatch)
+        for size in (8, 1)
+    ]
+    _compare(*runs)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_token_budget_changes_no_gradient(world, tmp_path, stage, monkeypatch):
+    """All samples in one step, as one micro-batch and as micro-batches of a few tokens, fewer than a step may have."""
+    samples = 9 if stage == 1 else 12
+    sizes: list[list[int]] = []
+    forward = OBJECTIVES[STAGES[stage].objective].forward
+
+    def count(objective, *arguments, **inputs):
+        sizes[-1].append(len(inputs["input_ids"]))
+        return forward(objective, *arguments, **inputs)
+
+    monkeypatch.setattr(OBJECTIVES[STAGES[stage].objective], "forward", count)
+    runs = []
+    for micro_batch_size, budget in ((samples, None), (1, 700)):
+        sizes.append([])
+        optim = {"global_batch_size": samples, "micro_batch_size": micro_batch_size, "max_tokens_per_batch": budget}
+        runs.append(_train(stage, world, tmp_path, optim, monkeypatch))
+    assert sizes[0] == [samples, samples]
+    assert sum(sizes[1]) == 2 * samples
+    assert 2 * 2 <= len(sizes[1]) < 2 * samples
+    assert len(set(sizes[1])) > 1
+    _compare(*runs)
+
+
+def _compare(expected: tuple[list, list[dict]], found: tuple[list, list[dict]]) -> None:
+    (expected_gradients, expected_log), (all_gradients, log) = expected, found
     assert len(expected_gradients) == len(expected_log) == 2
-    for gradients, log in runs.values():
-        for found, expected in zip(gradients, expected_gradients, strict=True):
-            norm = torch.stack([gradient.norm() for gradient in expected]).norm()
-            distance = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
-            assert distance <= 1e-5 * norm
-        for line, expected in zip(log, expected_log, strict=True):
-            assert line.keys() == expected.keys()
-            for name in line.keys() - {"epoch", *MACHINE_METRICS}:
-                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    for gradients, expected_step in zip(all_gradients, expected_gradients, strict=True):
+        norm = torch.stack([gradient.norm() for gradient in expected_step]).norm()
+        distance = torch.stack([(a - b).norm() for a, b in zip(gradients, expected_step, strict=True)]).norm()
+        assert distance <= 1e-5 * norm
+    for line, expected_line in zip(log, expected_log, strict=True):
+        assert line.keys() == expected_line.keys()
+        for name in line.keys() - {"epoch", *MACHINE_METRICS}:
+            assert line[name] == pytest.approx(expected_line[name], rel=1e-4, abs=1e-6), name

@@ -91,6 +91,7 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path, write):
         (["--seed.x", "3"], "seed is a value, not a section"),
         (["optim.lr", "3"], "expected `--key.subkey value`"),
         (["--optim.lr", "0"], "optim.lr must be above 0"),
+        (["--optim.max_tokens_per_batch", "0"], "optim.max_tokens_per_batch must be above 0"),
         (["--optim.weight_decay", "-1"], "optim.weight_decay must be at least 0"),
         (["--optim.warmup_ratio", "1"], "optim.warmup_ratio must be below 1"),
         (["--optim.betas", "[0.9]"], "list of two numbers"),

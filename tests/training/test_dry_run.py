@@ -58,6 +58,14 @@ def test_a_run_that_is_right(world, capsys):
     assert _files(world.parent) == before, "not even the folders above output.dir"
 
 
+def test_a_token_budget_is_told(world, capsys):
+    path = _write(world, 1, optim={"global_batch_size": 8, "micro_batch_size": 2, "max_tokens_per_batch": 1200})
+    before = _files(world.parent)
+    assert cli.main(["train", str(path), "--dry-run"]) == 0
+    assert "as many per step as fit in 4 micro-batches of up to 1,200 tokens per process" in capsys.readouterr().out
+    assert _files(world.parent) == before, "the samples are not counted yet"
+
+
 def test_what_is_in_the_output_folder_stays(world):
     path = _write(world, 1)
     kept = world.parent / "runs/deep/stage1/notes.txt"

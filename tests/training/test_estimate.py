@@ -10,12 +10,13 @@ import yaml
 from avg_llava import AvgLlavaForConditionalGeneration, cli, load_model
 from avg_llava.cli.estimate import GPU_NAMES, ZERO_NAMES
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.loading import load_model_config
 from avg_llava.training import estimate, levels
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.blueprint import find_blueprint
 from avg_llava.training.config import ObjectiveSettings, load_config
-from avg_llava.training.flops import step_flops
+from avg_llava.training.flops import SampleShape, step_flops
 from avg_llava.training.machine import GPUS
 from avg_llava.training.memory import SHARDINGS, Activations, Sharding, activation_memory, sharding_of, state_memory
 from avg_llava.training.objectives import OBJECTIVES
@@ -77,6 +78,30 @@ def test_a_local_start_is_counted_exactly(tmp_path, capsys):
     assert "parameters, " in capsys.readouterr().out
     assert cli.main([*command, "--gpus", "3"]) == 1
     assert "is not a multiple of" in capsys.readouterr().err
+
+
+def test_a_token_budget(tmp_path, capsys):
+    """Three equal samples and a little more fit into a micro-batch, and a step has two micro-batches of each GPU."""
+    values = yaml.safe_load(Path("configs/mini/stage3.yaml").read_text().replace("runs/mini/stage2", MINI))
+    path = tmp_path / "stage3.yaml"
+
+    def run(**optim) -> dict:
+        values["optim"] |= {"global_batch_size": 16, "micro_batch_size": 4, "max_tokens_per_batch": None, **optim}
+        path.write_text(yaml.safe_dump(values))
+        shape = {"image_size": (64, 64), "num_prompt_tokens": 30, "num_answer_tokens": 10, "num_samples": 1200}
+        return estimate.estimate(path, estimate.Request(num_gpus=2, **shape))
+
+    config = load_model_config(MINI)
+    length = SampleShape((64, 64), 30, 10).length(config.granularities[-1], config)
+    plain, budget = run(micro_batch_size=3, global_batch_size=12), run(max_tokens_per_batch=3 * length + 5)
+    assert plain["step"]["samples"] == budget["step"]["samples"] == 12
+    assert plain["steps"] == budget["steps"] == 100
+    for key in ("tokens", "flops", "accumulation_steps"):
+        assert plain["step"][key] == budget["step"][key]
+    assert plain["memory"] == budget["memory"]  # of three samples
+    assert any(f"2 x {3 * length + 5:,} tokens per GPU" in line for line in estimate.table_lines(budget))
+    alone = run(max_tokens_per_batch=10)
+    assert alone["step"]["samples"] == 4
 
 
 def test_samples_are_drawn_from_data_that_are_there(tmp_path):

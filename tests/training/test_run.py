@@ -16,7 +16,7 @@ from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.manifest import read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
-from avg_llava.training.trainer import ShuffledSampler, TrainingError
+from avg_llava.training.trainer import TrainingError
 from tests.training.tiny_world import interrupt_at, stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
@@ -195,6 +195,37 @@ def test_checkpoints_are_kept_as_told_and_resumed(stages, world, tmp_path, monke
     assert not list(folder.glob("checkpoint-*"))
 
 
+def test_a_run_with_a_token_budget_resumes_at_any_step(stages, world, tmp_path, monkeypatch):
+    """Killed in each of its epochs: the same samples, losses and weights as a run left alone."""
+    budget = ("--optim.max_tokens_per_batch", "1200", "--optim.max_steps", "12", "--output.save_every", "1")
+    seen: list[list[int]] = []
+
+    def watch(trainer, model, inputs, *arguments, **settings):
+        seen.append(inputs["index"].tolist())
+        return compute_loss(trainer, model, inputs, *arguments, **settings)
+
+    compute_loss = run.StageTrainer.compute_loss
+    monkeypatch.setattr(run.StageTrainer, "compute_loss", watch)
+    run.run_stage(_config(2, stages, world, (*budget, "--output.dir", str(tmp_path / "whole"))))
+    expected, seen[:] = list(seen), []
+    per_epoch = next(count for count in range(1, len(expected)) if sum(map(len, expected[:count])) == 20)
+    assert {index for batch in expected[:per_epoch] for index in batch} == set(range(20))
+    assert len(expected) > per_epoch  # into another epoch, with the same micro-batches in another order
+    assert len({len(batch) for batch in expected}) > 1
+    assert expected[per_epoch:] != expected[: len(expected) - per_epoch]
+
+    config = _config(2, stages, world, (*budget, "--output.dir", str(tmp_path / "killed")))
+    for step in (1, 5, 10):
+        interrupt_at(step, config, monkeypatch)
+    run.run_stage(config)
+    assert seen == expected
+    losses = [[line["loss"] for line in _log(tmp_path / name) if "loss" in line] for name in ("whole", "killed")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    weights = load_file(tmp_path / "killed" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_overwrite_starts_anew(stages, world, tmp_path):
     arguments = ("--output.dir", str(tmp_path / "run"), "--optim.max_steps", "1")
     run.run_stage(_config(4, stages, world, arguments))
@@ -243,16 +274,3 @@ def test_command_line(stages, world, capsys):
     missing = ["--data.sources", "[{path: none.json}]", "--output.dir", str(stages / "other")]
     assert run.main([path, *missing]) == 1
     assert "cannot read none.json" in capsys.readouterr().err
-
-
-def test_orders_are_a_function_of_seed_and_epoch():
-    sampler = ShuffledSampler(10, seed=1)
-    first = list(sampler)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert first != second
-    assert sorted(first) == sorted(second) == list(range(len(sampler)))
-    other = ShuffledSampler(10, seed=1)
-    other.set_epoch(1)
-    assert list(other) == second
