@@ -13,19 +13,20 @@ from typing import Any
 import gradio as gr
 import torch
 from PIL import Image
+from starlette.middleware import Middleware
 
 from avg_llava.model.answers import Answer, Decoding, Request
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.budget import Budget
 from avg_llava.model.images import decode_image
-from avg_llava.model.predictor import Choice, Encoded, Predictor
+from avg_llava.model.predictor import Choice, Predictor
 from avg_llava.serving.examples import draw_examples, knows_the_mini_world
 from avg_llava.serving.overlay import TokenPictures
+from avg_llava.serving.page_guard import PageGuard
 from avg_llava.serving.panels import (
     INVITATION,
     PICTURES,
     STYLE,
-    Card,
     LevelRow,
     cards_html,
     level_rows,
@@ -34,6 +35,7 @@ from avg_llava.serving.panels import (
     token_sum,
 )
 from avg_llava.serving.streams import stream_answer
+from avg_llava.serving.timing import time_first_tokens
 
 MAX_UPLOAD_BYTES = 16 * 2**20
 MAX_PIXELS = 32_000_000
@@ -116,50 +118,54 @@ class Demo:
             The text so far, the figures, the router's bars, and the pictures of tiles and overview.
         """
         with errors_as_messages():
-            image, budget, decoding, encoded = self._begin(upload, question, controls)
+            image, request, budget, decoding = self._begin(upload, question, controls)
+            encoded = self.predictor.encode([request])
             if image is None:
                 for part in stream_answer(self.predictor, encoded, None, decoding):
                     yield _text(part), "", "", None, None
                 return
             choice = self.predictor.choose(encoded, budget)
             rows, sizes = self._rows(image, budget, choice)
-            pictures = TokenPictures(image, self.predictor.processor.image_processor, self.config)
-            level = choice.levels[0]
-            drawn = pictures.tiles(level), pictures.overview(level)
-            bars = router_html(rows, budget.token_cost)
-            yield "", stats_html(rows, sizes, None, None), bars, *drawn
+            yield "", stats_html(rows, sizes, None, None), router_html(rows, budget.token_cost), None, None
             for part in stream_answer(self.predictor, encoded, choice, decoding):
                 if isinstance(part, str):
                     yield part, *_unchanged(4)
                 else:
                     yield part.text, stats_html(rows, sizes, part, None), *_unchanged(3)
-                    finest = self.predictor.answer(encoded, self.predictor.granularities[-1], Decoding(1))[0]
-                    yield gr.skip(), stats_html(rows, sizes, part, finest), *_unchanged(3)
+                    finest = Budget(self.predictor.granularities[-1])
+                    own, slow = time_first_tokens(self.predictor, request, [budget, finest])
+                    # Pictures come last: the work they make here and in the browser would be in the times.
+                    pictures, level = self._pictures(image), choice.levels[0]
+                    drawn = pictures.tiles(level), pictures.overview(level)
+                    yield gr.skip(), stats_html(rows, sizes, part, (own, slow)), gr.skip(), *drawn
 
     def compare(self, upload: Any, question: Any, *controls: Any) -> Iterator[str]:
         """Answers a question at every level, from one encoding of the image.
 
         Yields:
-            The cards of the levels, one more of them filled each time.
+            The cards of the levels, one more of them filled each time; at the end with times and pictures.
         """
         with errors_as_messages():
-            image, budget, decoding, encoded = self._begin(upload, question, controls)
+            image, request, budget, decoding = self._begin(upload, question, controls)
+            encoded = self.predictor.encode([request])
             if image is None:
                 raise ValueError("levels are compared on an image: choose one")
             budget = replace(budget, granularity=None)
             rows, _ = self._rows(image, budget, self.predictor.choose(encoded, budget))
-            pictures = TokenPictures(image, self.predictor.processor.image_processor, self.config)
-            cards: list[Card] = []
-            yield cards_html(cards, rows)
+            answers: dict[int, Answer] = {}
+            yield cards_html(rows, answers, {}, {})
             for row in rows:
-                (answer,) = self.predictor.answer(encoded, row.granularity, decoding)
-                cards.append(Card(row, pictures.tiles(row.granularity), answer))
-                yield cards_html(cards, rows)
+                answers[row.granularity] = self.predictor.answer(encoded, row.granularity, decoding)[0]
+                yield cards_html(rows, answers, {}, {})
+            times = time_first_tokens(self.predictor, request, [Budget(level) for level in answers])
+            pictures = self._pictures(image)
+            drawn = {level: pictures.tiles(level) for level in answers}
+            yield cards_html(rows, answers, dict(zip(answers, times, strict=True)), drawn)
 
     def _begin(
         self, upload: Any, question: Any, controls: tuple[Any, ...]
-    ) -> tuple[Image.Image | None, Budget, Decoding, Encoded]:
-        """What both buttons begin with: everything that can be wrong is wrong here."""
+    ) -> tuple[Image.Image | None, Request, Budget, Decoding]:
+        """What both buttons begin with: reading what they come with."""
         text = str(question or "").strip()
         if not text:
             raise ValueError("there is no question: type one")
@@ -167,8 +173,10 @@ class Demo:
             raise ValueError(f"the question has {len(text)} characters, {MAX_QUESTION_CHARACTERS} at most are read")
         budget, decoding = read_controls(*controls)
         image = read_upload(upload)
-        encoded = self.predictor.encode([Request(text, () if image is None else (image,))])
-        return image, budget, decoding, encoded
+        return image, Request(text, () if image is None else (image,)), budget, decoding
+
+    def _pictures(self, image: Image.Image) -> TokenPictures:
+        return TokenPictures(image, self.predictor.processor.image_processor, self.config)
 
     def _rows(self, image: Image.Image, budget: Budget, choice: Choice) -> tuple[list[LevelRow], str]:
         """The levels of an image, and how the tokens of the chosen one come about."""
@@ -297,6 +305,7 @@ def serving(predictor: Predictor, host: str, port: int) -> Iterator[str]:
                 enable_monitoring=False,
                 run_history=False,
                 footer_links=[],
+                app_kwargs={"middleware": [Middleware(PageGuard, max_upload_bytes=MAX_UPLOAD_BYTES)]},
                 theme=gr.themes.Default(font=_FONT, font_mono=_FONT_MONO),
                 css=STYLE,
             )

@@ -7,21 +7,16 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from avg_llava.serving.asgi import Message, Receive, Scope, Send, replayed
 from avg_llava.serving.batching import Batcher, Job, Place
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.metrics import CLIENT_GONE, Metrics
 from avg_llava.serving.protocol import ApiError
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 CHAT_PATH = "/v1/chat/completions"
 BODY_SECONDS = 30.0
@@ -113,7 +108,7 @@ class Gate:
                 raise shutting_down()
             visit = scope["visit"] = Visit(arrived, arrived + self._limits.timeout, self._batcher.enter())
             body = await _read_body(scope, receive, self._limits.max_body_mib * 2**20)
-            await self._app(scope, _replay(body, receive), watch)
+            await self._app(scope, replayed(body, receive), watch)
         except ApiError as error:
             await self._refuse(error, scope, receive, watch)
         finally:
@@ -176,20 +171,6 @@ async def _read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
                     return bytes(body)
     except TimeoutError as error:
         raise ApiError(408, "body_too_slow", f"the body was not there within {BODY_SECONDS:g} seconds") from error
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` of an application that gets a body which has been read."""
-    told = False
-
-    async def replayed() -> Message:
-        nonlocal told
-        if told:
-            return await receive()
-        told = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
 
 
 __all__ = ["CHAT_PATH", "Gate", "Visit", "client_gone", "shutting_down"]

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -138,14 +138,17 @@ def _after_price(row: LevelRow, token_cost: float) -> str:
     return f" <span class='avg-name'>→ {row.priced:.1%} at this price</span>" if token_cost else ""
 
 
-def stats_html(rows: Sequence[LevelRow], sizes: str, answer: Answer | None, finest: Answer | None) -> str:
+def stats_html(
+    rows: Sequence[LevelRow], sizes: str, answer: Answer | None, first_ms: tuple[float, float] | None
+) -> str:
     """An answer's level, tokens and time, beside those of the finest level.
 
     Args:
         rows: Of all levels.
         sizes: How the tokens come about.
         answer: None while it is written.
-        finest: An answer of at least one token at the finest level, without the router; None until it is there.
+        first_ms: Milliseconds until the first token at this budget, and at the finest level without the router; None
+            until they are measured.
     """
     chosen, most = next(row for row in rows if row.is_chosen), rows[-1].num_visual_tokens
     how = "chosen by the router" if chosen.probability is not None else "forced"
@@ -157,25 +160,18 @@ def stats_html(rows: Sequence[LevelRow], sizes: str, answer: Answer | None, fine
             f"{chosen.num_visual_tokens / most:.0%} of the finest level: {sizes}",
         ),
     ]
-    waiting = ("…", "being written")
-    if answer is None:
-        cells += [("First token", *waiting), ("Whole answer", *waiting)]
-    else:
-        first = answer.timings.first_token
-        against = "the finest level is being measured"
-        if finest is not None:
-            slow = finest.timings.first_token
-            against = f"the finest level takes {slow:.0f} ms: speed-up {slow / first:.2f}"
+    first, whole = ("…", "being measured"), ("…", "being written")
+    if first_ms is not None:
+        own, finest = first_ms
+        first = f"{own:.0f} ms", f"the finest level takes {finest:.0f} ms: speed-up {finest / own:.2f}"
+    if answer is not None:
         times = answer.timings
-        cells += [
-            ("First token", f"{first:.0f} ms", against),
-            (
-                "Whole answer",
-                f"{first + times.decode:.0f} ms",
-                f"encode {times.encode:.0f}, route {times.route:.0f}, prefill {times.prefill:.0f}, "
-                f"{answer.num_new_tokens} tokens {times.decode:.0f}",
-            ),
-        ]
+        phases = f"encode {times.encode:.0f}, route {times.route:.0f}, prefill {times.prefill:.0f}"
+        whole = (
+            f"{times.first_token + times.decode:.0f} ms",
+            f"{phases}, {answer.num_new_tokens} tokens {times.decode:.0f}",
+        )
+    cells += [("First token", *first), ("This answer", *whole)]
     return "<div class='avg-stats'>" + "".join(map(_stat, cells)) + "</div>"
 
 
@@ -188,46 +184,56 @@ def _note(text: str) -> str:
     return f"<div class='avg-note'>{text}</div>"
 
 
-@dataclass(frozen=True)
-class Card:
-    """An answer at one level, with its picture."""
+def cards_html(
+    rows: Sequence[LevelRow],
+    answers: Mapping[int, Answer],
+    first_ms: Mapping[int, float],
+    pictures: Mapping[int, Image.Image],
+) -> str:
+    """A card for each level, coarse to fine.
 
-    row: LevelRow
-    picture: Image.Image
-    answer: Answer
+    Args:
+        rows: Of all levels.
+        answers: Those that are there, by level.
+        first_ms: Milliseconds until the first token at each level, once they are measured.
+        pictures: The image under the grid of each level; may come later.
+    """
+    finest = first_ms.get(rows[-1].granularity)
+    cards = ""
+    for row in rows:
+        level = row.granularity
+        cards += _card(row, answers.get(level), first_ms.get(level), finest, pictures.get(level))
+    return f"<div class='avg-cards' style='grid-template-columns: repeat({len(rows)}, minmax(0, 1fr))'>{cards}</div>"
 
 
-def cards_html(cards: Sequence[Card], rows: Sequence[LevelRow]) -> str:
-    """A card for each level that is answered so far, coarse to fine, beside empty ones for the rest."""
-    done = {card.row.granularity: card for card in cards}
-    finest = done.get(rows[-1].granularity)
-    columns = f"style='grid-template-columns: repeat({len(rows)}, minmax(0, 1fr))'"
-    return f"<div class='avg-cards' {columns}>" + "".join(_card(row, done, finest) for row in rows) + "</div>"
-
-
-def _card(row: LevelRow, done: dict[int, Card], finest: Card | None) -> str:
+def _card(
+    row: LevelRow, answer: Answer | None, first: float | None, finest: float | None, picture: Image.Image | None
+) -> str:
     mark = " avg-chosen" if row.is_chosen else ""
     badge = "<span class='avg-badge'>router</span>" if row.is_chosen else ""
     head = f"{badge}<b>{row.granularity}</b> <span class='avg-name'>{row.grid[0]} × {row.grid[1]} per crop</span>"
-    card = done.get(row.granularity)
-    if card is None:
+    if answer is None:
         return f"<div class='avg-card{mark}'>{head}<div class='avg-answer'>…</div></div>"
-    times = card.answer.timings
-    first = times.first_token
-    share = row.probability or 0.0
+    measured = {"first token": "…", "whole answer": "…", "speed-up": "…"}
+    if first is not None and finest is not None:
+        whole = first + answer.timings.decode
+        measured = {
+            "first token": f"{first:.0f} ms",
+            "whole answer": f"{whole:.0f} ms",
+            "speed-up": f"{finest / first:.2f}",
+        }
     figures = {
-        "visual tokens": f"{card.answer.num_visual_tokens}",
-        "first token": f"{first:.0f} ms",
-        "whole answer": f"{first + times.decode:.0f} ms",
-        "speed-up": "…" if finest is None else f"{finest.answer.timings.first_token / first:.2f}",
-        "router's probability": f"{share:.1%}",
+        "visual tokens": f"{answer.num_visual_tokens}",
+        **measured,
+        "router's probability": f"{row.probability or 0.0:.1%}",
     }
     lines = "".join(
         f"<div class='avg-line'><span>{name}</span><span>{value}</span></div>" for name, value in figures.items()
     )
+    image = "" if picture is None else _image(picture, row.granularity)
     return (
-        f"<div class='avg-card{mark}' data-level='{row.granularity}'>{head}{_image(card.picture, row.granularity)}"
-        f"<div class='avg-answer'>{html.escape(card.answer.text)}</div>{lines}</div>"
+        f"<div class='avg-card{mark}' data-level='{row.granularity}'>{head}{image}"
+        f"<div class='avg-answer'>{html.escape(answer.text)}</div>{lines}</div>"
     )
 
 
@@ -242,7 +248,6 @@ __all__ = [
     "INVITATION",
     "PICTURES",
     "STYLE",
-    "Card",
     "LevelRow",
     "cards_html",
     "level_rows",

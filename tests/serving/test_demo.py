@@ -60,18 +60,19 @@ def test_controls():
 def test_ask(predictor, upload):
     frames = list(Demo(predictor).ask(upload, " how many dots? ", *CONTROLS))
     (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], decoding=Decoding(5))
-    text, stats, bars, tiles, overview = frames[0]
+    text, stats, bars, *nothing = frames[0]
     level = answer.granularity[0]
     assert text == ""
     assert f"{level} per crop" in stats
     assert f"<b>{level}</b>" in bars
-    assert (tiles.width, overview.size) == (768, (320, 320))  # 32 pixels a tile, enlarged
+    assert nothing == [None, None]
     *_, written, last = frames
     assert written[0] == answer.text
-    assert "is being measured" in written[1]
+    assert "being measured" in written[1]
     assert "the finest level takes" in last[1]
     assert f"{answer.num_visual_tokens} of " in last[1]
     assert last[0] == gr.skip()
+    assert (last[3].width, last[4].size) == (768, (320, 320))  # 32 pixels a tile, enlarged
 
 
 def test_the_budget_is_kept(predictor, upload):
@@ -88,7 +89,9 @@ def test_text_only(predictor):
 
 def test_compare(predictor, upload):
     frames = list(Demo(predictor).compare(upload, "how many dots?", "8", 0, 100, 5))
-    assert [frame.count("data-level") for frame in frames] == [0, 1, 2, 3, 4, 5]
+    assert [frame.count("data-level") for frame in frames] == [0, 1, 2, 3, 4, 5, 5]
+    assert [frame.count(" ms<") for frame in frames] == [0, 0, 0, 0, 0, 0, 10]  # of the first token, and the whole
+    assert [frame.count("<img") for frame in frames] == [0, 0, 0, 0, 0, 0, 5]
     for level in predictor.granularities:
         (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], Budget(level), Decoding(5))
         card = frames[-1].split(f"data-level='{level}'")[1].split("data-level")[0]
@@ -165,6 +168,17 @@ def test_serving_reaches_nobody_else(predictor, monkeypatch):
         small = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * 1000})
         large = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * (MAX_UPLOAD_BYTES + 1)})
         assert (small.status_code, large.status_code) == (200, 413)
+        both = httpx.post(f"{address}gradio_api/upload", files=[("files", b"x" * (MAX_UPLOAD_BYTES // 2 + 9999))] * 2)
+        endless = httpx.post(f"{address}gradio_api/upload", content=iter([b"x"]))
+        assert (both.status_code, endless.status_code) == (413, 411)
+        for path in ["http://example.com/a.png", " HTTPS://example.com/a.png"]:
+            data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+            told = httpx.post(
+                f"{address}gradio_api/queue/join", json={"data": data, "fn_index": 0, "session_hash": "a"}
+            )
+            assert told.status_code == 400
+        told = httpx.post(f"{address}gradio_api/queue/join", json={"data": ["?" * 2**16], "fn_index": 0})
+        assert told.status_code == 413
         with pytest.raises(OSError, match=f"port {port}: choose another --port"), serving(predictor, "127.0.0.1", port):
             pass
     with pytest.raises(urllib.error.URLError):

@@ -194,7 +194,7 @@ def test_all_levels_side_by_side(page, model, examples):
     path, question = examples[4]
     page.take_example(question)
     page.one("#compare").click()
-    page.wait(lambda: len(page.all("#levels [data-level]")) == 5)
+    page.wait(lambda: len(page.all("#levels [data-level] img")) == 5)
     for card, level in zip(page.all("#levels [data-level]"), model.config.granularities, strict=True):
         answer = model.ask(path, question, granularity=level)
         lines = card.text.split("\n")

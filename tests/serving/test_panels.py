@@ -10,7 +10,7 @@ from avg_llava import AvgLlavaConfig
 from avg_llava.model.answers import Answer, PhaseTimes
 from avg_llava.model.budget import Budget
 from avg_llava.model.loading import KNOWN_TOWERS
-from avg_llava.serving.panels import Card, cards_html, level_rows, router_html, stats_html, token_sum
+from avg_llava.serving.panels import cards_html, level_rows, router_html, stats_html, token_sum
 
 CONFIG = AvgLlavaConfig(
     vision_config=KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], text_config={"model_type": "llama"}
@@ -19,8 +19,8 @@ SQUARE = (672, 672)
 EQUAL = [0.2] * 5
 
 
-def an_answer(text="a cat", prefill=70.0, route=10.0):
-    return Answer(text, (36,), None, 192, 240, 3, "stop", PhaseTimes(20.0, route, prefill, 50.0))
+def an_answer(text="a cat"):
+    return Answer(text, (36,), None, 192, 240, 3, "stop", PhaseTimes(20.0, 10.0, 70.0, 50.0))
 
 
 def rows_at(chosen, budget=Budget(), probabilities=EQUAL):
@@ -81,21 +81,23 @@ def test_figures_of_an_answer():
         "Visual tokens", "192 of 2928", "7% of the finest level: all of them",
     ]  # fmt: skip
     waiting = texts(stats_html(rows, "", an_answer(), None))
-    assert waiting[6:9] == ["First token", "100 ms", "the finest level is being measured"]
-    assert waiting[9:] == ["Whole answer", "150 ms", "encode 20, route 10, prefill 70, 3 tokens 50"]
-    done = texts(stats_html(rows, "", an_answer(), an_answer(prefill=230.0, route=0.0)))
-    assert done[8] == "the finest level takes 250 ms: speed-up 2.50"
+    assert waiting[6:9] == ["First token", "…", "being measured"]
+    assert waiting[9:] == ["This answer", "150 ms", "encode 20, route 10, prefill 70, 3 tokens 50"]
+    done = texts(stats_html(rows, "", an_answer(), (100.0, 250.0)))
+    assert done[6:9] == ["First token", "100 ms", "the finest level takes 250 ms: speed-up 2.50"]
     assert "forced" in stats_html(rows_at(36, probabilities=None), "", None, None)
 
 
 def test_cards():
     rows = rows_at(36)
-    cards = [Card(rows[0], Image.new("RGB", (2, 2)), an_answer("<b>cat</b> & dog"))]
-    html = cards_html(cards, rows)
+    answers, picture = {36: an_answer("<b>cat</b> & dog")}, Image.new("RGB", (2, 2))
+    html = cards_html(rows, answers, {}, {})
     assert html.count("data-level") == 1
-    assert html.count(">…<") == 4 + 1  # empty cards, and a speed-up that needs the finest level
-    assert "&lt;b&gt;cat&lt;/b&gt; &amp; dog" in html
+    assert html.count(">…<") == 4 + 3  # empty cards, and times that are not measured
     assert texts(html)[:4] == ["router", "36", "6 × 6 per crop", "&lt;b&gt;cat&lt;/b&gt; &amp; dog"]
-    cards.append(Card(rows[-1], Image.new("RGB", (2, 2)), an_answer(prefill=170.0)))
-    assert texts(cards_html(cards, rows)).count("2.00") == 1
-    assert "src='data:image/png;base64,iVBOR" in html
+    assert "<img" not in html
+    answers[576] = an_answer()
+    html = cards_html(rows, answers, {36: 100.0, 576: 200.0}, {36: picture, 576: picture})
+    assert texts(html)[4:10] == ["visual tokens", "192", "first token", "100 ms", "whole answer", "150 ms"]
+    assert [texts(html).count(speedup) for speedup in ("2.00", "1.00")] == [1, 1]
+    assert html.count("src='data:image/png;base64,iVBOR") == 2
