@@ -1,8 +1,7 @@
 """`avg-llava bench data`: from JPEG files to crops, against transformers' LLaVA-NeXT image processor.
 
 One process, one thread; the ways take turns, so that what else the machine does meets all of them. Times are of the
-processor, not of the clock. What no processor of the same pixels can do without stands beside them: decoding, and
-Pillow's own two resizings, to the canvas and to the overview.
+processor, not of the clock. Decoding alone, which both do in the same way, stands beside them.
 """
 
 import statistics
@@ -18,7 +17,6 @@ from PIL import Image, features
 from tqdm import tqdm
 from transformers import LlavaNextImageProcessorPil
 
-from avg_llava.model.anyres import image_window, select_canvas
 from avg_llava.model.images import decode_image
 from avg_llava.model.processing import AvgLlavaImageProcessor
 
@@ -28,7 +26,7 @@ SIZES = ((1152, 864), (1632, 1224), (2304, 1728), (3264, 2448), (4000, 3000))
 CROP = 336
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 QUALITY = 90
-WAYS = ("ours", "baseline", "decode", "resize")
+WAYS = ("ours", "baseline", "decode")
 
 
 def photograph(width: int, height: int) -> bytes:
@@ -50,19 +48,10 @@ def make_ways(content: bytes) -> dict[str, Callable[[], Any]]:
         "image_grid_pinpoints": PINPOINTS,
     }
     ours, theirs = AvgLlavaImageProcessor(**arguments), LlavaNextImageProcessorPil(**arguments)
-    with Image.open(BytesIO(content)) as opened:
-        window = image_window((opened.height, opened.width), select_canvas((opened.height, opened.width), PINPOINTS))
-    fitted = (window.right - window.left, window.bottom - window.top)
-
-    def resized() -> list[Image.Image]:
-        image = decode_image(content, "photograph")
-        return [image.resize(size, ours.resample) for size in ((CROP, CROP), fitted)]
-
     return {
         "ours": lambda: ours([decode_image(content, "photograph")], return_tensors="pt")["pixel_values"],
         "baseline": lambda: theirs([Image.open(BytesIO(content))], return_tensors="pt")["pixel_values"],
         "decode": lambda: decode_image(content, "photograph"),
-        "resize": resized,
     }
 
 
@@ -74,10 +63,9 @@ def bench_data(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 7) -> di
         repeats: Timed rounds, after one that is not timed; medians count.
 
     Returns:
-        `rows`, one for each size: images per second of one core of ours, of transformers' (`baseline`), of decoding
-        alone, and of decoding and Pillow's two resizings alone (`resize`); `ratio` of ours to transformers', and
-        `bound`, that of `resize`. `ratio` and `bound` of all sizes together, one image of each;
-        `max_pixel_difference` of the normalised pixels; settings.
+        `rows`, one for each size: images per second of one core of ours, of transformers' (`baseline`) and of decoding
+        alone; `ratio` of ours to transformers', and `bound`, that of decoding alone. `ratio` and `bound` of all sizes
+        together, one image of each; `max_pixel_difference` of the normalised pixels; settings.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +78,7 @@ def bench_data(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 7) -> di
     return {
         "rows": rows,
         "ratio": seconds["baseline"] / seconds["ours"],
-        "bound": seconds["baseline"] / seconds["resize"],
+        "bound": seconds["baseline"] / seconds["decode"],
         "max_pixel_difference": max(row["max_pixel_difference"] for row in rows),
         "settings": {
             "repeats": repeats,
@@ -126,14 +114,14 @@ def _row(size: tuple[int, int], repeats: int, bar: Any) -> dict[str, Any]:
         "crops": pixels["ours"].shape[1],
         **{f"{name}_images_per_s": speed for name, speed in speeds.items()},
         "ratio": speeds["ours"] / speeds["baseline"],
-        "bound": speeds["resize"] / speeds["baseline"],
+        "bound": speeds["decode"] / speeds["baseline"],
         "max_pixel_difference": (pixels["ours"] - pixels["baseline"]).abs().max().item(),
     }
 
 
 def table_lines(result: dict[str, Any]) -> list[str]:
     """A result for people."""
-    titles = ("megapixels", "ours", "transformers", "decode only", "and resize", "ratio", "bound")
+    titles = ("megapixels", "ours", "transformers", "decode only", "ratio", "bound")
     lines = ["images per second of one core, JPEG file to crops", "".join(f"{title:>13}" for title in titles)]
     for row in result["rows"]:
         speeds = "".join(f"{row[f'{way}_images_per_s']:>13.1f}" for way in WAYS)

@@ -21,6 +21,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from avg_llava.model.anyres import image_window, select_canvas
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.resampling import resize
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks an image in text. It is no token of the language model: text is cut at it, and the pieces tokenised apart."""
@@ -128,10 +129,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
     """Transformers' LLaVA-NeXT image processor on Pillow, with the same pixels wherever it runs, in fewer passes.
 
-    Pillow, never torchvision: its pixels are the released code's bit for bit, torchvision's differ by up to 0.015.
+    Pillow's pixels, never torchvision's: they are the released code's bit for bit, torchvision's differ by up to 0.015.
     Ties between canvases go to the first of `image_grid_pinpoints`, so their order matters (see `AvgLlavaConfig`).
-    An image stays Pillow's until it has been resized, once for the overview and once for its canvas. Scale, mean and
-    deviation make one number of each of the 256 levels of a channel; that table is read straight into the crops.
+    An image has 8 bits until it has been resized, for the overview and for its canvas. Scale, mean and deviation make
+    one number of each of the 256 levels of a channel; that table is read straight into the crops.
     """
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Any:
@@ -146,18 +147,6 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
         if not np.array_equal(pixels, given):
             raise ValueError("the pixels of an array must be whole numbers from 0 to 255")
         return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-
-    def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs: Any) -> Any:
-        """Resizes a Pillow image one axis after the other.
-
-        Pillow rounds to whole levels between its two passes, so their order shows: by up to 12 of 255 levels in tall
-        images. Up to Pillow 12 the width always came first; Pillow 13 begins with the height where that shrinks by
-        more than twice as many pixels as the width. That rule, under which the reference pixels were recorded, is
-        spelled out here, so that pixels do not depend on the installed version.
-        """
-        if image.height - size.height > max(0, 2 * (image.width - size.width)):
-            image = image.resize((image.width, size.height), resample)
-        return image.resize((size.width, size.height), resample)
 
     def _preprocess(
         self,
@@ -189,12 +178,10 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
         pixel_values = np.zeros((len(images), most, 3, side, side), levels.dtype)
         for image, canvas, crops in zip(images, canvases, pixel_values, strict=True):
             window = image_window((image.height, image.width), canvas)
-            height, width = window.bottom - window.top, window.right - window.left
-            overview = np.asarray(self.resize(image, SizeDict(height=side, width=side), resample))
+            fitted_size = (window.bottom - window.top, window.right - window.left)
+            overview, resized = resize(image, [(side, side), fitted_size], resample)
             fitted = np.zeros((*canvas, 3), np.uint8)
-            fitted[window.top : window.bottom, window.left : window.right] = self.resize(
-                image, SizeDict(height=height, width=width), resample
-            )
+            fitted[window.top : window.bottom, window.left : window.right] = resized
             rows, columns = canvas[0] // side, canvas[1] // side
             tiles = rearrange(fitted, "(r h) (k w) c -> r k h w c", r=rows, k=columns)
             cut = crops[1 : 1 + rows * columns].reshape(rows, columns, 3, side, side)

@@ -21,7 +21,7 @@ def test_command(capfd, monkeypatch):
     assert result["max_pixel_difference"] <= 1e-6
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours_images_per_s"] / row["baseline_images_per_s"])
-        assert row["bound"] == pytest.approx(row["resize_images_per_s"] / row["baseline_images_per_s"])
+        assert row["bound"] == pytest.approx(row["decode_images_per_s"] / row["baseline_images_per_s"])
     slower, faster = (sum(1 / row[f"{way}_images_per_s"] for row in result["rows"]) for way in ("baseline", "ours"))
     assert result["ratio"] == pytest.approx(slower / faster)
     assert result["settings"]["repeats"] == 1
@@ -41,6 +41,5 @@ def test_photographs_weigh_what_photographs_do():
 
 def test_the_ways_are_what_they_are_called():
     ways = bench.make_ways(bench.photograph(640, 480))
-    assert [image.size for image in ways["resize"]()] == [(336, 336), (672, 504)]
     assert ways["decode"]().size == (640, 480)
     assert ways["ours"]().equal(ways["baseline"]())

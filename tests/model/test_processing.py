@@ -13,7 +13,6 @@ from transformers import (
     LlamaConfig,
     LlavaNextImageProcessorPil,
 )
-from transformers.image_utils import SizeDict
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
 from avg_llava.data.conversation import TEMPLATES
@@ -217,26 +216,6 @@ class TestFiles:
         tokenizer.save_pretrained(tmp_path)
         loaded = AvgLlavaProcessor.from_backbones(None, tmp_path, config)
         assert loaded.tokenizer.pad_token_id == loaded.tokenizer.unk_token_id == 0
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "target", "height_first"),
-    [
-        (40, 90, (30, 30), True),  # 60 rows fewer, 10 columns fewer
-        (40, 50, (30, 30), False),  # 20 rows fewer is not more than twice 10
-        (40, 51, (30, 30), True),
-        (40, 90, (95, 10), False),  # taller
-        (20, 90, (80, 40), True),  # wider, and less tall
-    ],
-)
-def test_order_of_resizing(processor, width, height, target, height_first):
-    """Width first unless the height shrinks by more than twice as much: the rule that golden pixels follow."""
-    image = picture(width, height)
-    between = (width, target[0]) if height_first else (target[1], height)
-    expected = image.resize(between, 3).resize((target[1], target[0]), 3)
-    size = SizeDict(height=target[0], width=target[1])
-    resized = processor.image_processor.resize(image, size, resample=3)
-    assert np.array_equal(np.asarray(resized), np.asarray(expected))
 
 
 class TestAgainstTransformers:
