@@ -116,7 +116,7 @@ def test_generate_routes_and_answers_in_json(capsys, checkpoint, image):
     assert json.loads(capsys.readouterr().out)["granularity"] == 1
 
 
-def test_generate_takes_a_data_type_and_quantised_weights(capsys, checkpoint, image):
+def test_generate_takes_what_a_model_is_loaded_with(capsys, checkpoint, image):
     arguments = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "how many dots?", "--json"]
     answers = []
     for more in ([], ["--dtype", "bfloat16"], ["--quantization", "8bit"]):
@@ -126,6 +126,12 @@ def test_generate_takes_a_data_type_and_quantised_weights(capsys, checkpoint, im
     assert quantised == whole
     assert half != whole
     assert list(half.values()) == pytest.approx(list(whole.values()), abs=0.02)
+
+    words = []
+    for more in ([], ["--static-cache"]):
+        assert cli.main([*arguments, "--max-new-tokens", "5", *more]) == 0
+        words.append(json.loads(capsys.readouterr().out)["text"])
+    assert words[0] == words[1]
 
 
 def test_generate_prints_the_text(capsys, checkpoint):

@@ -3,7 +3,17 @@
 import argparse
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, add_group, at_least_one, hide_bars_from_files, tell
+from avg_llava.cli.parsing import (
+    FAILED,
+    FINE,
+    JSON,
+    STATIC_CACHE,
+    add_command,
+    add_group,
+    at_least_one,
+    hide_bars_from_files,
+    tell,
+)
 
 
 def bench_train(arguments: argparse.Namespace) -> int:
@@ -20,7 +30,11 @@ def bench_inference(arguments: argparse.Namespace) -> int:
     from avg_llava.serving import bench
 
     result = bench.bench_inference(
-        arguments.preset, arguments.batch_size, arguments.new_tokens, repeats=arguments.repeats
+        arguments.preset,
+        arguments.batch_size,
+        arguments.new_tokens,
+        repeats=arguments.repeats,
+        static_cache=arguments.static_cache,
     )
     tell(arguments, result, "\n".join(bench.table_lines(result)))
     return FINE
@@ -104,6 +118,7 @@ def add_bench(commands: Any) -> None:
                     "help": "timed answers of each way, of which the median counts (default 10)",
                 },
             ),
+            STATIC_CACHE,
             JSON,
         ],
     )

@@ -57,6 +57,10 @@ DTYPE = (
     ("--dtype",),
     {"choices": ["float32", "bfloat16", "float16"], "help": "of weights (default: as in the checkpoint)"},
 )
+STATIC_CACHE = (
+    ("--static-cache",),
+    {"action": "store_true", "help": "write answers with a cache of fixed size; compiles decoding on a GPU"},
+)
 MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     CHECKPOINT,
     (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
@@ -65,6 +69,7 @@ MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         ("--quantization",),
         {"choices": ["8bit", "4bit"], "help": "of the language model's weights, through bitsandbytes"},
     ),
+    STATIC_CACHE,
 ]
 """Which model answers, and how its weights are held; for :func:`load_model_of`."""
 
@@ -104,7 +109,13 @@ def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGener
 
     hide_bars_from_files()
     device = pick_device(arguments.device)
-    return load(arguments.model, dtype=arguments.dtype, device=device, quantization=arguments.quantization)[0]
+    return load(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=device,
+        quantization=arguments.quantization,
+        static_cache=arguments.static_cache,
+    )[0]
 
 
 def budget_of(arguments: argparse.Namespace) -> "Budget":

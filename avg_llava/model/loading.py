@@ -86,6 +86,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
+    static_cache: bool = False,
 ) -> AvgLlavaForConditionalGeneration:
     """Loads a model in evaluation mode from a local folder or a hub id.
 
@@ -100,6 +101,8 @@ def load_model(
         dtype: Data type of the weights; None keeps the checkpoint's.
         device: Where to put the model; None leaves it on the CPU.
         quantization: "8bit" or "4bit" for the language model's blocks; see :mod:`avg_llava.model.quantization`.
+        static_cache: Whether answers are written with a key-value cache of fixed size, with which transformers compiles
+            the step of a token on a GPU. Takes minutes at first; answers are the same.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of the wrong shape; all are listed.
@@ -139,6 +142,8 @@ def load_model(
     attention = pick_attention(model.device, model.dtype, is_flash_attn_2_available())
     if attention != "sdpa":  # which transformers takes by itself
         model.set_attn_implementation({"text_config": attention, "vision_config": attention})
+    if static_cache:
+        model.generation_config.cache_implementation = "static"
     return model.eval()
 
 

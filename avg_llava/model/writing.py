@@ -167,6 +167,7 @@ def write(
         inputs_embeds=spliced.inputs_embeds,
         attention_mask=spliced.attention_mask,
         past_key_values=cache,
+        cache_implementation=model.generation_config.cache_implementation if cache is None else None,
         max_new_tokens=max(decoding.max_new_tokens for decoding in decodings),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,

@@ -68,10 +68,19 @@ class Bench:
     """A random model, a batch of equal images and prompts, and transformers' model with the same weights."""
 
     def __init__(
-        self, preset: Preset, batch_size: int, image_size: tuple[int, int], num_prompt_tokens: int, new_tokens: int
+        self,
+        preset: Preset,
+        batch_size: int,
+        image_size: tuple[int, int],
+        num_prompt_tokens: int,
+        new_tokens: int,
+        static_cache: bool = False,
     ) -> None:
         self.model: AvgLlavaForConditionalGeneration = random_model(SHAPES[preset].config()).eval()
         self.baseline = as_llava_next(self.model)
+        if static_cache:
+            for model in (self.model, self.baseline):
+                model.generation_config.cache_implementation = "static"
         self.new_tokens = new_tokens
         config, device = self.model.config, self.model.device
         self.sample = SampleShape(image_size, num_prompt_tokens, 0)
@@ -178,6 +187,7 @@ def bench_inference(
     image_size: tuple[int, int] | None = None,
     num_prompt_tokens: int = 24,
     repeats: int = 10,
+    static_cache: bool = False,
 ) -> dict[str, Any]:
     """Measures all ways and compares them.
 
@@ -188,6 +198,7 @@ def bench_inference(
         image_size: (height, width) in pixels; None is two by two crops (672x672 for CLIP-L/336).
         num_prompt_tokens: Text tokens of a question.
         repeats: Timed answers of each way, after one that is not timed; medians count.
+        static_cache: Whether both models write with a cache of fixed size, as `load` has it.
 
     Returns:
         `rows` of each way with milliseconds by phase, `speedup` over transformers' model and `bound_speedup`, what the
@@ -200,7 +211,7 @@ def bench_inference(
         raise ValueError("the preset 7b needs a GPU; on a CPU, --preset proportioned keeps its proportions")
     crop = SHAPES[preset].crop
     size = image_size or (2 * crop, 2 * crop)
-    bench = Bench(preset, batch_size, size, num_prompt_tokens, new_tokens)
+    bench = Bench(preset, batch_size, size, num_prompt_tokens, new_tokens, static_cache)
     ways = make_ways(bench.model.config.granularities, batch_size)
     measured: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     with tqdm(total=len(ways) * (repeats + 1), desc="bench inference", unit="answer", disable=None) as bar:
@@ -224,6 +235,7 @@ def bench_inference(
             "image_size": list(size),
             "prompt_tokens": num_prompt_tokens,
             "repeats": repeats,
+            "static_cache": static_cache,
             "dtype": str(bench.model.dtype).removeprefix("torch."),
         },
         "peak_memory_bytes": peak_memory(),

@@ -10,9 +10,11 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionModel,
+    DynamicCache,
     LlamaForCausalLM,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    StaticCache,
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration, build_from_backbones, load_model
@@ -45,6 +47,14 @@ def test_round_trip_is_bit_exact(tmp_path, dtype):
         assert loaded.config.router_config.num_text_tokens == 12
         _assert_same_weights(model, loaded)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), AvgLlavaConfig)
+
+
+def test_static_cache(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for asked, kind in ((False, DynamicCache), (True, StaticCache)):
+        model = load_model(tmp_path, static_cache=asked)
+        output = model.generate(prompt(9)[None], max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
+        assert type(output.past_key_values) is kind
 
 
 def test_original_format_saved_and_loaded_again(tmp_path):

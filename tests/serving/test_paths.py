@@ -6,10 +6,12 @@ exported prompts to the same tokens in tests/serving/test_export.py.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 import avg_llava
@@ -165,7 +167,18 @@ def from_a_file(case, budgets):
         yield avg_llava.Answer(**fields | {"granularity": tuple(fields["granularity"])}), None
 
 
+def with_static_cache(path):
+    def run(case, budgets):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(case.model.generation_config, "cache_implementation", "static")
+            return list(path(case, budgets))
+
+    run.__name__ = f"{path.__name__}_with_static_cache"
+    return run
+
+
 PATHS = [one_by_one, asked, batched, streamed, reordered, encoded_once, first_turns, from_a_file]
+PATHS += [with_static_cache(batched), with_static_cache(first_turns)]
 BUDGETS = {"random": ["routed", "mixed", "0", "1", "2", "3", "4"], "trained": ["routed", "mixed"]}
 
 
@@ -180,6 +193,19 @@ def test_path_equals_plain(cases, path, kind, name):
         assert answer.text == case.model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert answer.num_new_tokens == len(ids)
         assert streamed_ids in (None, ids)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_steps_equal_plain(cases, monkeypatch):
+    """What a static cache does on a GPU: transformers compiles the step of a token."""
+    compiling = CompileConfig(mode="default")
+    compiling._compile_all_devices = True
+    monkeypatch.setattr(cases["random"].model.generation_config, "compile_config", compiling)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    test_path_equals_plain(cases, with_static_cache(batched), "random", "mixed")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs, "something was compiled"
 
 
 @pytest.mark.parametrize("kind", LONGEST)
