@@ -126,7 +126,7 @@ class Page:
         """Asks, and returns when the figures of the new answer are there."""
         before = self.text("#stats")
         self.one("#ask").click()
-        self.wait(lambda: "speed-up" in self.text("#stats") and self.text("#stats") != before)
+        self.wait(lambda: "speed-up" in (now := self.text("#stats")) and now != before)  # read once: it changes
 
     def figures(self):
         return {cell.text.split("\n")[0]: cell.text.split("\n")[1] for cell in self.all("#stats .avg-stats > div")}
