@@ -113,6 +113,11 @@ class MicroBatches(Sampler[list[int]], ABC):
     def _filled(self, order: Sequence[int]) -> list[list[int]]:
         return fill(order, self.tokens, self.capacity)
 
+    def _cut_into_steps(self, batches: list[list[int]]) -> tuple[list[list[list[int]]], list[list[int]]]:
+        """The micro-batches of each optimizer step, and those that fill none."""
+        num_full = len(batches) // self.num_chunks * self.num_chunks
+        return [batches[at : at + self.num_chunks] for at in range(0, num_full, self.num_chunks)], batches[num_full:]
+
 
 class ShuffledBatches(MicroBatches):
     """Samples in a random order."""
@@ -121,8 +126,7 @@ class ShuffledBatches(MicroBatches):
         batches = self._filled(torch.randperm(self.num_samples, generator=generator).tolist())
         if self.tokens is None:
             return [], batches
-        num_full = len(batches) // self.num_chunks * self.num_chunks
-        return [batches[at : at + self.num_chunks] for at in range(0, num_full, self.num_chunks)], batches[num_full:]
+        return self._cut_into_steps(batches)
 
 
 class ModalityBatches(MicroBatches):
@@ -163,10 +167,9 @@ class ModalityBatches(MicroBatches):
             batches = self._filled([indices[position] for position in order])
             if batches and self.tokens is None and len(batches[-1]) < self.capacity:
                 rest += batches.pop()
-            num_full = len(batches) // self.num_chunks * self.num_chunks
-            for at in range(0, num_full, self.num_chunks):
-                steps.append(self._balanced(batches[at : at + self.num_chunks]))
-            rest += [index for batch in batches[num_full:] for index in batch]
+            full, left = self._cut_into_steps(batches)
+            steps += map(self._balanced, full)
+            rest += [index for batch in left for index in batch]
         return steps, self._filled(sorted(rest))
 
     def _balanced(self, batches: list[list[int]]) -> list[list[int]]:

@@ -147,9 +147,9 @@ class Demo:
         """
         with errors_as_messages():
             image, request, budget, decoding = self._begin(upload, question, controls)
-            encoded = self.predictor.encode([request])
             if image is None:
                 raise ValueError("levels are compared on an image: choose one")
+            encoded = self.predictor.encode([request])
             budget = replace(budget, granularity=None)
             rows, _ = self._rows(image, budget, self.predictor.choose(encoded, budget))
             answers: dict[int, Answer] = {}

@@ -114,8 +114,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
     share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
     tokens = sum(
-        min(shape.length(level, blueprint.config), blueprint.config.max_sequence_length)
-        * (1 if shape.image_size is None else share)
+        _length(shape, level, blueprint.config) * (1 if shape.image_size is None else share)
         for shape in samples.shapes
         for level in levels
         if shape.image_size is not None or level == levels[-1]
@@ -206,7 +205,7 @@ def _memory(
     longest = sorted(samples.shapes, key=lambda shape: -shape.length(finest, model_config))
     size = config.optim.micro_batch_size
     if config.optim.max_tokens_per_batch is not None:
-        size = max(config.optim.max_tokens_per_batch // _length(longest[0], model_config), 1)
+        size = max(config.optim.max_tokens_per_batch // _length(longest[0], finest, model_config), 1)
     micro_batch = (longest * math.ceil(size / len(longest)))[:size]
     activations = activation_memory(
         config.stage,
@@ -308,9 +307,9 @@ def _mean_flops(
     return flops.total / len(shapes)
 
 
-def _length(shape: SampleShape, model_config: AvgLlavaConfig) -> int:
-    """Tokens of a sample as a token budget counts them."""
-    return min(shape.length(model_config.granularities[-1], model_config), model_config.max_sequence_length)
+def _length(shape: SampleShape, level: int, model_config: AvgLlavaConfig) -> int:
+    """Tokens of a sample at a level, cut to the longest sequence."""
+    return min(shape.length(level, model_config), model_config.max_sequence_length)
 
 
 def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
@@ -318,7 +317,7 @@ def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes:
     optim = config.optim
     if optim.max_tokens_per_batch is None:
         return optim.global_batch_size
-    lengths = [_length(shape, model_config) for shape in shapes]
+    lengths = [_length(shape, model_config.granularities[-1], model_config) for shape in shapes]
     order = list(range(len(lengths))) * math.ceil(MICRO_BATCHES_FILLED * optim.max_tokens_per_batch / sum(lengths))
     full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last may have room left
     return sum(map(len, full)) / len(full) * optim.global_batch_size / optim.micro_batch_size
