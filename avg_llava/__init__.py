@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from avg_llava.model.answers import Answer, Decoding, Request
-from avg_llava.model.budget import Budget, BudgetError
+from avg_llava.checkpoints.loading import CheckpointError, build_from_backbones, load, load_model
+from avg_llava.inference.answers import Answer, Decoding, Request
+from avg_llava.inference.budget import Budget, BudgetError
+from avg_llava.inference.conversation import Conversation
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
-from avg_llava.model.conversation import Conversation
-from avg_llava.model.loading import CheckpointError, build_from_backbones, load, load_model
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import AvgLlavaOutput
 from avg_llava.model.processing import AvgLlavaProcessor, register

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from avg_llava import cli
-from avg_llava.serving.export import FORMATS
+from avg_llava.inference.export import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/deployment.md").read_text("utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from avg_llava.training.manifest import read_manifest
+from avg_llava.training.checkpoint import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/finetuning.md").read_text("utf-8"), flags=re.DOTALL)

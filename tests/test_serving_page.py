@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from avg_llava import cli
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ERRORS
 from tests.serving.running import MINI, running

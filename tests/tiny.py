@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.mini.tokenizer import build_tokenizer
 from avg_llava.model.configuration import RouterConfig
-from avg_llava.model.loading import build_from_backbones
 from avg_llava.model.processing import AvgLlavaProcessor
 
 

@@ -18,7 +18,7 @@ from avg_llava.cli.parsing import (
 
 def bench_train(arguments: argparse.Namespace) -> int:
     """Measures a training step against the plain loop's: speed, memory, and what the operations allow."""
-    from avg_llava.training import bench
+    from avg_llava.bench import training as bench
 
     result = bench.bench_train(arguments.stage, arguments.preset, arguments.repeats, arguments.stored_feedback)
     tell(arguments, result, "\n".join(bench.table_lines(result)))
@@ -27,7 +27,7 @@ def bench_train(arguments: argparse.Namespace) -> int:
 
 def bench_inference(arguments: argparse.Namespace) -> int:
     """Measures answers at every level, forced and routed, against transformers' LLaVA-NeXT on the same weights."""
-    from avg_llava.serving import bench
+    from avg_llava.bench import inference as bench
 
     result = bench.bench_inference(
         arguments.preset,
@@ -42,8 +42,8 @@ def bench_inference(arguments: argparse.Namespace) -> int:
 
 def bench_data(arguments: argparse.Namespace) -> int:
     """Measures decoding and anyres of 1 to 12 megapixel JPEGs against transformers' image processor, on one core."""
-    from avg_llava.data import bench
-    from avg_llava.training.machine import machine_facts
+    from avg_llava.bench import data as bench
+    from avg_llava.common.machine import machine_facts
 
     result = bench.bench_data(repeats=arguments.repeats)
     tell(arguments, result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
@@ -52,7 +52,7 @@ def bench_data(arguments: argparse.Namespace) -> int:
 
 def bench_serve(arguments: argparse.Namespace) -> int:
     """Asks a server, started for it on this machine, by many clients at once, and compares every answer."""
-    from avg_llava.serving import stress
+    from avg_llava.bench import serving as stress
 
     hide_bars_from_files()
     result = stress.bench_serve(arguments.model, arguments.clients, arguments.seconds)

@@ -12,8 +12,8 @@ ZERO_NAMES = ("none", "0", "1", "2", "3", "3-offload")
 
 def estimate(arguments: argparse.Namespace) -> int:
     """Estimates memory per GPU, operations and hours of a training run, without loading weights."""
-    from avg_llava.training.estimate import Request, table_lines
-    from avg_llava.training.estimate import estimate as estimate_run
+    from avg_llava.planning.estimate import Request, table_lines
+    from avg_llava.planning.estimate import estimate as estimate_run
 
     request = Request(
         num_gpus=arguments.gpus,

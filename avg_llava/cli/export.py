@@ -23,8 +23,8 @@ from avg_llava.cli.parsing import (
 
 def export_model(arguments: argparse.Namespace) -> int:
     """Writes the language model alone, with its tokenizer, as engines load it."""
-    from avg_llava.model.loading import load
-    from avg_llava.serving.export import language_model
+    from avg_llava.checkpoints.loading import load
+    from avg_llava.inference.export import language_model
 
     hide_bars_from_files()
     model, processor = load(arguments.model, dtype=arguments.dtype)
@@ -42,8 +42,8 @@ def export_model(arguments: argparse.Namespace) -> int:
 
 def export_prompts(arguments: argparse.Namespace) -> int:
     """Writes questions as routed prompt embeddings, in the form in which an engine takes them."""
-    from avg_llava.serving.batch import read_questions
-    from avg_llava.serving.export import ERRORS, write_prompts
+    from avg_llava.inference.export import ERRORS, write_prompts
+    from avg_llava.inference.question_files import read_questions
 
     model = load_model_of(arguments)
     image_root = arguments.image_root or arguments.input.parent

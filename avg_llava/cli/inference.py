@@ -23,12 +23,12 @@ from avg_llava.cli.parsing import (
 )
 
 if TYPE_CHECKING:
-    from avg_llava.model.answers import Answer
+    from avg_llava.inference.answers import Answer
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Answers one question, or a file of questions."""
-    from avg_llava.model.answers import Decoding, Request
+    from avg_llava.inference.answers import Decoding, Request
 
     if (arguments.prompt is None) == (arguments.input is None) or (arguments.input is None) != (
         arguments.output is None
@@ -42,7 +42,7 @@ def generate(arguments: argparse.Namespace) -> int:
         tell(arguments, _told(answer, model.config.granularities), answer.text)
         return FINE
 
-    from avg_llava.serving.batch import answer_file, read_questions
+    from avg_llava.inference.question_files import answer_file, read_questions
 
     questions = read_questions(arguments.input, arguments.image_root or arguments.input.parent, budget)
     num_failures = answer_file(model.predictor, questions, arguments.output, decoding, arguments.batch_size)
@@ -54,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talks about images in the terminal; /help lists what can be done besides asking."""
-    from avg_llava.model.answers import Decoding
+    from avg_llava.inference.answers import Decoding
     from avg_llava.serving.chat import Chat
 
     model = load_model_of(arguments)
@@ -98,7 +98,7 @@ def _single(per_image: Sequence[Any] | None) -> Any:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Rewrites a checkpoint in this project's transformers format."""
-    from avg_llava.model.loading import load
+    from avg_llava.checkpoints.loading import load
 
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

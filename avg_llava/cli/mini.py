@@ -38,8 +38,8 @@ def mini_pretrain(arguments: argparse.Namespace) -> int:
 
 def mini_claims(arguments: argparse.Namespace) -> int:
     """Compares all ways of choosing a level, and writes the report."""
-    from avg_llava.evaluation.report import table_lines
     from avg_llava.mini.comparison import compare
+    from avg_llava.reports.mini import table_lines
 
     output = arguments.output or arguments.runs / "report"
     report = compare(arguments.runs, arguments.data, output, arguments.token_cost, arguments.workers)
@@ -50,8 +50,8 @@ def mini_claims(arguments: argparse.Namespace) -> int:
 
 def mini_routers(arguments: argparse.Namespace) -> int:
     """Compares routers of one language model, as ablations of router training give them."""
-    from avg_llava.evaluation.report import table_lines
     from avg_llava.mini.routers import compare_routers
+    from avg_llava.reports.mini import table_lines
 
     rows = compare_routers(
         arguments.model, arguments.routers, arguments.data, arguments.answers, num_workers=arguments.workers

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avg_llava.model.budget import Budget
+    from avg_llava.inference.budget import Budget
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 FINE, FAILED, INTERRUPTED = 0, 1, 130
@@ -105,7 +105,7 @@ def tell(arguments: argparse.Namespace, facts: Any, text: str) -> None:
 
 def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGeneration":
     """The model that a user named by `MODEL`, with its processor."""
-    from avg_llava.model.loading import load
+    from avg_llava.checkpoints.loading import load
 
     hide_bars_from_files()
     device = pick_device(arguments.device)
@@ -120,7 +120,7 @@ def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGener
 
 def budget_of(arguments: argparse.Namespace) -> "Budget":
     """How levels are found, as a user said by `ANSWERING`."""
-    from avg_llava.model.budget import Budget
+    from avg_llava.inference.budget import Budget
 
     return Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
 

@@ -9,7 +9,7 @@ from avg_llava.cli.parsing import FINE, JSON, add_command, tell
 
 def report(arguments: argparse.Namespace) -> int:
     """Makes the paper's tables and figures from result files, published rows beside measured ones."""
-    from avg_llava.evaluation.paper import write_paper_report
+    from avg_llava.reports.paper import write_paper_report
 
     written = write_paper_report(arguments.results, arguments.against, arguments.output)
     tell(arguments, written.as_json(), f"{written.as_text()}\nreport: {written.files[0]}")

@@ -43,10 +43,10 @@ def verify_data(arguments: argparse.Namespace) -> int:
     """Looks at every sample of a configuration's data: missing, unreadable, malformed, over-long, fully masked."""
     from tqdm import tqdm
 
+    from avg_llava.common.machine import num_cores
     from avg_llava.data.verify import verify
     from avg_llava.training.assembly import build_dataset, load_processor
     from avg_llava.training.config import load_config
-    from avg_llava.training.machine import num_cores
 
     config = load_config(arguments.config)
     # All records that a weight could draw from, and not only those that this seed draws.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from avg_llava.data.conversation import IGNORE_INDEX
+from avg_llava.data.templates import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avg_llava.data.conversation import TEMPLATES
 from avg_llava.data.record_files import parse_text, read_text, scan
 from avg_llava.data.records import DataError, RawRecord, Sample, dialogue, parse_record
+from avg_llava.data.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 

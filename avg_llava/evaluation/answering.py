@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from avg_llava.checkpoints.loading import load
+from avg_llava.common.answer_store import default_workers, map_batches, open_store, read_answers
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
 from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.evaluation.tasks import BenchmarkQuestions
-from avg_llava.evaluation.workers import default_workers, map_batches, open_store, read_answers
-from avg_llava.model.answers import Answer, Decoding, Request, cut_at
+from avg_llava.inference.answers import Answer, Decoding, Request, cut_at
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Choice, Encoded, Predictor
 from avg_llava.model.anyres import num_visual_tokens
-from avg_llava.model.budget import Budget
-from avg_llava.model.loading import load
 from avg_llava.model.modeling import PromptTooLongError
-from avg_llava.model.predictor import Choice, Encoded, Predictor
 
 AUTO, RANDOM, ALL = "auto", "random", "all"
 BATCHES_PER_WORKER = 64

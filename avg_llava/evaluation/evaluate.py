@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from avg_llava.checkpoints.loading import resolve_folder
+from avg_llava.common.answer_store import hash_file
+from avg_llava.common.machine import machine_facts
 from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor
 from avg_llava.evaluation.results import (
     FORMAT,
@@ -35,10 +38,7 @@ from avg_llava.evaluation.results import (
 from avg_llava.evaluation.scoring import compute_metrics, judge, question_score
 from avg_llava.evaluation.speed import measure_speed
 from avg_llava.evaluation.tasks import BenchmarkQuestions
-from avg_llava.evaluation.workers import hash_file
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import resolve_folder
-from avg_llava.training.machine import machine_facts
 
 Line = Mapping[str, Any]
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)

@@ -17,12 +17,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from avg_llava.checkpoints.loading import load
 from avg_llava.data.records import DataError
-from avg_llava.model.answers import Decoding, Request, cut_at
-from avg_llava.model.budget import Budget
-from avg_llava.model.loading import load
+from avg_llava.inference.answers import Decoding, Request, cut_at
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
 from avg_llava.model.modeling import PromptTooLongError
-from avg_llava.model.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.results import Benchmark, Protocol, Result, ResultError, read_json
-from avg_llava.training.parsing import ConfigError, build
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.statistics import MetricKind, UnitError, compute_value
-from avg_llava.training.parsing import ConfigError, build
 
 FORMAT = 1
 VALUE_TOLERANCE = 1e-3  # of the maximum: some harnesses round to three decimals

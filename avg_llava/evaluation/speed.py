@@ -8,12 +8,12 @@ import torch
 
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.answering import RANDOM, Setting
-from avg_llava.evaluation.baseline import as_llava_next, expand_placeholders
+from avg_llava.evaluation.llava_next import as_llava_next, expand_placeholders
 from avg_llava.evaluation.results import Speed
 from avg_llava.evaluation.tasks import BenchmarkQuestions
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget
-from avg_llava.model.predictor import Predictor
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
 
 
 def measure_speed(

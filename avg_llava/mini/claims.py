@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from avg_llava.evaluation.report import Claim, Row
+from avg_llava.reports.mini import Claim, Row
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]

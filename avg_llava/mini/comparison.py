@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from avg_llava.evaluation.report import write_report
-from avg_llava.evaluation.workers import default_workers
+from avg_llava.common.answer_store import default_workers
+from avg_llava.common.machine import machine_facts
 from avg_llava.mini import claims, measure
-from avg_llava.training.machine import machine_facts
-from avg_llava.training.manifest import StageManifest, read_manifest
+from avg_llava.reports.mini import write_report
+from avg_llava.training.checkpoint import StageManifest, read_manifest
 
 STAGES = (1, 2, 3, 4)
 

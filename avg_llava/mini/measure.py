@@ -19,15 +19,15 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from avg_llava.checkpoints.loading import load
+from avg_llava.common.answer_store import hash_file, map_batches, open_store, read_answers
 from avg_llava.data.records import parse_record
-from avg_llava.evaluation.workers import hash_file, map_batches, open_store, read_answers
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
-from avg_llava.model.answers import Decoding, Request
 from avg_llava.model.anyres import num_visual_tokens
-from avg_llava.model.budget import Budget
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import load
-from avg_llava.model.predictor import Predictor
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
 
 BATCH_SIZE = 32

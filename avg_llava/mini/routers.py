@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava.evaluation.report import Row
-from avg_llava.evaluation.workers import default_workers, map_batches
+from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.weight_files import fingerprint
+from avg_llava.common.answer_store import default_workers, map_batches
 from avg_llava.mini import claims, measure
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import ROUTER_KEYS, list_weights
-from avg_llava.model.weight_files import fingerprint
+from avg_llava.reports.mini import Row
 
 
 def compare_routers(

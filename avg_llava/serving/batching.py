@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from avg_llava.model.answers import Answer
-from avg_llava.model.predictor import Predictor
-from avg_llava.model.writing import AnswerAbandoned
+from avg_llava.inference.answers import Answer
+from avg_llava.inference.generation import AnswerAbandoned
+from avg_llava.inference.predictor import Predictor
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.metrics import Metrics
 from avg_llava.serving.prompts import Prepared

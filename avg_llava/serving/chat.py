@@ -9,11 +9,11 @@ from typing import TypeVar
 from PIL import Image
 from transformers import TextStreamer
 
-from avg_llava.model.answers import Answer, Decoding
-from avg_llava.model.budget import Budget
-from avg_llava.model.conversation import Conversation
+from avg_llava.inference.answers import Answer, Decoding
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.conversation import Conversation
+from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import decode_image, load_image
-from avg_llava.model.predictor import Predictor
 
 Number = TypeVar("Number", int, float)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from avg_llava.model.answers import cut_at
+from avg_llava.inference.answers import cut_at
 
 _UNFINISHED = "\ufffd"  # what a character is decoded to while some of its bytes are missing
 

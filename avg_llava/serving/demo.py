@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from starlette.middleware import Middleware
 
-from avg_llava.model.answers import Answer, Decoding, Request
+from avg_llava.inference.answers import Answer, Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Choice, Predictor
 from avg_llava.model.anyres import num_visual_tokens
-from avg_llava.model.budget import Budget
 from avg_llava.model.images import decode_image
-from avg_llava.model.predictor import Choice, Predictor
 from avg_llava.serving.examples import draw_examples, knows_the_mini_world
 from avg_llava.serving.overlay import TokenPictures
 from avg_llava.serving.page_guard import PageGuard

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
-from avg_llava.model.answers import Answer
+from avg_llava.inference.answers import Answer
 
 CLIENT_GONE = 499
 """Counted as the status of requests whose client left before the end."""

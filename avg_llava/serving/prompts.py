@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget, BudgetError
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget, BudgetError
+from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import DataError, decode_image
-from avg_llava.model.predictor import Predictor
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, tokenize_with_images
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ApiError, ChatRequest, ImagePart

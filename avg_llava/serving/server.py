@@ -17,8 +17,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 import avg_llava.serving.protocol as protocol
-from avg_llava.model.answers import Answer
-from avg_llava.model.predictor import Predictor
+from avg_llava.inference.answers import Answer
+from avg_llava.inference.predictor import Predictor
 from avg_llava.serving.batching import Batcher, Event, Job
 from avg_llava.serving.deltas import Deltas
 from avg_llava.serving.gate import CHAT_PATH, Gate, Visit, client_gone, shutting_down

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TextIteratorStreamer
 
-from avg_llava.model.answers import Answer, Decoding
-from avg_llava.model.predictor import Choice, Encoded, Predictor
-from avg_llava.model.writing import AnswerAbandoned
+from avg_llava.inference.answers import Answer, Decoding
+from avg_llava.inference.generation import AnswerAbandoned
+from avg_llava.inference.predictor import Choice, Encoded, Predictor
 
 
 class _Pieces(TextIteratorStreamer):

@@ -4,9 +4,9 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget
-from avg_llava.model.predictor import Predictor
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
 
 ROUNDS, SECONDS = 5, 2.0
 

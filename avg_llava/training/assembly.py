@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from avg_llava.data.collator import Collator
-from avg_llava.data.dataset import ConversationDataset, DataSource
-from avg_llava.data.lengths import token_lengths
-from avg_llava.data.sampler import MicroBatches, ModalityBatches, ShuffledBatches
-from avg_llava.data.skip_list import read_skip_list
-from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
-from avg_llava.model.loading import (
+from avg_llava.checkpoints.loading import (
     build_from_backbones,
     config_from_backbones,
     load,
     load_model_config,
     resolve_folder,
 )
+from avg_llava.checkpoints.routing_model import load_routing_model
+from avg_llava.common.settings import ConfigError
+from avg_llava.data.collator import Collator
+from avg_llava.data.dataset import ConversationDataset, DataSource
+from avg_llava.data.sampler import MicroBatches, ModalityBatches, ShuffledBatches
+from avg_llava.data.skip_list import read_skip_list
+from avg_llava.data.token_lengths import token_lengths
+from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import GranularityRouter
-from avg_llava.model.routing import load_routing_model
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.lora import add_adapters
-from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import rank, world_size
 from avg_llava.training.stages import STAGES
 

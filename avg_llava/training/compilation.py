@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from avg_llava.common.settings import ConfigError
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.training.parsing import ConfigError
 
 
 def check_compilation(deepspeed: Mapping[str, Any] | None, use_cpu: bool) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from avg_llava.training.parsing import ConfigError
+from avg_llava.common.settings import ConfigError
 from avg_llava.training.processes import rank
 
 logger = logging.getLogger(__name__)

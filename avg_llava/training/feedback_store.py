@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights, resolve_folder
+from avg_llava.checkpoints.weight_files import fingerprint
+from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.loading import ROUTER_KEYS, list_weights, resolve_folder
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.model.weight_files import fingerprint
-from avg_llava.training.parsing import ConfigError
 
 MANIFEST_NAME = "store.json"
 FORMAT = 1

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from avg_llava.common.settings import ConfigError
 from avg_llava.training.config import LoraSettings
-from avg_llava.training.parsing import ConfigError
 from avg_llava.training.stages import Part, is_adapter, part_of
 
 ADAPTER_FOLDER = "adapter"

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from avg_llava.common.machine import known_peak, peak_memory
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.flops import SampleShape, sequence_lengths, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape
 from avg_llava.training.losses import num_supervised
-from avg_llava.training.machine import known_peak, peak_memory
 from avg_llava.training.objectives import ObjectiveOutput
 from avg_llava.training.stages import Part
 

@@ -13,8 +13,8 @@ import torch
 from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
+from avg_llava.common.settings import ConfigError
 from avg_llava.training.config import TrainConfig
-from avg_llava.training.parsing import ConfigError
 
 
 def rank() -> int:

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from avg_llava.common.settings import ConfigError
+from avg_llava.common.watchdog import end_with_parent
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.training.assembly import build_collator, build_dataset, build_model, build_sampler
-from avg_llava.training.compilation import check_compilation, compile_layers
-from avg_llava.training.config import TrainConfig, load_config
-from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
-from avg_llava.training.manifest import (
+from avg_llava.training.checkpoint import (
     StageManifest,
     changed_keys,
     check_start,
     latest_checkpoint,
     read_manifest,
 )
+from avg_llava.training.compilation import check_compilation, compile_layers
+from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
 from avg_llava.training.objectives import OBJECTIVES
-from avg_llava.training.parsing import ConfigError
 from avg_llava.training.processes import (
     leave,
     prepare_deepspeed,
@@ -40,7 +41,6 @@ from avg_llava.training.processes import (
 )
 from avg_llava.training.stages import STAGES, set_trainable
 from avg_llava.training.trainer import StageTrainer, load_weights, training_arguments
-from avg_llava.training.watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if world_size() > 1:
         end_with_parent()
     if "--dry-run" in arguments:
-        from avg_llava.training import dry_run  # which imports this module
+        from avg_llava.planning import dry_run  # which imports this module
 
         return dry_run.main(arguments[0], [argument for argument in arguments[1:] if argument != "--dry-run"])
     code = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from avg_llava.training.manifest import latest_checkpoint
+from avg_llava.training.checkpoint import latest_checkpoint
 
 MASTER_WEIGHT_BYTES, MOMENT_BYTES = 4, 8  # of a trained parameter: DeepSpeed's float32 copy, Adam's two moments
 

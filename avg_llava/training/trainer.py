@@ -22,13 +22,13 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import seed_worker
 
+from avg_llava.checkpoints.loading import load_model
+from avg_llava.checkpoints.routing_model import RoutingModel, load_routing_model
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.data.sampler import MicroBatches
-from avg_llava.model.loading import load_model
-from avg_llava.model.routing import RoutingModel, load_routing_model
+from avg_llava.training.checkpoint import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
-from avg_llava.training.manifest import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
 from avg_llava.training.monitor import Monitor
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 from avg_llava import load_model
 from avg_llava.data.sampler import ShuffledBatches
 from avg_llava.training.assembly import build_model
+from avg_llava.training.checkpoint import latest_checkpoint, read_manifest
 from avg_llava.training.config import load_config
 from avg_llava.training.feedback import collect
-from avg_llava.training.manifest import latest_checkpoint, read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avg_llava.training.manifest import read_manifest
+from avg_llava.training.checkpoint import read_manifest
 from tests.datasets.faults import MALFORMED, UNREADABLE, USED, WITHOUT_FAULT, write_faults
 from tests.distributed.test_deepspeed import PATIENCE, ROOT
 from tests.tiny import make_checkpoint

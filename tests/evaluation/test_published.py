@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from avg_llava.evaluation import published, results, tables
+from avg_llava.evaluation import published, results
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.results import ResultError, parse_result
-from tests.evaluation.fixture_results import make_metrics, make_result, write
+from avg_llava.reports import tables
+from tests.reports.fixture_results import make_metrics, make_result, write
 
 EXPECTED = Path(__file__).parents[2] / "eval" / "expected"
 BASE_QUESTIONS = {"mmbench": 1164, "mmbench_cn": 1164}  # each is asked in several rotations

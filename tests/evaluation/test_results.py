@@ -8,7 +8,7 @@ import pytest
 
 from avg_llava.evaluation import results
 from avg_llava.evaluation.results import ResultError, parse_result, read_result, write_result
-from tests.evaluation.fixture_results import SHAPES, make_result, write
+from tests.reports.fixture_results import SHAPES, make_result, write
 
 
 @pytest.mark.parametrize("benchmark", SHAPES)

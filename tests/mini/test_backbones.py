@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM, LlamaTokenizer
 
+from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.mini.backbones import (
     IGNORED,
     SHIPPED,
@@ -22,7 +23,6 @@ from avg_llava.mini.glyphs import COLOURS, LETTERS, SHAPES
 from avg_llava.mini.recipe import Recipe, VisionPhase, image_processor
 from avg_llava.mini.scenes import KINDS, LABEL_FIELDS, draw_scene
 from avg_llava.mini.tokenizer import build_tokenizer
-from avg_llava.model.loading import build_from_backbones
 from avg_llava.model.processing import VICUNA_SYSTEM
 
 FEATURE_LAYER = -2

@@ -11,7 +11,7 @@ import pytest
 from avg_llava.mini import claims, comparison, measure
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.mini.world import WorldSize, write_world
-from avg_llava.training.manifest import StageManifest, write_manifest
+from avg_llava.training.checkpoint import StageManifest, write_manifest
 from tests.tiny import make_checkpoint
 
 CONFIG = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avg_llava.evaluation.baseline import as_llava_next
+from avg_llava.evaluation.llava_next import as_llava_next
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from avg_llava.model.packing import pack
 from tests.model.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model

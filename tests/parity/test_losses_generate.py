@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from avg_llava.bench.plain_loop import sums_over_logits
 from avg_llava.training.losses import answer_log_prob, ranking_loss, router_cross_entropy
-from avg_llava.training.plain import sums_over_logits
 from tests.parity.golden import golden
 
 E, E_JSON = golden("E_stage3")

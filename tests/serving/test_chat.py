@@ -8,12 +8,12 @@ import threading
 import pytest
 
 from avg_llava import cli
-from avg_llava.model.answers import Decoding
-from avg_llava.model.budget import Budget
-from avg_llava.model.conversation import Conversation
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Decoding
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.conversation import Conversation
 from avg_llava.serving.chat import HELP, Chat
-from tests.model.test_predictor import noise_images
+from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
 
 

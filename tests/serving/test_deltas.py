@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from avg_llava.inference.answers import cut_at
 from avg_llava.mini.tokenizer import build_tokenizer
-from avg_llava.model.answers import cut_at
 from avg_llava.serving.deltas import Deltas
 
 

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from PIL import Image
 
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
 from avg_llava.mini.questions import all_questions
 from avg_llava.mini.world import scene_of
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget
-from avg_llava.model.loading import load
 from avg_llava.serving.demo import (
     MAX_NEW_TOKENS,
     MAX_QUESTION_CHARACTERS,
@@ -26,7 +26,7 @@ from avg_llava.serving.demo import (
     wait_for_the_end,
 )
 from avg_llava.serving.examples import EXAMPLES, draw_examples
-from tests.model.test_predictor import noise_images
+from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
 
 CONTROLS = ("router", 0, 100, 5)

@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
 from tests.serving.running import CHAT, MINI, running
 
 pytestmark = pytest.mark.xdist_group("serving")

@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
 from avg_llava.serving.demo import MAX_UPLOAD_BYTES
 from avg_llava.serving.examples import draw_examples
 from tests.serving.test_demo import free_port

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from avg_llava import cli
-from avg_llava.model.loading import load
-from avg_llava.serving import stress
-from avg_llava.serving.stress import started_server
+from avg_llava.bench import serving as stress
+from avg_llava.bench.serving import started_server
+from avg_llava.checkpoints.loading import load
 from tests.serving.running import CHAT, MINI, Running, endless, rest_of, running, stream_of, until
 from tests.tiny import make_checkpoint
 

@@ -10,10 +10,10 @@ import openai
 import pytest
 from PIL import Image
 
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
 from avg_llava.mini.world import encode_png, scene_of
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget
-from avg_llava.model.loading import load
 from tests.serving.running import (
     CHAT,
     MINI,

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from avg_llava.model.answers import Answer, Decoding, Request
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.serving.streams import stream_answer
-from tests.model.test_predictor import noise_images
+from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
 
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from avg_llava.model.answers import Decoding, Request
-from avg_llava.model.budget import Budget
-from avg_llava.model.loading import load
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
 from avg_llava.serving import timing
-from tests.model.test_predictor import noise_images
+from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
 
 

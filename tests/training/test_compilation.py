@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 
-from avg_llava.training import dry_run
+from avg_llava.common.settings import ConfigError
+from avg_llava.planning import dry_run
 from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import add_adapters
 from avg_llava.training.objectives import OBJECTIVES
-from avg_llava.training.parsing import ConfigError
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.model.tiny import images, pad, prompt, tiny_model
 

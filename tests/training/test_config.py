@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from avg_llava.common.settings import read_yaml
 from avg_llava.training.config import ConfigError, load_config
-from avg_llava.training.parsing import read_yaml
 from tests.training.tiny_world import stage_values
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from avg_llava.common.settings import ConfigError
 from avg_llava.training.elastic import make_universal
-from avg_llava.training.parsing import ConfigError
 
 
 def test_a_checkpoint_that_cannot_be_converted(tmp_path):

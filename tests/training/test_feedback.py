@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from avg_llava import cli, load, load_model
+from avg_llava.checkpoints.routing_model import RoutingModel
 from avg_llava.data.records import DataError
-from avg_llava.model.routing import RoutingModel
 from avg_llava.training import assembly, feedback, run
+from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, describe
-from avg_llava.training.manifest import read_manifest
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("feedback")  # the trained stages are shared

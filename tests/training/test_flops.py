@@ -6,12 +6,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avg_llava import AvgLlavaForConditionalGeneration
+from avg_llava.bench.plain_loop import plain_loss
+from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
 from avg_llava.training import flops
-from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import adapter_shapes, add_adapters
 from avg_llava.training.objectives import OBJECTIVES
-from avg_llava.training.plain import plain_loss
 from avg_llava.training.stages import STAGES, set_trainable
 
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralModel
 
 from avg_llava import AvgLlavaForConditionalGeneration
+from avg_llava.bench.plain_loop import plain_loss, sums_over_logits
 from avg_llava.model import packing
 from avg_llava.model.attention import packed_attention
 from avg_llava.model.packing import LanguageHead, PackedInputs
@@ -14,7 +15,6 @@ from avg_llava.training import levels
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.levels import Texts, answers_by_level, total_log_prob
 from avg_llava.training.objectives import OBJECTIVES
-from avg_llava.training.plain import plain_loss, sums_over_logits
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.model.tiny import images, pad, prompt, tiny_config, tiny_model
 

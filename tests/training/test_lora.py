@@ -11,11 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from avg_llava import load_model
-from avg_llava.training import estimate, run
+from avg_llava.planning import estimate
+from avg_llava.training import run
 from avg_llava.training.assembly import build_model
+from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, LoraSettings, ObjectiveSettings, TrainConfig, load_config
 from avg_llava.training.lora import add_adapters, merge_adapters
-from avg_llava.training.manifest import read_manifest
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.optim import parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, is_adapter, part_of, set_trainable

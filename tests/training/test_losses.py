@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from avg_llava.bench.plain_loop import sums_over_logits
 from avg_llava.training.losses import (
     answer_log_prob,
     best_level,
@@ -12,7 +13,6 @@ from avg_llava.training.losses import (
     router_cross_entropy,
     settle_ties,
 )
-from avg_llava.training.plain import sums_over_logits
 from tests.parity.golden import golden
 
 F, F_JSON = golden("F_stage4")

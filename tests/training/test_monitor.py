@@ -14,12 +14,12 @@ from transformers import TrainerControl, TrainerState
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from avg_llava import AvgLlavaConfig
+from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
+from avg_llava.common.machine import known_peak
 from avg_llava.training import monitor, run
 from avg_llava.training.assembly import build_dataset, load_processor
-from avg_llava.training.bench import PRESETS, make_batch, sample_shapes
 from avg_llava.training.config import ConfigError, RuntimeSettings, TrainConfig, load_config
 from avg_llava.training.flops import step_flops
-from avg_llava.training.machine import known_peak
 from avg_llava.training.monitor import MACHINE_METRICS, Monitor, weighted_means
 from avg_llava.training.progress import COLLAPSE_LINES, COLLAPSE_SHARE, CollapseAlarm
 from avg_llava.training.stages import STAGES, part_of

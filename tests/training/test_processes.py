@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from avg_llava.common.settings import ConfigError
 from avg_llava.training import processes
-from avg_llava.training.parsing import ConfigError
 
 
 def _write(path, zero):

@@ -12,8 +12,8 @@ from transformers import TrainingArguments, set_seed
 
 from avg_llava import load
 from avg_llava.training import assembly, run
+from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
-from avg_llava.training.manifest import read_manifest
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import TrainingError

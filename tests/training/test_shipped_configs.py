@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
-from avg_llava.data.conversation import TEMPLATES
-from avg_llava.model.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.data.templates import TEMPLATES
+from avg_llava.training.checkpoint import changed_keys
 from avg_llava.training.config import RouterSettings, load_config
-from avg_llava.training.manifest import changed_keys
 from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import STAGES, count_parameters, set_trainable
 from tests.parity.golden import GOLDEN

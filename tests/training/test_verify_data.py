@@ -9,8 +9,8 @@ import yaml
 from avg_llava import cli
 from avg_llava.data.records import DataError
 from avg_llava.training import run
+from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import load_config
-from avg_llava.training.manifest import read_manifest
 from tests.training.tiny_world import stage_values, write_backbones, write_data
 
 

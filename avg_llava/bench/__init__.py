@@ -1,0 +1,1 @@
+"""Benchmarks of training, inference, data loading and serving, each against a plain reference."""

@@ -1,0 +1,1 @@
+"""Foundations that know nothing of models: files, hashes, settings, worker processes, the machine."""

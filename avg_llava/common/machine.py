@@ -1,0 +1,90 @@
+"""The machine: what numbers were measured on, what it could do, and how much memory was taken."""
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avg_llava.training.checkpoint import library_versions
+from avg_llava.training.config import RuntimeSettings
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's published figures.
+
+    Attributes:
+        memory: In bytes.
+        half: Dense operations per second in 16 bits.
+        tf32: Dense operations per second in TF32.
+        float32: Operations per second in float32.
+        device_name: What CUDA's name of such a device holds; others of its family may be slower.
+    """
+
+    memory: float
+    half: float
+    tf32: float
+    float32: float
+    device_name: str
+
+    def peak(self, runtime: RuntimeSettings) -> float:
+        """Operations per second in the precision of a run."""
+        if runtime.precision != "fp32":
+            return self.half
+        return self.tf32 if runtime.tf32 else self.float32
+
+
+GPUS = {
+    "a100": Gpu(80e9, 312e12, 156e12, 19.5e12, "A100"),
+    "a100-40gb": Gpu(40e9, 312e12, 156e12, 19.5e12, "A100"),
+    "h100": Gpu(80e9, 989e12, 494e12, 67e12, "H100 80GB HBM3"),
+    "h200": Gpu(141e9, 989e12, 494e12, 67e12, "H200"),
+    "l40s": Gpu(48e9, 362e12, 183e12, 91.6e12, "L40S"),
+    "rtx4090": Gpu(24e9, 165e12, 82.6e12, 82.6e12, "RTX 4090"),
+}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores, GPU, system and the versions of libraries."""
+    return {
+        "processor": _processor_name(),
+        "cores": num_cores(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": platform.platform(),
+        **library_versions(),
+    }
+
+
+def known_peak(device_name: str, runtime: RuntimeSettings) -> float | None:
+    """Operations per second of a device by CUDA's name of it; None for one that is not in `GPUS`."""
+    return next((gpu.peak(runtime) for gpu in GPUS.values() if gpu.device_name in device_name), None)
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+__all__ = ["GPUS", "Gpu", "known_peak", "machine_facts", "num_cores", "peak_memory"]

@@ -1,0 +1,1 @@
+"""Answering questions: requests, budgets, batched and routed generation, conversations, files of questions."""

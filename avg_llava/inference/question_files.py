@@ -1,0 +1,142 @@
+"""Questions of a file, answered into another: as far as it goes, whatever happens, and never twice."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from avg_llava.common.answer_store import read_answers
+from avg_llava.data.record_files import read_records
+from avg_llava.data.records import DataError, RawRecord, image_paths
+from avg_llava.inference.answers import Answer, Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
+from avg_llava.model.images import load_image
+
+_BUDGET_FIELDS = ("granularity", "token_cost", "max_visual_tokens")
+_FIELDS = {"id", "prompt", "image", *_BUDGET_FIELDS}
+
+
+class Question(NamedTuple):
+    """One line: its name, what is asked, with paths for images, and at which price; or what is wrong with it."""
+
+    id: str
+    request: Request | None
+    budget: Budget
+    error: str = ""
+
+
+def read_questions(path: Path, image_root: Path, budget: Budget) -> list[Question]:
+    """Reads `{"id": ..., "prompt": ..., "image": path or list of paths, "granularity": ..., ...}`, one a line.
+
+    Args:
+        path: JSONL, or a JSON list. `id` may be missing (the line's number), as `image` and the fields of a budget.
+        image_root: Folder that image paths are relative to.
+        budget: Of records that name none of its fields.
+
+    Raises:
+        DataError: The file cannot be read, or two records have the same id.
+    """
+    questions = [_parse(record, image_root, budget) for record in read_records(path)]
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise DataError(f"{path}: two records have the id {question.id!r}; answers are told apart by it")
+        seen.add(question.id)
+    return questions
+
+
+def _parse(record: RawRecord, image_root: Path, budget: Budget) -> Question:
+    value = record.value
+    identity = value.get("id", record.position) if isinstance(value, dict) else record.position
+    try:
+        if record.error:
+            raise DataError(record.error)
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
+            raise DataError("a record is a JSON object with a 'prompt' that is not empty")
+        if unknown := value.keys() - _FIELDS:
+            raise DataError(f"unknown fields {', '.join(sorted(unknown))}; known are {', '.join(sorted(_FIELDS))}")
+        own = {name: value[name] for name in _BUDGET_FIELDS if value.get(name) is not None}
+        if wrong := [
+            name for name, number in own.items() if isinstance(number, bool) or not isinstance(number, (int, float))
+        ]:
+            raise DataError(f"{wrong[0]} must be a number, got {own[wrong[0]]!r}")
+        images = tuple(image_root / relative for relative in image_paths(value.get("image")))
+        return Question(str(identity), Request(value["prompt"], images), Budget(**own) if own else budget)
+    except ValueError as error:
+        return Question(str(identity), None, budget, f"{record.source}: {error}")
+
+
+def answer_file(
+    predictor: Predictor, questions: Sequence[Question], output: Path, decoding: Decoding, batch_size: int
+) -> int:
+    """Appends an answer to `output` for each question that has none there yet.
+
+    Lines are written whole and at once, so that a killed run goes on where it was. A question that cannot be answered
+    gets no line in `output`, and one that names it, with the reason, in `output` with the ending `.errors.jsonl`.
+
+    Returns:
+        How many questions could not be answered.
+    """
+    done = read_answers(output)
+    todo = [question for question in questions if question.id not in done]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failures: list[dict[str, str]] = []
+    with (
+        output.open("a", encoding="utf-8") as file,
+        tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=None) as bar,
+    ):
+        for start in range(0, len(todo), batch_size):
+            for question, answer in _answer(predictor, todo[start : start + batch_size], decoding):
+                if isinstance(answer, Answer):
+                    file.write(json.dumps({"id": question.id, **asdict(answer)}, ensure_ascii=False) + "\n")
+                    file.flush()
+                else:
+                    failures.append({"id": question.id, "error": answer})
+                bar.update()
+    write_errors(output.with_suffix(".errors.jsonl"), failures)
+    return len(failures)
+
+
+def write_errors(path: Path, failures: Sequence[dict[str, str]]) -> None:
+    """Writes which questions failed and why, one a line; no file where there are none."""
+    path.unlink(missing_ok=True)
+    if failures:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in failures), "utf-8")
+
+
+def _answer(
+    predictor: Predictor, batch: Sequence[Question], decoding: Decoding
+) -> Iterator[tuple[Question, Answer | str]]:
+    """Answers, or why there is none. A batch that fails is answered one by one."""
+    readable: list[tuple[Question, Request]] = []
+    for question in batch:
+        if question.request is None:
+            yield question, question.error
+            continue
+        try:
+            images = tuple(load_image(path) for path in question.request.images if isinstance(path, Path))
+        except DataError as error:
+            yield question, str(error)
+            continue
+        readable.append((question, Request(question.request.prompt, images)))
+    if not readable:
+        return
+    try:
+        budgets = [question.budget for question, _ in readable]
+        answers = predictor.predict([request for _, request in readable], budgets, decoding)
+    except ValueError:
+        for question, request in readable:
+            try:
+                yield question, predictor.predict([request], question.budget, decoding)[0]
+            except ValueError as error:
+                yield question, str(error)
+        return
+    for (question, _), answer in zip(readable, answers, strict=True):
+        yield question, answer
+
+
+__all__ = ["Question", "answer_file", "read_questions", "write_errors"]

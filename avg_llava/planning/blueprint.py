@@ -1,0 +1,132 @@
+"""The model of a run without its weights: its configuration wherever it can be found, and the model on the meta device.
+
+A start that is not trained yet has the shape that the configuration of its own stage gives it, and so on back to the
+backbones of stage 1; those that the shipped configurations name are known by heart.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+
+from avg_llava.checkpoints.loading import KNOWN_TOWERS, config_from_backbones, load_model_config
+from avg_llava.checkpoints.routing_model import RoutingModel
+from avg_llava.common.settings import ConfigError, read_yaml
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.training.assembly import adapt
+from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.lora import add_adapters
+from avg_llava.training.stages import STAGES, set_trainable
+
+KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "lmsys/vicuna-7b-v1.5": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model's configuration, and what had to be assumed to find it."""
+
+    config: AvgLlavaConfig
+    assumptions: tuple[str, ...] = ()
+
+
+def find_blueprint(config: TrainConfig, path: Path, model_of: Path | None = None) -> Blueprint:
+    """The configuration of the model that a run starts from. Reads no weights and downloads none.
+
+    Args:
+        config: the run's configuration.
+        path: its file; files of earlier stages are looked for beside it and in the folders beside its own.
+        model_of: the file of the stage that makes the start, where it is elsewhere.
+
+    Raises:
+        ConfigError: the start is not there and no file says how it is made.
+    """
+    if config.model.start is None:
+        return _from_backbones(config)
+    if Path(config.model.start).is_dir():
+        blueprint = Blueprint(load_model_config(config.model.start))
+    else:
+        source = model_of or _file_that_makes(config.model.start, path)
+        if source is None:
+            raise ConfigError(
+                f"model.start {config.model.start} is no folder here, and no YAML file near {path} has it as "
+                "output.dir; name the file of the stage that makes it, or of stage 1, with --model-of"
+            )
+        earlier = find_blueprint(load_config(source), source)
+        assumed = f"{config.model.start} is not there; its shape is the one that {source} gives it"
+        blueprint = Blueprint(earlier.config, (assumed, *earlier.assumptions))
+    adapt(blueprint.config, config.model)
+    return blueprint
+
+
+def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
+    """The model of a run without memory for its weights, the stage's parts set to be trained.
+
+    With a feedback store, stage 4 has no language model.
+    """
+    kind = AvgLlavaForConditionalGeneration if config.objective.feedback_store is None else RoutingModel
+    with torch.device("meta"):
+        model = kind(model_config)
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
+    set_trainable(model, STAGES[config.stage])
+    return model
+
+
+def _file_that_makes(start: str, path: Path) -> Path | None:
+    """The YAML file, in the folder of `path`, the one above or one beside it, whose run ends in the folder `start`."""
+    above = path.parent.parent
+    searched = (path.parent.glob("*.yaml"), above.glob("*.yaml"), above.glob("*/*.yaml"))
+    for candidate in (file for files in searched for file in sorted(files)):
+        try:
+            output = read_yaml(candidate).get("output")
+        except ConfigError:
+            continue  # a mixture of data, or another file that configures no run
+        if isinstance(output, dict) and output.get("dir") == start and candidate.resolve() != path.resolve():
+            return candidate
+    return None
+
+
+def _from_backbones(config: TrainConfig) -> Blueprint:
+    vision, language = config.model.vision, config.model.language
+    assert vision is not None, "checked by TrainConfig"
+    assert language is not None, "checked by TrainConfig"
+    if Path(vision).is_dir() and Path(language).is_dir():
+        return Blueprint(config_from_backbones(vision, language, **config.architecture()))
+    assumptions = []
+    parts: dict[str, PreTrainedConfig] = {}
+    known = {
+        "vision": (vision, KNOWN_TOWERS, CLIPVisionConfig),
+        "language": (language, KNOWN_LANGUAGE_MODELS, LlamaConfig),
+    }
+    for part, (name, shapes, kind) in known.items():
+        if Path(name).is_dir() or name not in shapes:
+            parts[part] = AutoConfig.from_pretrained(name)  # of a hub id, config.json alone
+        else:
+            parts[part] = kind(**shapes[name])
+            assumptions.append(f"{name} has its published shape")
+    tower = parts["vision"]
+    text = parts["language"]
+    built = AvgLlavaConfig(
+        vision_config=tower.vision_config if "vision_config" in tower.sub_configs else tower,
+        text_config=text,
+        image_token_index=text.vocab_size,
+        tie_word_embeddings=text.tie_word_embeddings,
+        **config.architecture(),
+    )
+    return Blueprint(built, tuple(assumptions))
+
+
+__all__ = ["KNOWN_LANGUAGE_MODELS", "Blueprint", "find_blueprint", "meta_model"]

@@ -1,0 +1,348 @@
+"""`--dry-run`: everything that can be found wrong with a run before it starts, found at once.
+
+Reads the configuration, compares the start's weights with the model's on the meta device, decodes some samples of every
+source, measures the disk and writes a trial save. No weights are loaded, and nothing is left behind but the data's
+indices, which the run itself will need.
+"""
+
+import logging
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from avg_llava.checkpoints.loading import (
+    LANGUAGE_KEYS,
+    ORIGINAL_KEYS,
+    ORIGINAL_PREFIX,
+    ROUTER_KEYS,
+    VISION_KEYS,
+    check_loaded,
+    read_config,
+    rename_keys,
+    resolve_folder,
+)
+from avg_llava.checkpoints.weight_files import list_tensors, weight_files
+from avg_llava.data.collator import Collator
+from avg_llava.data.dataset import ConversationDataset
+from avg_llava.data.index import open_index
+from avg_llava.data.records import DataError
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.images import load_image
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.planning.blueprint import find_blueprint, meta_model
+from avg_llava.training.assembly import build_dataset, load_processor
+from avg_llava.training.compilation import check_compilation
+from avg_llava.training.config import TrainConfig, load_config
+from avg_llava.training.feedback_store import FeedbackStore
+from avg_llava.training.processes import rank, read_deepspeed_file, uses_cpu, world_size
+from avg_llava.training.run import describe_start, find_earlier_run
+from avg_llava.training.saving import checkpoint_bytes
+from avg_llava.training.stages import STAGES
+from avg_llava.training.trainer import CONFIG_NAME
+
+NUM_FIRST, NUM_RANDOM = 4, 28  # samples of each source that are decoded
+NAMED = 10  # malformed records of a source that are named
+GIB = 2**30
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Report:
+    """What was looked at, and what is wrong."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, look: Callable[[], Result]) -> Result | None:
+        """What `look` returns; None, and a problem, where it finds one."""
+        try:
+            return look()
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{what}: {error}")
+            return None
+
+
+def main(path: str, overrides: Sequence[str]) -> int:
+    """A dry run from the command line: a summary on standard output, problems on standard error.
+
+    Returns:
+        0 if nothing is wrong, 1 otherwise. Of several processes, the first one looks.
+    """
+    if rank() > 0:
+        return 0
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its table of what is fresh is no problem
+    report = dry_run(path, overrides)
+    sys.stdout.write("".join(f"{fact}\n" for fact in report.facts))
+    sys.stderr.write("".join(f"problem: {problem}\n" for problem in report.problems))
+    sys.stdout.write(f"dry run: {len(report.problems) or 'no'} problem{'s' * (len(report.problems) != 1)}\n")
+    return 1 if report.problems else 0
+
+
+def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
+    """Look at all that a run needs.
+
+    Args:
+        path: YAML file of a stage.
+        overrides: `--key.subkey value` options over it.
+    """
+    report = Report()
+    config = report.attempt("configuration", lambda: load_config(path, overrides))
+    if config is None:
+        return report
+    processes = f"{world_size()} process{'es' * (world_size() > 1)}"
+    report.facts.append(f"stage {config.stage} of {path}, {processes}, into {config.output.dir}")
+    parent = report.attempt("start", lambda: describe_start(config))
+    if parent is not None:
+        earlier = report.attempt("earlier run", lambda: find_earlier_run(config, parent))
+        if earlier is not None:
+            state = "is finished" if earlier.finished else f"would continue from step {earlier.manifest.step}"
+            report.facts.append(f"earlier run: {earlier.folder} {state}")
+    accumulation = report.attempt("batch size", lambda: config.accumulation_steps(world_size()))
+    deepspeed = None
+    if config.runtime.deepspeed is not None:
+        file = config.runtime.deepspeed
+        deepspeed = report.attempt("DeepSpeed", lambda: read_deepspeed_file(file))
+    if config.runtime.compile:
+        report.attempt("compilation", lambda: check_compilation(deepspeed, uses_cpu(config)))
+    found = report.attempt("model", lambda: load_processor(config))
+    processor = None
+    if found is not None:
+        processor, model_config = found
+        num_parameters = report.attempt("weights", lambda: check_weights(config, model_config))
+        if num_parameters is not None:
+            report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
+        num_samples = _look_at_data(config, processor, model_config, report)
+        if num_samples is not None and accumulation is not None:
+            budget = config.optim.max_tokens_per_batch
+            in_all, size = f"{config.optim.global_batch_size} per step", f"{config.optim.micro_batch_size}"
+            if budget is not None:
+                in_all, size = "as many per step as fit", f"up to {budget:,} tokens"
+            report.facts.append(
+                f"data: {num_samples:,} samples, {in_all} in {accumulation} micro-batches of {size} per process"
+            )
+    else:
+        _look_at_files(config, report)
+        blueprint = report.attempt("model's shape", lambda: find_blueprint(config, Path(path)))
+        if blueprint is None:
+            return report
+        model_config = blueprint.config
+        report.facts += [f"assumed: {assumption}" for assumption in blueprint.assumptions]
+    with report_failure(report, f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
+        _look_at_disk(folder, bytes_to_write(config, model_config), report)
+        if processor is not None:
+            num_bytes = trial_save(folder, config, processor, model_config)
+            report.facts.append(f"trial save: {num_bytes / 2**20:.1f} MiB written, read and removed")
+    return report
+
+
+@contextmanager
+def report_failure(report: Report, what: str) -> Iterator[None]:
+    """`Report.attempt` around a block."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        report.problems.append(f"{what}: {error}")
+
+
+def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
+    """Compare names and shapes in the start's files with the model's; the numbers themselves are not read.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        CheckpointError: files or keys are missing, unexpected or of the wrong shape; all are listed.
+    """
+    settings = config.model
+    fresh: tuple[str, ...] = ()
+    if settings.start is None:
+        assert settings.vision is not None, "checked by TrainConfig"
+        assert settings.language is not None, "checked by TrainConfig"
+        tensors = rename_keys(_listed(resolve_folder(settings.vision)), VISION_KEYS)
+        tensors |= rename_keys(_listed(resolve_folder(settings.language)), LANGUAGE_KEYS)
+        fresh = (ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline")
+        source = f"{settings.vision} + {settings.language}"
+    else:
+        folder, source = resolve_folder(settings.start), settings.start
+        raw = read_config(folder)
+        tensors = _listed(folder)
+        model_type = str(raw.get("model_type"))
+        if model_type.startswith(ORIGINAL_PREFIX) and model_type != "llava_next":
+            tensors, fresh = rename_keys(tensors, ORIGINAL_KEYS), (ROUTER_KEYS,)
+            if not any(key.startswith("model.vision_tower.") for key in tensors):
+                tower = resolve_folder(raw["mm_vision_tower"], folder)
+                tensors |= rename_keys(_listed(tower), VISION_KEYS)
+        elif model_type == "llava_next" or settings.router is not None or settings.granularities is not None:
+            tensors = {key: tensor for key, tensor in tensors.items() if ".router." not in key}
+            fresh = (ROUTER_KEYS,)
+    model, info = AvgLlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=model_config,
+        state_dict=tensors,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(info, source, fresh)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
+    """About how many bytes a run writes at its fullest: its checkpoints, one more while that is written, the result."""
+    without_store = replace(config, objective=replace(config.objective, feedback_store=None))
+    is_wide = config.runtime.deepspeed is None or config.runtime.precision == "fp32"
+    model = meta_model(without_store, model_config).to(torch.float32 if is_wide else torch.bfloat16)
+    if "router" in STAGES[config.stage].trains:
+        model.model.router.float()
+    result = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if not config.output.save_every:
+        return result
+    checkpoint = checkpoint_bytes(model, has_master_weights=config.runtime.deepspeed is not None)
+    return result + (config.output.keep + 1) * checkpoint
+
+
+def trial_save(folder: Path, config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig) -> int:
+    """Write what a checkpoint holds, of the weights only those of the projector's size, and read it again.
+
+    Returns:
+        The bytes written.
+    """
+    processor.save_pretrained(folder)
+    model_config.save_pretrained(folder)
+    (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
+    projector = meta_model(config, model_config).model.multi_modal_projector
+    save_file({name: torch.zeros(tensor.shape) for name, tensor in projector.state_dict().items()}, folder / "trial")
+    load_file(folder / "trial")
+    AvgLlavaProcessor.from_checkpoint(folder, AvgLlavaConfig.from_pretrained(folder))
+    load_config(folder / CONFIG_NAME)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@contextmanager
+def scratch_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder inside `output_dir` that goes away again, with all parents that had to be made for it."""
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output_dir) as folder:
+            yield Path(folder)
+    finally:
+        for parent in made:  # deepest first
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _listed(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's weight files on the meta device."""
+    stored = list_tensors(weight_files(folder))
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+
+
+def _look_at_disk(folder: Path, needed: int, report: Report) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        report.problems.append(
+            f"disk: the run writes about {needed:,} bytes at a time, and {free:,} are free; make room, choose another "
+            "output.dir, or lower output.keep"
+        )
+    report.facts.append(f"disk: about {needed / GIB:.2f} GiB to write, {free / GIB:.2f} GiB free")
+
+
+def _look_at_files(config: TrainConfig, report: Report) -> None:
+    """What can be seen of the data without a tokenizer: the first records of every source, and their images."""
+    for source in config.data.sources:
+        data = config.data
+        index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
+        root = Path(source.path).parent if source.image_root is None else Path(source.image_root)
+        if not root.is_dir():
+            report.problems.append(f"data {source.path}: image root {root} is no folder; check data.sources")
+        elif index is not None:
+            for row in range(min(len(index.rows), NUM_FIRST + NUM_RANDOM)):
+                with report_failure(report, "data"):
+                    for path in index.sample(row, root).images:
+                        load_image(path)
+            report.facts.append(f"{source.path}: {len(index.rows):,} records, of which the first were looked at")
+
+
+def _look_at_data(
+    config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig, report: Report
+) -> int | None:
+    """Number of samples of all sources; None if one of them cannot be used."""
+    total = 0
+    is_usable = True
+    for source in config.data.sources:
+        alone = replace(config, data=replace(config.data, sources=(source,), on_bad_sample="skip"))
+        dataset = report.attempt(f"data {source.path}", partial(build_dataset, alone, processor, model_config))
+        if dataset is None:
+            is_usable = False
+            continue
+        total += len(dataset)
+        bad = [record.message for record in dataset.malformed[:NAMED]]
+        if len(dataset.malformed) > NAMED:
+            bad.append(f"{source.path}: {len(dataset.malformed) - NAMED} more malformed records")
+        bad += _look_at_samples(dataset, config, report)
+        if config.data.on_bad_sample == "error":
+            report.problems += [f"data: {message}" for message in bad]
+        elif bad:
+            report.facts.append(f"{source.path}: {len(bad)} bad samples seen, which the run would skip")
+    if not is_usable:
+        return None
+    if config.objective.feedback_store is not None:
+        store = config.objective.feedback_store
+        report.attempt(
+            "feedback store",
+            lambda: FeedbackStore.open(store).answers(build_dataset(config, processor, model_config)),
+        )
+    return total
+
+
+def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: Report) -> list[str]:
+    """What is wrong with the first samples of a source and with some drawn at random."""
+    path = dataset.files[0].path
+    rest = range(min(NUM_FIRST, len(dataset)), len(dataset))
+    drawn = sorted(random.Random(config.seed).sample(rest, min(NUM_RANDOM, len(rest))))
+    indices = [*range(min(NUM_FIRST, len(dataset))), *drawn]
+    bad: list[str] = []
+    cut = masked = 0
+    usable = []
+    for index in indices:
+        sample = dataset.sample(index)
+        try:
+            images = dataset.open_images(sample)
+        except DataError as error:
+            bad.append(f"{sample.name}: {error}")
+            continue
+        text = dataset.encode_text(sample, [(image.height, image.width) for image in images])
+        cut += text.cut is not None
+        masked += text.masked is not None
+        usable.append(index)
+    if usable and masked == len(usable):
+        report.problems.append(
+            f"data {path}: no sample that was looked at has supervised tokens; check data.template "
+            f"{config.data.template!r} and model.max_length"
+        )
+    if usable:
+        Collator(pad_token_id=dataset.processor.tokenizer.pad_token_id)(
+            [dataset[index] for index in usable[: config.optim.micro_batch_size]]
+        )
+    report.facts.append(
+        f"{path}: {len(dataset):,} samples; of {len(indices)} looked at {len(bad)} cannot be read, {cut} are cut at "
+        f"{dataset.max_length} tokens, {masked} have no supervised tokens"
+    )
+    return bad
+
+
+__all__ = ["Report", "dry_run", "main"]

@@ -1,0 +1,338 @@
+"""`avg-llava estimate`: what a run takes before it starts: memory of each GPU, operations, steps and hours.
+
+No weights are loaded: parameters are counted on the meta device. Where the data are there, samples are drawn from them;
+elsewhere a sample is assumed, and the estimate says so.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from avg_llava.common.machine import GPUS
+from avg_llava.common.settings import ConfigError
+from avg_llava.data.sampler import fill
+from avg_llava.data.verify import TOTAL
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.planning.blueprint import find_blueprint, meta_model
+from avg_llava.planning.memory import FLOAT32, SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
+from avg_llava.training.assembly import build_dataset, load_processor
+from avg_llava.training.config import SourceSettings, TrainConfig, load_config
+from avg_llava.training.flops import SampleShape, shapes_of, step_flops
+from avg_llava.training.lora import AdapterShape, adapter_shapes
+from avg_llava.training.losses import num_supervised
+from avg_llava.training.processes import read_deepspeed_file
+from avg_llava.training.stages import STAGES, Part, count_parameters
+
+GIB, MIB = 2**30, 2**20
+DEFAULT_MFU = 0.4
+NUM_DRAWN = 64  # samples that are looked at where the data are there
+MICRO_BATCHES_FILLED = 64  # at least, to find how many samples a token budget holds
+RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
+
+
+# A photo of 640 x 480; a caption, or a question behind the system prompt and an answer of some sentences.
+TYPICAL_SAMPLES = {
+    1: SampleShape((480, 640), 2, 20),
+    **dict.fromkeys((2, 3, 4), SampleShape((480, 640), 120, 130)),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be estimated, beside the configuration. None: from the data, or assumed.
+
+    Attributes:
+        num_gpus: GPUs of the run.
+        gpu: A key of `GPUS`.
+        zero: Name of one of `SHARDINGS`; None: what `runtime.deepspeed` says.
+        mfu: Model operations per second, as a share of the GPU's.
+        num_samples: Samples of an epoch.
+        image_size: (height, width) of a typical image.
+        num_prompt_tokens: Text tokens of a typical prompt.
+        num_answer_tokens: Tokens of a typical answer.
+        model_of: Configuration file that says how `model.start` is made.
+    """
+
+    num_gpus: int = 8
+    gpu: str = "h100"
+    zero: str | None = None
+    mfu: float = DEFAULT_MFU
+    num_samples: int | None = None
+    image_size: tuple[int, int] | None = None
+    num_prompt_tokens: int | None = None
+    num_answer_tokens: int | None = None
+    model_of: Path | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Shapes of typical samples, and how many there are in an epoch (None: not known)."""
+
+    shapes: list[SampleShape]
+    num_records: int | None
+    source: str
+
+
+def estimate(path: Path, request: Request) -> dict[str, Any]:
+    """What a run takes.
+
+    Args:
+        path: YAML file of a stage.
+        request: the hardware, and what is known better than this function would.
+
+    Returns:
+        Plain values for JSON; sizes in bytes.
+
+    Raises:
+        ConfigError: the configuration does not fit the number of GPUs, or the model's shape cannot be found.
+    """
+    config = load_config(path)
+    if not 0 < request.mfu <= 1:
+        raise ConfigError(f"the MFU is a share of the GPU's operations, above 0 and at most 1; got {request.mfu}")
+    blueprint = find_blueprint(config, path, request.model_of)
+    samples = _samples(config, blueprint.config, request)
+    accumulation, budget = config.accumulation_steps(request.num_gpus), config.optim.max_tokens_per_batch
+    model = meta_model(config, blueprint.config)
+    counts, adapters = count_parameters(model), adapter_shapes(model)
+    num_parameters = sum(count.total for count in counts.values())
+    num_trained = sum(count.trainable for count in counts.values())
+
+    deepspeed = None if config.runtime.deepspeed is None else read_deepspeed_file(config.runtime.deepspeed)
+    chosen = sharding_of(deepspeed) if request.zero is None else _sharding(request.zero)
+    memory = {
+        sharding.name: _memory(
+            sharding, config, blueprint.config, samples, num_parameters, num_trained, adapters, request
+        )
+        for sharding in dict.fromkeys((*SHARDINGS, chosen))
+    }
+
+    step_samples = _samples_per_step(config, blueprint.config, samples.shapes)
+    flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * step_samples
+    levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
+    share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
+    tokens = sum(
+        _length(shape, level, blueprint.config) * (1 if shape.image_size is None else share)
+        for shape in samples.shapes
+        for level in levels
+        if shape.image_size is not None or level == levels[-1]
+    )
+    steps = _steps(config, samples.num_records, step_samples)
+    peak = GPUS[request.gpu].peak(config.runtime)
+    seconds = flops / (peak * request.mfu * request.num_gpus)
+    return {
+        "config": str(path),
+        "stage": config.stage,
+        "model": {
+            "parameters": num_parameters,
+            "trained": num_trained,
+            "by_part": {part: asdict(count) for part, count in counts.items()},
+        },
+        "assumptions": [*blueprint.assumptions, samples.source],
+        "hardware": {"gpu": request.gpu, "gpus": request.num_gpus, "memory": GPUS[request.gpu].memory, "peak": peak},
+        "precision": config.runtime.precision,
+        "sharding": chosen.name,
+        "memory": memory,
+        "step": {
+            "samples": step_samples,
+            "micro_batch_size": config.optim.micro_batch_size if budget is None else None,
+            "max_tokens_per_batch": budget,
+            "accumulation_steps": accumulation,
+            "tokens": round(tokens / len(samples.shapes) * step_samples),
+            "flops": flops,
+            "seconds": seconds,
+        },
+        "mfu": request.mfu,
+        "samples": samples.num_records,
+        "steps": steps,
+        "hours": None if steps is None else steps * seconds / 3600,
+    }
+
+
+def table_lines(result: dict[str, Any]) -> list[str]:
+    """An estimate for people."""
+    model, hardware, step = result["model"], result["hardware"], result["step"]
+    budget = step["max_tokens_per_batch"]
+    size = step["micro_batch_size"] if budget is None else f"{budget:,} tokens"
+    is_large = max(memory["total"] for memory in result["memory"].values()) >= GIB
+    unit, name_of_unit = (GIB, "GiB") if is_large else (MIB, "MiB")
+    lines = [
+        f"stage {result['stage']} ({result['config']}) in {result['precision']} on {hardware['gpus']} x "
+        f"{hardware['gpu']}, ZeRO: {result['sharding']}",
+        f"model: {model['parameters']:,} parameters, {model['trained']:,} trained",
+        *(f"assumed: {assumption}" for assumption in result["assumptions"]),
+        "",
+        f"{name_of_unit + ' per GPU, ZeRO:':<20}" + "".join(f"{name:>12}" for name in result["memory"]),
+    ]
+    for part in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host"):
+        values = "".join(f"{memory[part] / unit:>12.2f}" for memory in result["memory"].values())
+        lines.append(f"{'in host memory' if part == 'host' else part:<20}{values}")
+    fits = "".join(f"{'yes' if memory['fits'] else 'no':>12}" for memory in result["memory"].values())
+    lines += [
+        f"{'fits into ' + str(round(hardware['memory'] / 1e9)) + ' GB':<20}{fits}",
+        "",
+        f"a step: {step['samples']:.4g} samples in {step['accumulation_steps']} x {size} per GPU, "
+        f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.2f} TFLOP, {step['seconds']:.3g} s at an MFU of "
+        f"{result['mfu']:.0%}",
+    ]
+    if result["steps"] is None:
+        return [*lines, "a run: the number of samples is not known; give it with --num-samples"]
+    return [*lines, f"a run: {result['steps']:,} steps, {result['hours']:.3g} hours"]
+
+
+def _memory(
+    sharding: Sharding,
+    config: TrainConfig,
+    model_config: AvgLlavaConfig,
+    samples: Samples,
+    num_parameters: int,
+    num_trained: int,
+    adapters: Mapping[Part, AdapterShape],
+    request: Request,
+) -> dict[str, Any]:
+    """Bytes by part, with a micro-batch of the longest of the samples."""
+    element_size = 4 if config.runtime.precision == "fp32" else 2
+    file = config.runtime.deepspeed
+    zero = None if file is None else read_deepspeed_file(file).get("zero_optimization", {})
+    width = model_config.text_config.hidden_size
+    trained_size = FLOAT32 if "router" in STAGES[config.stage].trains else element_size
+    state = state_memory(
+        sharding, num_parameters, num_trained, element_size, request.num_gpus, width, zero, trained_size
+    )
+    finest = model_config.granularities[-1]
+    longest = sorted(samples.shapes, key=lambda shape: -shape.length(finest, model_config))
+    size = config.optim.micro_batch_size
+    if config.optim.max_tokens_per_batch is not None:
+        size = max(config.optim.max_tokens_per_batch // _length(longest[0], finest, model_config), 1)
+    micro_batch = (longest * math.ceil(size / len(longest)))[:size]
+    activations = activation_memory(
+        config.stage,
+        micro_batch,
+        model_config,
+        element_size,
+        recompute=config.runtime.gradient_checkpointing,
+        stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
+        adapters=adapters,
+        adapter_dropout=0.0 if config.lora is None else config.lora.dropout,
+    )
+    parts = {
+        "parameters": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "activations": activations.kept,
+        "logits": activations.logits,
+        "buffers": state.buffers,
+    }
+    total = sum(parts.values())
+    return {**parts, "total": total, "host": state.host, "fits": total <= GPUS[request.gpu].memory * (1 - RESERVED)}
+
+
+def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request) -> Samples:
+    """From the data if they and the tokenizer are there and no shape is given; else one typical sample."""
+    given = (request.image_size, request.num_prompt_tokens, request.num_answer_tokens)
+    if given == (None, None, None) and _is_everything_here(config):
+        return _drawn(config, request)
+    typical = TYPICAL_SAMPLES[config.stage]
+    shape = SampleShape(
+        request.image_size or typical.image_size,
+        typical.num_prompt_tokens if request.num_prompt_tokens is None else request.num_prompt_tokens,
+        typical.num_answer_tokens if request.num_answer_tokens is None else request.num_answer_tokens,
+    )
+    assert shape.image_size is not None, "a typical sample has an image"
+    height, width = shape.image_size
+    source = (
+        f"every sample has an image of {width}x{height} pixels, {shape.num_prompt_tokens} tokens of prompt and "
+        f"{shape.num_answer_tokens} of answer"
+    )
+    num_records = request.num_samples
+    if num_records is None and (num_records := _expected_records(config.data.sources)) is not None:
+        source += f"; the data are about {num_records:,} samples"
+    return Samples([shape], num_records, source)
+
+
+def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
+    """How many samples an epoch should have, where all sources say what to expect of them."""
+    total = 0.0
+    for source in sources:
+        if source.expected is None or TOTAL not in source.expected:
+            return None
+        total += source.expected[TOTAL] * source.weight
+    return round(total)
+
+
+def _is_everything_here(config: TrainConfig) -> bool:
+    """Whether samples can be encoded without downloading anything."""
+    folders = [config.model.start] if config.model.start else [config.model.vision, config.model.language]
+    roots = [source.image_root for source in config.data.sources if source.image_root is not None]
+    return all(Path(folder).is_dir() for folder in (*folders, *roots) if folder) and all(
+        Path(source.path).is_file() for source in config.data.sources
+    )
+
+
+def _drawn(config: TrainConfig, request: Request) -> Samples:
+    """Shapes of some of the run's samples."""
+    processor, model_config = load_processor(config)
+    dataset = build_dataset(config, processor, model_config)
+    indices = random.Random(config.seed).sample(range(len(dataset)), min(NUM_DRAWN, len(dataset)))
+    shapes: list[SampleShape] = []
+    for index in indices:
+        sample = dataset.sample(index)
+        sizes = [(image.height, image.width) for image in dataset.open_images(sample)]
+        text = dataset.encode_text(sample, sizes)
+        answer = int(num_supervised(text.labels[None]))
+        prompt = len(text.input_ids) - text.num_images - answer
+        shapes += shapes_of(sizes[: text.num_images], prompt, answer)
+    source = f"samples are as {len(indices)} drawn from the data"
+    return Samples(shapes, request.num_samples or len(dataset), source)
+
+
+def _mean_flops(
+    config: TrainConfig,
+    model_config: AvgLlavaConfig,
+    shapes: Sequence[SampleShape],
+    adapters: Mapping[Part, AdapterShape],
+) -> float:
+    flops = step_flops(
+        config.stage,
+        shapes,
+        model_config,
+        plain=False,
+        stored_feedback=config.objective.feedback_store is not None,
+        draws_level=config.objective_name == "gumbel",
+        adapters=adapters,
+    )
+    return flops.total / len(shapes)
+
+
+def _length(shape: SampleShape, level: int, model_config: AvgLlavaConfig) -> int:
+    """Tokens of a sample at a level, cut to the longest sequence."""
+    return min(shape.length(level, model_config), model_config.max_sequence_length)
+
+
+def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
+    """Samples of an optimizer step; with a token budget, the mean of filling micro-batches from these samples."""
+    optim = config.optim
+    if optim.max_tokens_per_batch is None:
+        return optim.global_batch_size
+    lengths = [_length(shape, model_config.granularities[-1], model_config) for shape in shapes]
+    order = list(range(len(lengths))) * math.ceil(MICRO_BATCHES_FILLED * optim.max_tokens_per_batch / sum(lengths))
+    full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last may have room left
+    return sum(map(len, full)) / len(full) * optim.global_batch_size / optim.micro_batch_size
+
+
+def _steps(config: TrainConfig, num_samples: int | None, step_samples: float) -> int | None:
+    if config.optim.max_steps is not None:
+        return config.optim.max_steps
+    if num_samples is None:
+        return None
+    return math.ceil(math.ceil(num_samples / step_samples) * config.optim.epochs)
+
+
+def _sharding(name: str) -> Sharding:
+    return next(sharding for sharding in SHARDINGS if sharding.name == name)
+
+
+__all__ = ["DEFAULT_MFU", "Request", "estimate", "table_lines"]

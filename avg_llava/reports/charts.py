@@ -1,0 +1,226 @@
+"""The paper's figures from result files: levels per benchmark, score against time and tokens, the price's curve."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+
+from avg_llava.evaluation.benchmarks import BENCHMARKS
+from avg_llava.evaluation.published import in_table_units
+from avg_llava.evaluation.results import Benchmark, Metric, Result
+from avg_llava.evaluation.statistics import bootstrap_interval
+from avg_llava.reports.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, grid, stack_levels, tidy
+from avg_llava.reports.series import Series, SeriesResults
+
+_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
+_PANEL = (3.1, 2.6)
+
+Panels = Mapping[tuple[Benchmark, str], Mapping[Series, Result]]
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+def draw_charts(grouped: SeriesResults) -> dict[str, Figure]:
+    """Name -> figure, of all for which there are results."""
+    drawn = {
+        "routing": draw_routing(grouped),
+        "time": draw_scores(grouped, "seconds per question (median)", _seconds),
+        "tokens": draw_scores(grouped, "visual tokens per question (mean)", _tokens),
+        "token_cost": draw_curve(grouped),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def draw_routing(grouped: SeriesResults) -> Figure | None:
+    """Share of images at each level, a bar per benchmark, a panel per series in which the router chose (figure 5)."""
+    shown = {
+        series: {name: entry.result.routing.levels for name, entry in results.items() if entry.result.routing.levels}
+        for series, results in grouped.items()
+        if series.is_routed
+    }
+    shown = {series: bars for series, bars in shown.items() if bars}
+    if not shown:
+        return None
+    num_bars = max(map(len, shown.values()))
+    height = 0.3 * num_bars + 1.6
+    figure, panels = grid(len(shown), 2, 5.2, height)
+    for axes, (series, bars) in zip(panels, shown.items(), strict=True):
+        stack_levels(axes, list(bars.values()), list(map(str, series.granularities)))
+        axes.set_yticks(range(len(bars)), [BENCHMARKS[name].title for name in bars])
+        axes.set_ylim(num_bars - 0.5, -0.5)  # bars are as thick in every panel; the first is at the top
+        axes.set_xlabel("share of images", fontsize=9)
+        axes.set_title(", ".join(series.labels), fontsize=9)
+        axes.legend(
+            title="visual tokens per crop",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.6 / (height - 1.2)),
+            ncols=len(series.granularities),
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
+    return figure
+
+
+def _seconds(result: Result) -> float | None:
+    spread = result.efficiency.seconds_per_question
+    return None if spread is None else spread.median
+
+
+def _tokens(result: Result) -> float:
+    return result.efficiency.mean_visual_tokens
+
+
+def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], float | None]) -> Figure | None:
+    """Headline score with its interval against a cost, a panel per benchmark and protocol.
+
+    Args:
+        grouped: The results.
+        label: Of the cost's axis.
+        read: The cost of a result; None where it was not measured.
+    """
+    panels = {
+        key: {series: result for series, result in results.items() if read(result) is not None}
+        for key, results in _by_benchmark(grouped).items()
+    }
+    panels = {key: results for key, results in panels.items() if len(results) > 1}  # one point shows no trade-off
+    if not panels:
+        return None
+    colors = _model_colors(grouped)
+    figure, places = grid(len(panels), 4, *_PANEL)
+    legend: dict[str, Any] = {}
+    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+        for model in dict.fromkeys(series.model for series in results):
+            mine = {series: result for series, result in results.items() if series.model == model}
+            for name, handle in _draw_model(axes, model, mine, colors[model], read).items():
+                legend.setdefault(name, handle)
+        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        if label.startswith("visual"):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel(label, fontsize=9)
+    figure.legend(
+        list(legend.values()),
+        list(legend),
+        loc="outside upper center",
+        ncols=_legend_columns(len(legend), len(panels)),
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
+def _draw_model(
+    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, read: Callable[[Result], float | None]
+) -> dict[str, Any]:
+    """One model's points: fixed levels and the router's prices joined by lines, chance as a mark. Label -> handle."""
+    groups: dict[str, dict[Series, Result]] = {}
+    for series, result in results.items():
+        name = "fixed level" if isinstance(series.granularity, int) else "router" if series.is_routed else "random"
+        groups.setdefault(name, {})[series] = result
+    handles = {}
+    for name, members in groups.items():
+        points = sorted((_point(result, read) for result in members.values()), key=lambda point: point.x)
+        handles[f"{model}, {name}"] = axes.errorbar(
+            [point.x for point in points],
+            [point.value for point in points],
+            yerr=[
+                [point.value - point.low for point in points],
+                [point.high - point.value for point in points],
+            ],
+            fmt={"fixed level": "o-", "router": "^-", "random": "X"}[name],
+            color={"fixed level": GREY, "router": BLUE, "random": ORANGE}[name] if color is None else color,
+            alpha=0.9 if name != "fixed level" else 0.6,
+            markersize=7 if name != "fixed level" else 4.5,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=1.5,
+            zorder=3 if name == "router" else 2,
+        )
+    return handles
+
+
+def _point(result: Result, read: Callable[[Result], float | None]) -> _Point:
+    metric = result.headline
+    x = read(result)
+    assert x is not None
+    low, high = bootstrap_interval(metric.kind, metric.units)
+    return _Point(x, *(in_table_units(value, metric.kind, metric.maximum) for value in (metric.value, low, high)))
+
+
+def draw_curve(grouped: SeriesResults) -> Figure | None:
+    """Headline score against the share of tokens as the router's price rises, a panel per benchmark and protocol."""
+    panels = {
+        key: {series: result for series, result in results.items() if result.routing.curve}
+        for key, results in _by_benchmark(grouped).items()
+    }
+    panels = {key: results for key, results in panels.items() if results}
+    if not panels:
+        return None
+    colors = _model_colors(grouped)
+    figure, places = grid(len(panels), 4, *_PANEL)
+    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+        for series, result in results.items():
+            metric, curve = result.headline, sorted(result.routing.curve or (), key=lambda point: point.token_cost)
+            shares = [point.token_share for point in curve]
+            values = [in_table_units(point.value, metric.kind, metric.maximum) for point in curve]
+            axes.plot(shares, values, "o-", color=colors[series.model] or BLUE, markersize=4, label=series.model)
+            for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # the prices: first, middle, last
+                axes.annotate(
+                    f"{curve[index].token_cost:g}",
+                    (shares[index], values[index]),
+                    xytext=(5, -7),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        axes.set_xlim(0, 1.08)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.supxlabel("share of the finest level's visual tokens\n(small figures: token cost)", fontsize=9)
+    if len(colors) > 1:
+        handles, labels = places[0].get_legend_handles_labels()
+        num_columns = _legend_columns(len(labels), len(panels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False, fontsize=8)
+    return figure
+
+
+def _legend_columns(num_entries: int, num_panels: int) -> int:
+    """As many as fit above the panels."""
+    return min(4, num_entries, num_panels)
+
+
+def _by_benchmark(grouped: SeriesResults) -> Panels:
+    panels: dict[tuple[Benchmark, str], dict[Series, Result]] = {}
+    for series, results in grouped.items():
+        for benchmark, entry in results.items():
+            panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
+    names = list(BENCHMARKS)
+    return dict(sorted(panels.items(), key=lambda item: (item[0][1], names.index(item[0][0]))))
+
+
+def _model_colors(grouped: SeriesResults) -> dict[str, str | None]:
+    """A colour per model; none where there is one model, so that colours can tell its choosers apart."""
+    models = dict.fromkeys(series.model for series in grouped)
+    if len(models) == 1:
+        return dict.fromkeys(models)
+    return {model: _COLORS[index % len(_COLORS)] for index, model in enumerate(models)}
+
+
+def _finish(axes: Axes, benchmark: Benchmark, protocol: str, metric: Metric) -> None:
+    tidy(axes)
+    axes.set_title(f"{BENCHMARKS[benchmark].title} ({protocol})", fontsize=9)
+    axes.set_ylabel(metric.label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.12, y=0.15)

@@ -1,0 +1,126 @@
+"""Weights as ranges of bytes, against the library that defines the format; and the model without language model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from avg_llava import load_model
+from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.routing_model import load_routing_model
+from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, merge, weight_files
+from tests.model.tiny import images, pad, prompt, tiny_model
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return {
+        "half": torch.randn(3, 5).bfloat16(),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "name with a ü": torch.randn(4),
+    }
+
+
+def test_merged_files_are_read_by_the_library(tensors, tmp_path):
+    names = list(tensors)
+    save_file({name: tensors[name] for name in names[:2]}, tmp_path / "a.safetensors")
+    save_file({name: tensors[name] for name in names[2:]}, tmp_path / "b.safetensors")
+    merge(tmp_path / "all.safetensors", list_tensors([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]))
+    found = load_file(tmp_path / "all.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name], tensor)
+    assert not list(tmp_path.glob(".*"))
+    for stored in list_tensors([tmp_path / "all.safetensors"]).values():
+        assert stored.start % 8 == 0 or stored.dtype != "F64", "aligned to its type"
+
+
+def test_the_fingerprint_is_of_the_tensors(tensors, tmp_path):
+    """Not of how they are spread over files; and of every bit of them."""
+    save_file(tensors, tmp_path / "one.safetensors")
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{len(name)}{name[0]}.part")
+    one = fingerprint(list_tensors([tmp_path / "one.safetensors"]))
+    assert fingerprint(list_tensors(tmp_path.glob("*.part"))) == one
+    prints = {one}
+    for change in (
+        {"half": tensors["half"].view(torch.float16)},
+        {"half": tensors["half"].reshape(5, 3)},
+        {"bytes": tensors["bytes"].flip(0)},
+        {"another": tensors["half"].clone()},
+    ):
+        save_file({**tensors, **change}, tmp_path / "changed.safetensors")
+        prints.add(fingerprint(list_tensors([tmp_path / "changed.safetensors"])))
+    assert len(prints) == 5
+
+
+def test_damaged_files_are_named(tensors, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    for damaged, message in [
+        (content[:-1], "cut short"),
+        (content[:20], "not a safetensors file"),
+        (b"", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors is {message}"):
+            list_tensors([path])
+
+
+def test_files_of_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json or model\.safetensors"):
+        weight_files(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"no model-2\.safetensors\."):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_size", ["10GB", "100KB"])
+def test_the_model_without_language_model(tmp_path, tied, shard_size):
+    """Routes as the whole one, and is saved as the whole one, whatever the files of its source."""
+    whole = tiny_model()
+    if tied:
+        whole.config.tie_word_embeddings = whole.config.text_config.tie_word_embeddings = True
+        whole.tie_weights()
+    whole.save_pretrained(tmp_path / "fresh")
+    load_model(tmp_path / "fresh").save_pretrained(tmp_path / "whole", max_shard_size=shard_size)
+    routing = load_routing_model(tmp_path / "whole")
+    held = {name for name, _ in routing.named_parameters() if "language_model" in name or "lm_head" in name}
+    assert held == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
+    ids = pad([prompt(9, 2), prompt(7, 4, seed=1)])
+    mask = (ids != 0).long()
+    batch = images(whole.config, (32, 40), (70, 30))
+    with torch.no_grad():
+        expected = whole.route(whole.encode_images(**batch), ids, mask)
+        assert torch.equal(routing.route(routing.encode_images(**batch), ids, mask), expected)
+        routing.model.router.voter += 1
+    routing.save_pretrained(tmp_path / "saved")
+    found = load_model(tmp_path / "saved")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "saved")]
+    assert configs[0] == configs[1]
+    prints = set()
+    for name in ("whole", "saved"):  # whose files call some weights otherwise
+        weights = list_weights(tmp_path / name)
+        prints.add(fingerprint({key: each for key, each in weights.items() if not key.startswith(ROUTER_KEYS)}))
+    assert len(prints) == 1
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor + 1 if name == "model.router.voter" else tensor), name
+
+
+def test_a_source_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    with pytest.raises(ValueError, match=r"no checkpoint of this package .*avg-llava convert"):
+        load_routing_model(tmp_path)

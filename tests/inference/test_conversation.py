@@ -1,0 +1,88 @@
+"""Conversations against the same conversation read anew at every turn."""
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+from avg_llava.checkpoints.loading import load
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget, BudgetError
+from avg_llava.inference.conversation import Conversation
+from avg_llava.model.images import DataError
+from avg_llava.model.modeling import PromptTooLongError
+from tests.inference.test_predictor import noise_images
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    return load(make_checkpoint(tmp_path_factory.mktemp("tiny")))[0].predictor
+
+
+@pytest.fixture(scope="module")
+def images():
+    return noise_images()
+
+
+def plain(predictor, conversation, images, decoding):
+    """The answer to the last question when all is computed anew, at the conversation's levels."""
+    encoded = predictor.encode([Request(conversation.messages[:-1], tuple(images))])
+    return predictor.answer(encoded, conversation.levels, decoding)[0]
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(8), Budget(token_cost=0.5), Budget(max_visual_tokens=60)], ids=str)
+def test_turns_equal_reading_everything_anew(predictor, images, budget):
+    decoding = Decoding(6)
+    conversation = Conversation(predictor, budget, decoding)
+    turns = [
+        ("what color is it?", [images[0]]),
+        ("why?", []),
+        ("compare them", [images[1], images[2]]),
+        ("and now?", []),
+    ]
+    shown = []
+    for question, new in turns:
+        shown += new
+        answer = conversation.ask(question, new)
+        expected = plain(predictor, conversation, shown, decoding)
+        assert answer.text == expected.text
+        assert answer.num_prompt_tokens == expected.num_prompt_tokens
+        assert answer.num_visual_tokens == expected.num_visual_tokens
+        assert len(answer.granularity) == len(new)
+        if shown != new:
+            assert conversation.num_cached > expected.num_visual_tokens * (not new), "images are read once"
+        if budget.max_visual_tokens:
+            assert answer.num_visual_tokens <= budget.max_visual_tokens
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 4
+
+
+def test_the_first_turn_is_a_question_like_any_other(predictor, images):
+    conversation = Conversation(predictor, decoding=Decoding(6))
+    answer = conversation.ask("how many dots?", images[0])
+    expected = predictor.model.ask(images[0], "how many dots?", max_new_tokens=6)
+    assert (answer.text, answer.granularity) == (expected.text, expected.granularity)
+    torch.testing.assert_close(torch.tensor(answer.router_probs), torch.tensor(expected.router_probs))
+
+
+def test_answers_are_streamed(predictor, images):
+    conversation = Conversation(predictor, decoding=Decoding(6))
+    conversation.ask("what?", images[0])
+    streamer = TextIteratorStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = conversation.ask("why?", streamer=streamer)
+    assert "".join(streamer).strip() == answer.text
+
+
+def test_an_error_leaves_the_conversation_as_it_was(predictor, images):
+    decoding = Decoding(6)
+    conversation = Conversation(predictor, Budget(max_visual_tokens=30), decoding)
+    conversation.ask("what?", images[0])
+    before = list(conversation.messages)
+    with pytest.raises(DataError, match="image 1: cannot be read"):
+        conversation.ask("and this?", b"no image")
+    with pytest.raises(BudgetError, match=r"too low|used up"):
+        conversation.ask("and these?", images * 10)
+    with pytest.raises(PromptTooLongError):
+        conversation.ask("word " * 5000)
+    assert conversation.messages == before
+    answer = conversation.ask("why?")
+    assert answer.text == plain(predictor, conversation, images[:1], decoding).text

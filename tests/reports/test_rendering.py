@@ -1,0 +1,91 @@
+"""Tables in three formats: what is published is marked, what is special is escaped."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from avg_llava.reports.rendering import Cell, Row, Table, escape_latex, page, picture, to_html, to_latex, to_markdown
+
+TABLE = Table(
+    "table9",
+    "50% of A & B",
+    ("model", "level"),
+    ("F_1", "B|C"),
+    (
+        Row(("Old_1", ""), (Cell("62.0"), None), published=True),
+        Row(("<new>", "router"), (Cell("63.0†", ("61.5", "64.5")), Cell("1.20×"))),
+    ),
+    ("A note: 5% < 6%.",),
+)
+
+
+class Texts(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.classes = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+            self.classes.append(dict(attributes).get("class"))
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1] and data.strip():
+            self.rows[-1][-1] += data
+
+
+def test_markdown():
+    assert to_markdown(TABLE).splitlines() == [
+        "**50% of A & B**",
+        "",
+        "| model | level | F_1 | B\\|C |",
+        "| --- | --- | --: | --: |",
+        "| *Old_1* |  | *62.0* | – |",
+        "| <new> | router | 63.0† [61.5, 64.5] | 1.20× |",
+        "",
+        "A note: 5% < 6%.",
+    ]
+
+
+def test_html():
+    parser = Texts()
+    parser.feed(to_html(TABLE))
+    assert parser.rows[:2] == [["model", "level", "F_1", "B|C"], ["Old_1", "", "62.0", "–"]]
+    assert parser.rows[2][:3] == ["<new>", "router", "63.0†61.5 to 64.5"]
+    assert parser.classes == [None, "published", "first"]
+    assert "5% &lt; 6%" in to_html(TABLE)
+
+
+def test_latex():
+    lines = to_latex(TABLE).splitlines()
+    assert r"\begin{tabular}{llrr}" in lines
+    assert r"\textit{Old\_1} &  & \textit{62.0} & \textit{--} \\" in lines
+    assert r"\textless{}new\textgreater{} & router & 63.0$^\dagger$\,{\tiny[61.5, 64.5]} & 1.20$\times$ \\" in lines
+    assert r"\caption{50\% of A \& B.}" in lines
+    # Published and measured rows are parted by a rule; every row has as many cells as the head.
+    rules = [line for line in lines if line in (r"\toprule", r"\midrule", r"\bottomrule")]
+    assert rules == [r"\toprule", r"\midrule", r"\midrule", r"\bottomrule"]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines if line.endswith(r"\\")} == {3}
+    text = re.sub(r"\\[{}]", "", to_latex(TABLE))
+    assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize("sign", ["&", "%", "$", "#", "_", "{", "}"])
+def test_latex_signs_are_escaped(sign):
+    assert escape_latex(f"a{sign}") == f"a\\{sign}"
+
+
+def test_latex_backslash_is_text():
+    assert escape_latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
+
+
+def test_pages_need_no_other_file():
+    content = page("A <b>", "lead", {"One & two": picture("a.svg", b"<svg/>", 'say "x"'), "empty": ""})
+    assert "<title>A &lt;b&gt;</title>" in content
+    assert "<h2>One &amp; two</h2>" in content
+    assert "empty" not in content
+    assert 'alt="say &quot;x&quot;" src="data:image/svg+xml;base64,PHN2Zy8+"' in content
+    assert "http" not in content
