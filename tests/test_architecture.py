@@ -9,7 +9,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "avg_llava"
 # Each layer imports only from those before it.
-LAYERS = "common model data checkpoints inference training evaluation planning reports mini bench serving cli".split()
+LAYERS = [
+    "common",
+    "model",
+    "data",
+    "checkpoints",
+    "inference",
+    "training",
+    "evaluation",
+    "planning",
+    "reports",
+    "mini",
+    "bench",
+    "serving",
+    "cli",
+]
 MAX_LINES = 400
 PURE = ["model/anyres.py", "model/scaler.py", "model/splice.py", "training/losses.py"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
