@@ -1,14 +1,8 @@
-"""What visual tokens may cost: who chooses an image's level, at which price, and below which limit.
-
-Shapes: N images, G levels, coarse to fine.
-"""
+"""What visual tokens may cost: who chooses an image's level, at which price, and below which limit."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 
 class BudgetError(ValueError):
@@ -39,22 +33,6 @@ class Budget:
             raise BudgetError(f"max_visual_tokens must be at least 1, got {self.max_visual_tokens}")
         if self.granularity is not None and self.token_cost:
             raise BudgetError("token_cost is the router's price, but granularity forces a level: give one of the two")
-
-
-def level_values(router_logits: Tensor, granularities: Sequence[int], token_cost: float | Tensor = 0.0) -> Tensor:
-    """What each level is worth: its log-probability less its price.
-
-    Args:
-        router_logits: (N, G).
-        granularities: Visual tokens per crop of the G levels.
-        token_cost: Nats per doubling of visual tokens; a number or (N,).
-
-    Returns:
-        (N, G) float32.
-    """
-    doublings = torch.tensor(granularities, device=router_logits.device).log2()
-    price = torch.as_tensor(token_cost, device=router_logits.device, dtype=torch.float32).reshape(-1, 1)
-    return router_logits.float().log_softmax(-1) - price * doublings
 
 
 def best_levels(values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
@@ -95,4 +73,4 @@ def best_levels(values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int
     return list(fronts[-1][2])
 
 
-__all__ = ["Budget", "BudgetError", "best_levels", "level_values"]
+__all__ = ["Budget", "BudgetError", "best_levels"]

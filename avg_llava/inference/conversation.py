@@ -14,11 +14,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
-from avg_llava.inference.budget import Budget, BudgetError, level_values
+from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.generation import now, write
 from avg_llava.inference.predictor import Predictor, as_images, open_image, with_placeholders
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import tokenize_with_images
+from avg_llava.model.router import level_values
 
 Key = int | tuple[int, int]
 """What a position of the prompt depends on: a token's id, or an image's number and its level."""

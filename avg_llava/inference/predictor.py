@@ -14,12 +14,13 @@ from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
-from avg_llava.inference.budget import Budget, best_levels, level_values
+from avg_llava.inference.budget import Budget, best_levels
 from avg_llava.inference.generation import Written, now, write
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
+from avg_llava.model.router import level_values
 
 if TYPE_CHECKING:  # which builds `ask` on this module
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration

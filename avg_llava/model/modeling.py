@@ -17,13 +17,12 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 
-from avg_llava.inference.budget import level_values
 from avg_llava.inference.predictor import QuestionAnswering
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.packing import LanguageHead, PackedInputs
-from avg_llava.model.router import GranularityRouter
+from avg_llava.model.router import GranularityRouter, level_values
 from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.model.splice import (
     IGNORE_INDEX,

@@ -4,6 +4,7 @@ Shapes: N images, C crops of all images (image after image), P crops of one imag
 level, V tokens of all levels together, K text slots, M instruction tokens, D language-model width.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -36,6 +37,22 @@ def filter_text(text: Tensor, mask: Tensor, overview: Tensor, num_text_tokens: i
     similarity = (F.normalize(text, dim=-1) @ image[:, :, None])[..., 0]  # (N, M)
     order = similarity.masked_fill(~mask, -torch.inf).sort(descending=True).indices[:, :num_text_tokens]
     return order, mask.gather(1, order)
+
+
+def level_values(router_logits: Tensor, granularities: Sequence[int], token_cost: float | Tensor = 0.0) -> Tensor:
+    """Value of each level: its log-probability minus the price of its tokens.
+
+    Args:
+        router_logits: (N, G).
+        granularities: Visual tokens per crop of the G levels.
+        token_cost: Nats per doubling of visual tokens; a number or (N,).
+
+    Returns:
+        (N, G) float32.
+    """
+    doublings = torch.tensor(granularities, device=router_logits.device).log2()
+    price = torch.as_tensor(token_cost, device=router_logits.device, dtype=torch.float32).reshape(-1, 1)
+    return router_logits.float().log_softmax(-1) - price * doublings
 
 
 class GranularityRouter(nn.Module):
@@ -170,4 +187,4 @@ class GranularityRouter(nn.Module):
         return merged[~absent]  # (C, V+K, D)
 
 
-__all__ = ["GranularityRouter", "filter_text"]
+__all__ = ["GranularityRouter", "filter_text", "level_values"]

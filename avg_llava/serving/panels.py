@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from avg_llava.inference.answers import Answer
-from avg_llava.inference.budget import Budget, level_values
+from avg_llava.inference.budget import Budget
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.router import level_values
 from avg_llava.model.scaler import token_grid
 
 STYLE = """

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from avg_llava.inference.budget import Budget, BudgetError, best_levels, level_values
+from avg_llava.inference.budget import Budget, BudgetError, best_levels
+from avg_llava.model.router import level_values
 
 
 @pytest.mark.parametrize("seed", range(40))
