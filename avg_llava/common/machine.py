@@ -1,5 +1,6 @@
 """The machine: what numbers were measured on, what it could do, and how much memory was taken."""
 
+import importlib.metadata
 import os
 import platform
 import resource
@@ -10,8 +11,7 @@ from typing import Any
 
 import torch
 
-from avg_llava.training.checkpoint import library_versions
-from avg_llava.training.config import RuntimeSettings
+RECORDED_LIBRARIES = ("avg-llava", "torch", "transformers", "deepspeed", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Gpu:
     float32: float
     device_name: str
 
-    def peak(self, runtime: RuntimeSettings) -> float:
-        """Operations per second in the precision of a run."""
-        if runtime.precision != "fp32":
+    def peak(self, precision: str, tf32: bool) -> float:
+        """Operations per second in a precision ("fp32" or one of 16 bits); `tf32` allows TF32 in float32 products."""
+        if precision != "fp32":
             return self.half
-        return self.tf32 if runtime.tf32 else self.float32
+        return self.tf32 if tf32 else self.float32
 
 
 GPUS = {
@@ -54,6 +54,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
 def machine_facts() -> dict[str, Any]:
     """Processor, cores, GPU, system and the versions of libraries."""
     return {
@@ -65,9 +76,9 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def known_peak(device_name: str, runtime: RuntimeSettings) -> float | None:
-    """Operations per second of a device by CUDA's name of it; None for one that is not in `GPUS`."""
-    return next((gpu.peak(runtime) for gpu in GPUS.values() if gpu.device_name in device_name), None)
+def known_peak(device_name: str, precision: str, tf32: bool) -> float | None:
+    """Operations per second of a device, found in `GPUS` by its CUDA name; None if it is not there."""
+    return next((gpu.peak(precision, tf32) for gpu in GPUS.values() if gpu.device_name in device_name), None)
 
 
 def peak_memory() -> int:
@@ -85,6 +96,3 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-__all__ = ["GPUS", "Gpu", "known_peak", "machine_facts", "num_cores", "peak_memory"]

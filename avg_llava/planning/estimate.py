@@ -120,7 +120,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         if shape.image_size is not None or level == levels[-1]
     )
     steps = _steps(config, samples.num_records, step_samples)
-    peak = GPUS[request.gpu].peak(config.runtime)
+    peak = GPUS[request.gpu].peak(config.runtime.precision, config.runtime.tf32)
     seconds = flops / (peak * request.mfu * request.num_gpus)
     return {
         "config": str(path),

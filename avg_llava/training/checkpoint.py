@@ -5,20 +5,18 @@ being written when the run was killed has none and is ignored.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError
 
 MANIFEST_NAME = "stage.json"
 CHECKPOINT_PREFIX = "checkpoint-"
-RECORDED_LIBRARIES = ("avg-llava", "torch", "transformers", "deepspeed", "accelerate")
 
 # Sections and keys that may change between a run and its continuation: they do not change what is learnt.
 FREE_KEYS = (
@@ -46,19 +44,8 @@ class StageManifest:
     config: dict[str, Any]
     """The resolved configuration."""
     world_size: int
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
-    versions = {"python": platform.python_version()}
-    for name in RECORDED_LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def write_manifest(folder: Path, manifest: StageManifest) -> None:

@@ -229,7 +229,8 @@ class Monitor:
             return self.config.logging.peak_tflops * 1e12
         if self.device.type != "cuda":
             return None
-        return known_peak(torch.cuda.get_device_name(self.device), self.config.runtime)
+        runtime = self.config.runtime
+        return known_peak(torch.cuda.get_device_name(self.device), runtime.precision, runtime.tf32)
 
 
 def weighted_means(records: Sequence[dict[str, tuple[float, int]]]) -> dict[str, float]:

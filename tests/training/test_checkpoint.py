@@ -2,13 +2,13 @@ import json
 
 import pytest
 
+from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError
 from avg_llava.training.checkpoint import (
     StageManifest,
     changed_keys,
     check_start,
     latest_checkpoint,
-    library_versions,
     read_manifest,
     write_manifest,
 )

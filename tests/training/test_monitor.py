@@ -18,7 +18,7 @@ from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
 from avg_llava.common.machine import known_peak
 from avg_llava.training import monitor, run
 from avg_llava.training.assembly import build_dataset, load_processor
-from avg_llava.training.config import ConfigError, RuntimeSettings, TrainConfig, load_config
+from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.flops import step_flops
 from avg_llava.training.monitor import MACHINE_METRICS, Monitor, weighted_means
 from avg_llava.training.progress import COLLAPSE_LINES, COLLAPSE_SHARE, CollapseAlarm
@@ -135,12 +135,12 @@ def test_operations_and_what_a_device_could_do(world, tmp_path):
     assert "mfu" not in unknown.line([record], grad_norm=None), "nobody said what this CPU could do"
 
 
-def test_peaks_are_those_of_the_very_device():
-    runtime = RuntimeSettings(precision="bf16")
-    assert known_peak("NVIDIA H100 80GB HBM3", runtime) == 989e12
-    assert known_peak("NVIDIA A100-SXM4-40GB", runtime) == 312e12
-    assert known_peak("NVIDIA H100 80GB HBM3", RuntimeSettings(precision="fp32", tf32=False)) == 67e12
-    assert known_peak("NVIDIA H100 PCIe", runtime) is None, "slower than the one above"
+def test_known_peak_is_of_the_exact_device():
+    assert known_peak("NVIDIA H100 80GB HBM3", "bf16", tf32=True) == 989e12
+    assert known_peak("NVIDIA A100-SXM4-40GB", "bf16", tf32=True) == 312e12
+    assert known_peak("NVIDIA H100 80GB HBM3", "fp32", tf32=True) == 494e12
+    assert known_peak("NVIDIA H100 80GB HBM3", "fp32", tf32=False) == 67e12
+    assert known_peak("NVIDIA H100 PCIe", "bf16", tf32=True) is None, "slower than the one above"
 
 
 def test_peak_must_be_a_speed(world, tmp_path):
