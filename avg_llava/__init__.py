@@ -1,19 +1,25 @@
-"""AVG-LLaVA: a large multimodal model that picks its visual granularity from the image and the instruction."""
+"""AVG-LLaVA: a large multimodal model that picks its visual granularity from the image and the instruction.
 
-from transformers import AutoConfig, AutoModelForImageTextToText
+Public names are imported on first use (PEP 562): `import avg_llava` loads neither torch nor transformers. Each module
+that defines a class registers it with transformers' `Auto*` classes. Code that loads AVG-LLaVA folders through
+`AutoModelForImageTextToText` and `AutoProcessor` therefore starts with
+`from avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaProcessor`.
+"""
 
-from avg_llava.checkpoints.loading import CheckpointError, build_from_backbones, load, load_model
-from avg_llava.inference.answers import Answer, Decoding, Request
-from avg_llava.inference.budget import Budget, BudgetError
-from avg_llava.inference.conversation import Conversation
-from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.outputs import AvgLlavaOutput
-from avg_llava.model.processing import AvgLlavaProcessor, register
+import importlib
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
-register()
+if TYPE_CHECKING:
+    from avg_llava.checkpoints.loading import CheckpointError, build_from_backbones, load, load_model
+    from avg_llava.inference.answers import Answer, Decoding, Request
+    from avg_llava.inference.budget import Budget, BudgetError
+    from avg_llava.inference.conversation import Conversation
+    from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
+    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+    from avg_llava.model.outputs import AvgLlavaOutput
+    from avg_llava.model.processing import AvgLlavaProcessor
+
+    __version__: str
 
 __all__ = [
     "Answer",
@@ -32,3 +38,38 @@ __all__ = [
     "load",
     "load_model",
 ]
+
+_MODULES = {
+    "Answer": "inference.answers",
+    "AvgLlavaConfig": "model.configuration",
+    "AvgLlavaForConditionalGeneration": "model.modeling",
+    "AvgLlavaOutput": "model.outputs",
+    "AvgLlavaProcessor": "model.processing",
+    "Budget": "inference.budget",
+    "BudgetError": "inference.budget",
+    "CheckpointError": "checkpoints.loading",
+    "Conversation": "inference.conversation",
+    "Decoding": "inference.answers",
+    "Request": "inference.answers",
+    "RouterConfig": "model.configuration",
+    "build_from_backbones": "checkpoints.loading",
+    "load": "checkpoints.loading",
+    "load_model": "checkpoints.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("avg-llava")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"avg_llava.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

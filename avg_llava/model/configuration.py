@@ -136,4 +136,6 @@ class AvgLlavaConfig(LlavaNextConfig):
             )
 
 
+AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)
+
 __all__ = ["AvgLlavaConfig", "Behavior", "RouterConfig"]

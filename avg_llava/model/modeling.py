@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
@@ -380,6 +380,7 @@ class AvgLlavaForConditionalGeneration(QuestionAnswering, AvgLlavaPreTrainedMode
         return self.get_input_embeddings()(input_ids.masked_fill(self._is_image(input_ids), 0))
 
 
+AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
 # The files of transformers' LLaVA-NeXT use older key names; an out-of-tree class must ask for their mapping by itself.
 register_checkpoint_conversion_mapping(
     AvgLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava_next"), overwrite=True

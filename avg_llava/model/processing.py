@@ -349,16 +349,13 @@ def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:
     return {name: stored[name] for name in fields if name in stored}
 
 
-def register() -> None:
-    """Makes `AutoProcessor` and `AutoImageProcessor` know the classes of this module."""
-    AutoImageProcessor.register(
-        AvgLlavaConfig,
-        # Under both names, so that a machine with torchvision gets the same pixels as one without.
-        image_processor_classes={"pil": AvgLlavaImageProcessor, "torchvision": AvgLlavaImageProcessor},
-        exist_ok=True,
-    )
-    AutoProcessor.register(AvgLlavaConfig, AvgLlavaProcessor, exist_ok=True)
-
+AutoImageProcessor.register(
+    AvgLlavaConfig,
+    # Both names map to the PIL class: pixels do not depend on whether torchvision is installed.
+    image_processor_classes={"pil": AvgLlavaImageProcessor, "torchvision": AvgLlavaImageProcessor},
+    exist_ok=True,
+)
+AutoProcessor.register(AvgLlavaConfig, AvgLlavaProcessor, exist_ok=True)
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
@@ -366,6 +363,5 @@ __all__ = [
     "AvgLlavaImageProcessor",
     "AvgLlavaProcessor",
     "TokenizedText",
-    "register",
     "tokenize_with_images",
 ]
