@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from avg_llava.inference.answers import Answer, Decoding, Request
     from avg_llava.inference.budget import Budget, BudgetError
     from avg_llava.inference.conversation import Conversation
+    from avg_llava.inference.pipeline import Pipeline
     from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
     from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
     from avg_llava.model.outputs import AvgLlavaOutput
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Conversation",
     "Decoding",
+    "Pipeline",
     "Request",
     "RouterConfig",
     "build_from_backbones",
@@ -50,6 +52,7 @@ _MODULES = {
     "CheckpointError": "checkpoints.loading",
     "Conversation": "inference.conversation",
     "Decoding": "inference.answers",
+    "Pipeline": "inference.pipeline",
     "Request": "inference.answers",
     "RouterConfig": "model.configuration",
     "build_from_backbones": "checkpoints.loading",

@@ -35,7 +35,7 @@ def register(model: str, granularity: int | None, token_cost: float) -> None:
     from vlmeval.config import supported_VLM
     from vlmeval.vlm.base import BaseModel
 
-    from avg_llava import Budget, Decoding, load
+    from avg_llava import Budget, Decoding, Pipeline
 
     class AvgLlava(BaseModel):
         INTERLEAVE = True
@@ -43,11 +43,11 @@ def register(model: str, granularity: int | None, token_cost: float) -> None:
         def __init__(self, path: str) -> None:
             super().__init__()
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.predictor = load(path, device=device)[0].predictor
+            self.pipeline = Pipeline.load(path, device=device)
             self.budget = Budget(granularity, token_cost)
 
         def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-            (answer,) = self.predictor.predict([to_request(message)], self.budget, Decoding(MAX_NEW_TOKENS))
+            (answer,) = self.pipeline.generate_batch([to_request(message)], self.budget, Decoding(MAX_NEW_TOKENS))
             return answer.text
 
     supported_VLM[NAME] = partial(AvgLlava, path=model)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from avg_llava import cli
-from avg_llava.checkpoints.loading import load
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ERRORS
 from tests.serving.running import MINI, running
@@ -29,7 +29,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def server():
-    with running(load(MINI)[0].predictor) as server:
+    with running(Pipeline.load(MINI).predictor) as server:
         yield server
 
 

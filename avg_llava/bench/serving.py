@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.common.machine import machine_facts
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.questions import choose_questions
 from avg_llava.mini.world import NOT_ASKED, encode_png, scene_of
@@ -224,7 +224,7 @@ def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dic
     Returns:
         Numbers of requests, failures by status and wrong answers; seconds by percentile; memory; the exit code.
     """
-    questions = make_questions(load(model)[0].predictor)
+    questions = make_questions(Pipeline.load(model).predictor)
     tally = Tally()
     with started_server(model, "--name", _NAME, "--max-queue", str(max(64, clients))) as (process, address):
         before = read_metrics(address)

@@ -73,10 +73,9 @@ KNOWN_TOWERS = {
 
 
 def load(path: str | Path, **kwargs: Any) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
-    """Loads a model and its processor, with which `model.ask` works; arguments as for :func:`load_model`."""
+    """Loads a model and its processor; arguments as for :func:`load_model`."""
     model = load_model(path, **kwargs)
-    model.processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(path), model.config)
-    return model, model.processor
+    return model, AvgLlavaProcessor.from_checkpoint(resolve_folder(path), model.config)
 
 
 def load_model(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, MODEL, add_command, load_model_of
+from avg_llava.cli.parsing import FINE, MODEL, add_command, load_pipeline
 
 _SHIPPED = Path(__file__).parent.parent / "mini" / "checkpoint"
 
@@ -15,7 +15,7 @@ def demo(arguments: argparse.Namespace) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     from avg_llava.serving.demo import serving, wait_for_the_end
 
-    with serving(load_model_of(arguments).predictor, arguments.host, arguments.port) as address:
+    with serving(load_pipeline(arguments).predictor, arguments.host, arguments.port) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         wait_for_the_end()
     return FINE

@@ -16,7 +16,7 @@ from avg_llava.cli.parsing import (
     add_group,
     budget_of,
     hide_bars_from_files,
-    load_model_of,
+    load_pipeline,
     tell,
 )
 
@@ -45,11 +45,11 @@ def export_prompts(arguments: argparse.Namespace) -> int:
     from avg_llava.inference.export import ERRORS, write_prompts
     from avg_llava.inference.question_files import read_questions
 
-    model = load_model_of(arguments)
+    pipeline = load_pipeline(arguments)
     image_root = arguments.image_root or arguments.input.parent
     questions = read_questions(arguments.input, image_root, budget_of(arguments))
     output, form = arguments.output, arguments.format
-    num_failures = write_prompts(model.predictor, questions, output, form, arguments.max_new_tokens)
+    num_failures = write_prompts(pipeline.predictor, questions, output, form, arguments.max_new_tokens)
     facts = {"questions": len(questions), "failures": num_failures, "output": str(output)}
     errors = f", {num_failures} not: see {output / ERRORS}" if num_failures else ""
     tell(arguments, facts, f"{len(questions) - num_failures} prompts are in {output}{errors}")

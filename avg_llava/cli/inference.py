@@ -18,7 +18,7 @@ from avg_llava.cli.parsing import (
     at_least_one,
     budget_of,
     hide_bars_from_files,
-    load_model_of,
+    load_pipeline,
     tell,
 )
 
@@ -34,18 +34,19 @@ def generate(arguments: argparse.Namespace) -> int:
         arguments.output is None
     ):
         raise ValueError("give --prompt for one question, or --input and --output for a file of them")
-    model = load_model_of(arguments)
+    pipeline = load_pipeline(arguments)
     budget = budget_of(arguments)
     decoding = Decoding(arguments.max_new_tokens)
     if arguments.input is None:
-        (answer,) = model.predictor.predict([Request(arguments.prompt, tuple(arguments.image or ()))], budget, decoding)
-        tell(arguments, _told(answer, model.config.granularities), answer.text)
+        request = Request(arguments.prompt, tuple(arguments.image or ()))
+        (answer,) = pipeline.generate_batch([request], budget, decoding)
+        tell(arguments, _told(answer, pipeline.predictor.granularities), answer.text)
         return FINE
 
     from avg_llava.inference.question_files import answer_file, read_questions
 
     questions = read_questions(arguments.input, arguments.image_root or arguments.input.parent, budget)
-    num_failures = answer_file(model.predictor, questions, arguments.output, decoding, arguments.batch_size)
+    num_failures = answer_file(pipeline.predictor, questions, arguments.output, decoding, arguments.batch_size)
     facts = {"questions": len(questions), "failures": num_failures, "output": str(arguments.output)}
     errors = f", {num_failures} not: see {arguments.output.with_suffix('.errors.jsonl')}" if num_failures else ""
     tell(arguments, facts, f"answered {len(questions) - num_failures} questions in {arguments.output}{errors}")
@@ -57,9 +58,9 @@ def chat(arguments: argparse.Namespace) -> int:
     from avg_llava.inference.answers import Decoding
     from avg_llava.serving.chat import Chat
 
-    model = load_model_of(arguments)
+    pipeline = load_pipeline(arguments)
     budget = budget_of(arguments)
-    conversation = Chat(model.predictor, budget, Decoding(arguments.max_new_tokens), print)
+    conversation = Chat(pipeline.predictor, budget, Decoding(arguments.max_new_tokens), print)
     for path in arguments.image or ():
         conversation.run([f"/image {path}"])
     conversation.run(_typed_lines())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avg_llava.inference.budget import Budget
-    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+    from avg_llava.inference.pipeline import Pipeline
 
 FINE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -71,7 +71,7 @@ MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     ),
     STATIC_CACHE,
 ]
-"""Which model answers, and how its weights are held; for :func:`load_model_of`."""
+"""Which model answers, and how its weights are held; for :func:`load_pipeline`."""
 
 ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
@@ -103,19 +103,19 @@ def tell(arguments: argparse.Namespace, facts: Any, text: str) -> None:
     print(json.dumps(facts, indent=2) if arguments.json else text)
 
 
-def load_model_of(arguments: argparse.Namespace) -> "AvgLlavaForConditionalGeneration":
-    """The model that a user named by `MODEL`, with its processor."""
-    from avg_llava.checkpoints.loading import load
+def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
+    """Loads the model that the arguments `MODEL` name."""
+    from avg_llava.inference.pipeline import Pipeline
 
     hide_bars_from_files()
     device = pick_device(arguments.device)
-    return load(
+    return Pipeline.load(
         arguments.model,
         dtype=arguments.dtype,
         device=device,
         quantization=arguments.quantization,
         static_cache=arguments.static_cache,
-    )[0]
+    )
 
 
 def budget_of(arguments: argparse.Namespace) -> "Budget":

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, MODEL, add_command, at_least_one, load_model_of
+from avg_llava.cli.parsing import FAILED, FINE, MODEL, add_command, at_least_one, load_pipeline
 from avg_llava.serving.limits import Limits
 
 
@@ -19,9 +19,9 @@ def serve(arguments: argparse.Namespace) -> int:
         api_key = arguments.api_key_file.read_text("utf-8").strip()
         if not api_key or not api_key.isascii():
             raise ValueError(f"{arguments.api_key_file} must hold one line, the key, in ASCII")
-    model = load_model_of(arguments)
+    pipeline = load_pipeline(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    server = Server(model.predictor, arguments.name or Path(arguments.model).resolve().name, limits, api_key)
+    server = Server(pipeline.predictor, arguments.name or Path(arguments.model).resolve().name, limits, api_key)
 
     def announce(address: str) -> None:
         print(f"{arguments.model} at {address}", flush=True)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.common.answer_store import default_workers, map_batches, open_store, read_answers
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
@@ -24,6 +23,7 @@ from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.evaluation.tasks import BenchmarkQuestions
 from avg_llava.inference.answers import Answer, Decoding, Request, cut_at
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Choice, Encoded, Predictor
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.modeling import PromptTooLongError
@@ -74,8 +74,7 @@ def _start_worker(setting: Setting, device: str) -> None:
 
 def load_predictor(setting: Setting, device: str) -> Predictor:
     """The setting's model."""
-    model, processor = load(setting.model, dtype=setting.dtype, device=device)
-    return Predictor(model, processor)
+    return Pipeline.load(setting.model, dtype=setting.dtype, device=device).predictor
 
 
 def _answer_batch(indices: Sequence[int]) -> list[dict[str, Any] | Failure]:

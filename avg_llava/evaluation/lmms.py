@@ -17,11 +17,10 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.data.records import DataError
 from avg_llava.inference.answers import Decoding, Request, cut_at
 from avg_llava.inference.budget import Budget
-from avg_llava.inference.predictor import Predictor
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.modeling import PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -70,8 +69,7 @@ class AvgLlava(lmms):
         on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
         self.device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
         self.batch_size = int(batch_size)
-        model, processor = load(pretrained, dtype=dtype, device=self.device)
-        self.predictor = Predictor(model, processor)
+        self.predictor = Pipeline.load(pretrained, dtype=dtype, device=self.device).predictor
         forced = None if granularity == "auto" else int(granularity)
         self.budget = Budget(forced, float(token_cost))
         if forced is not None and forced not in self.predictor.granularities:

@@ -29,7 +29,7 @@ class Conversation:
     """Turns of one conversation.
 
     Args:
-        predictor: Answers (`model.predictor`).
+        predictor: Answers; see :meth:`Pipeline.chat`.
         budget: How the levels of images are found; the limit on visual tokens holds for the whole conversation.
         decoding: How answers are written.
 

@@ -5,7 +5,7 @@ Legend: B requests, N images (request after request), G levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -18,12 +18,10 @@ from avg_llava.inference.budget import Budget, best_levels
 from avg_llava.inference.generation import Written, now, write
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import decode_image, load_image, to_rgb
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
 from avg_llava.model.router import level_values
-
-if TYPE_CHECKING:  # which builds `ask` on this module
-    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Predictor:
         processor: Its processor.
     """
 
-    def __init__(self, model: "AvgLlavaForConditionalGeneration", processor: AvgLlavaProcessor) -> None:
+    def __init__(self, model: AvgLlavaForConditionalGeneration, processor: AvgLlavaProcessor) -> None:
         self.model = model.eval()
         self.processor = processor
 
@@ -319,46 +317,4 @@ def as_images(images: ImageInput | Sequence[ImageInput] | None) -> tuple[ImageIn
     return () if images is None else (images,) if isinstance(images, ImageInput) else tuple(images)
 
 
-class QuestionAnswering:
-    """What makes a model answer questions without more ado, once it has its processor."""
-
-    processor: AvgLlavaProcessor | None = None
-    """Attached by `avg_llava.load`."""
-
-    @property
-    def predictor(self) -> Predictor:
-        """Answers batches of requests, with a budget for each."""
-        if self.processor is None:
-            raise ValueError("the model has no processor: load both with avg_llava.load, or set model.processor")
-        return Predictor(cast("AvgLlavaForConditionalGeneration", self), self.processor)
-
-    def ask(
-        self,
-        images: ImageInput | Sequence[ImageInput] | None,
-        question: str,
-        granularity: int | None = None,
-        token_cost: float = 0.0,
-        max_visual_tokens: int | None = None,
-        streamer: BaseStreamer | None = None,
-        **decoding: Any,
-    ) -> Answer:
-        """Answers one question.
-
-        Args:
-            images: One image (Pillow, path or file contents), several, or None.
-            question: With one `<image>` per image these are where the images stand, else they come first.
-            granularity: As the other two a field of :class:`Budget`.
-            token_cost: See there.
-            max_visual_tokens: See there.
-            streamer: Takes the answer's tokens as they come.
-            **decoding: Fields of :class:`Decoding`.
-
-        Raises:
-            DataError: An image cannot be read.
-            BudgetError: The budget makes no sense, or the images do not fit into it.
-        """
-        budget = Budget(granularity, token_cost, max_visual_tokens)
-        return self.predictor.predict([Request(question, as_images(images))], budget, Decoding(**decoding), streamer)[0]
-
-
-__all__ = ["Choice", "Encoded", "Predictor", "QuestionAnswering"]
+__all__ = ["Choice", "Encoded", "Predictor"]

@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.common.answer_store import hash_file, map_batches, open_store, read_answers
 from avg_llava.data.records import parse_record
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
 from avg_llava.model.anyres import num_visual_tokens
@@ -112,8 +112,7 @@ def predictor_of(name: str) -> Predictor:
 def make_predictor(path: str | Path, device: str) -> Predictor:
     """A predictor of a checkpoint."""
     disable_progress_bar()  # of loading mini models, which takes no time
-    model, processor = load(path, device=device)
-    return Predictor(model, processor)
+    return Pipeline.load(path, device=device).predictor
 
 
 def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:

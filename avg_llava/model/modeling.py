@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 
-from avg_llava.inference.predictor import QuestionAnswering
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
@@ -78,7 +77,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         return self.multi_modal_projector(hidden[:, 1:])  # the class token is dropped
 
 
-class AvgLlavaForConditionalGeneration(QuestionAnswering, AvgLlavaPreTrainedModel, GenerationMixin):
+class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
     """LLaVA-NeXT that picks, per image, how many visual tokens the language model sees.
 
     A prompt holds one `config.image_token_id` per image; it is expanded here, after routing.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import avg_llava
-from avg_llava import Budget, Decoding, Request, load, load_model
+from avg_llava import Budget, Decoding, Pipeline, Request, load_model
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.model.attention import pick_attention
 from tests.parity.golden import GOLDEN
@@ -28,12 +28,12 @@ TOKEN_AGREEMENT = {"8bit": 0.95, "4bit": 0.9}  # of the likeliest next token; me
 
 @pytest.fixture(scope="module")
 def whole():
-    return load(MINI)[0]
+    return Pipeline.load(MINI)
 
 
 @pytest.fixture(scope="module", params=["8bit", "4bit"])
 def quantized(request):
-    return request.param, load(MINI, quantization=request.param)[0]
+    return request.param, Pipeline.load(MINI, quantization=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def restored(layer):
 
 
 def test_only_the_blocks_of_the_language_model_are_quantised(whole, quantized):
-    kind, model = quantized
+    kind, model, whole = quantized[0], quantized[1].model, whole.model
     expected = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[kind]
     plain = linear_layers(whole)
     for name, found in linear_layers(model).items():
@@ -70,7 +70,7 @@ def test_only_the_blocks_of_the_language_model_are_quantised(whole, quantized):
 
 
 def test_weights_are_rounded_within_the_format(whole, quantized):
-    kind, model = quantized
+    kind, model, whole = quantized[0], quantized[1].model, whole.model
     for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
         for block in range(len(whole.model.language_model.layers)):
             place = f"model.language_model.layers.{block}.{name}"
@@ -82,27 +82,27 @@ def test_weights_are_rounded_within_the_format(whole, quantized):
             assert error.max() > 0, "else nothing was rounded"
 
 
-def logits_along(model, requests, answers):
+def logits_along(pipeline, requests, answers):
     """For each answer the logits that predict its tokens, at the finest level."""
     rows = []
     for request, answer in zip(requests, answers, strict=True):
-        inputs = model.predictor.inputs([request])
-        ids = model.processor.tokenizer(answer.text, add_special_tokens=False).input_ids
+        inputs = pipeline.predictor.inputs([request])
+        ids = pipeline.processor.tokenizer(answer.text, add_special_tokens=False).input_ids
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
-            rows.append(model(**inputs, granularity=64, logits_to_keep=len(ids) + 1).logits[0].float())
+            rows.append(pipeline.model(**inputs, granularity=64, logits_to_keep=len(ids) + 1).logits[0].float())
     return rows
 
 
 def test_answers_within_the_tolerance(whole, quantized, requests):
-    kind, model = quantized
-    expected = whole.predictor.predict(requests, decoding=Decoding(8))
-    answers = model.predictor.predict(requests, decoding=Decoding(8))
+    kind, pipeline = quantized
+    expected = whole.generate_batch(requests, decoding=Decoding(8))
+    answers = pipeline.generate_batch(requests, decoding=Decoding(8))
     for answer, plain in zip(answers, expected, strict=True):
         assert (answer.granularity, answer.router_probs) == (plain.granularity, plain.router_probs)
     deviations, agreeing = [], []
-    pairs = zip(logits_along(model, requests, expected), logits_along(whole, requests, expected), strict=True)
+    pairs = zip(logits_along(pipeline, requests, expected), logits_along(whole, requests, expected), strict=True)
     for found, plain in pairs:
         deviations.append(float((found - plain).std() / plain.std()))
         agreeing += (found.argmax(-1) == plain.argmax(-1)).tolist()
@@ -116,10 +116,11 @@ def test_answers_within_the_tolerance(whole, quantized, requests):
     ("dtype", "quantization"), [("bfloat16", None), ("float16", None), ("bfloat16", "8bit"), ("float16", "4bit")]
 )
 def test_half_precision(whole, requests, dtype, quantization):
-    model, _ = load(MINI, dtype=dtype, quantization=quantization)
+    pipeline = Pipeline.load(MINI, dtype=dtype, quantization=quantization)
+    model = pipeline.model
     assert model.dtype == model.model.vision_tower.dtype == getattr(torch, dtype)
-    answers = model.predictor.predict(requests[:3], Budget(64), Decoding(8))
-    expected = whole.predictor.predict(requests[:3], Budget(64), Decoding(8))
+    answers = pipeline.generate_batch(requests[:3], Budget(64), Decoding(8))
+    expected = whole.generate_batch(requests[:3], Budget(64), Decoding(8))
     assert [answer.text for answer in answers] == [plain.text for plain in expected]
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.conversation import Conversation
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 from tests.inference.test_predictor import noise_images
@@ -16,7 +16,7 @@ from tests.tiny import make_checkpoint
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    return load(make_checkpoint(tmp_path_factory.mktemp("tiny")))[0].predictor
+    return Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("tiny"))).predictor
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_turns_equal_reading_everything_anew(predictor, images, budget):
 def test_the_first_turn_is_a_question_like_any_other(predictor, images):
     conversation = Conversation(predictor, decoding=Decoding(6))
     answer = conversation.ask("how many dots?", images[0])
-    expected = predictor.model.ask(images[0], "how many dots?", max_new_tokens=6)
+    expected = Pipeline(predictor.model, predictor.processor).ask(images[0], "how many dots?", max_new_tokens=6)
     assert (answer.text, answer.granularity) == (expected.text, expected.granularity)
     torch.testing.assert_close(torch.tensor(answer.router_probs), torch.tensor(expected.router_probs))
 

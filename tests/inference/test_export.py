@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from avg_llava import Request, cli, load
+from avg_llava import Pipeline, Request, cli
 from avg_llava.inference.export import ERRORS, INDEX, language_model
 from tests.inference.test_predictor import noise_images
 from tests.model.tiny import tiny_model
@@ -38,15 +38,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def routed(folder):
     """The routed model's ids for each question, through transformers' `generate`, and the fields of its answer."""
-    model = load(folder / "model")[0]
+    pipeline = Pipeline.load(folder / "model")
     found = {}
     for question in QUESTIONS:
         paths = question.get("image", [])
         request = Request(question["prompt"], tuple(folder / p for p in ([paths] if isinstance(paths, str) else paths)))
-        inputs = model.predictor.inputs([request])
+        inputs = pipeline.predictor.inputs([request])
         budget = {key: question[key] for key in ("granularity", "token_cost") if key in question}
-        (ids,) = model.generate(**inputs, **budget, do_sample=False, max_new_tokens=8, pad_token_id=0).tolist()
-        found[question["id"]] = ids, model.ask(request.images, request.prompt, **budget, max_new_tokens=8)
+        (ids,) = pipeline.model.generate(**inputs, **budget, do_sample=False, max_new_tokens=8, pad_token_id=0).tolist()
+        found[question["id"]] = ids, pipeline.ask(request.images, request.prompt, **budget, max_new_tokens=8)
     return found
 
 

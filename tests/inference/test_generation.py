@@ -5,10 +5,10 @@ import torch
 from transformers import TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.generation import AnswerAbandoned, Draws
+from avg_llava.inference.pipeline import Pipeline
 from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
 
@@ -17,8 +17,7 @@ LEVEL = Budget(4)
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    model, _ = load(make_checkpoint(tmp_path_factory.mktemp("tiny")))
-    return model.predictor
+    return Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("tiny"))).predictor
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 import avg_llava
-from avg_llava import Budget, Conversation, Decoding, Request, load
+from avg_llava import Budget, Decoding, Pipeline, Request
 from avg_llava.inference.question_files import answer_file, read_questions
 from avg_llava.mini.world import WorldSize, write_world
 from tests.inference.test_predictor import noise_images
@@ -39,16 +39,16 @@ class Tokens(BaseStreamer):
 
 @dataclasses.dataclass
 class Case:
-    """A model, requests of different sizes and numbers of images, and the folder of their images."""
+    """A pipeline, requests of different sizes and numbers of images, and the folder of their images."""
 
-    model: object
+    pipeline: Pipeline
     requests: list
     decoding: Decoding
     folder: Path
     found: dict = dataclasses.field(default_factory=dict)
 
     def budgets(self, name):
-        levels = self.model.config.granularities
+        levels = self.pipeline.model.config.granularities
         if name == "mixed":  # routed, forced and priced requests in one batch
             return [(Budget(), Budget(levels[index % 5]), Budget(token_cost=0.3))[index % 3] for index in range(7)]
         return [Budget() if name == "routed" else Budget(levels[int(name)])] * 7
@@ -63,15 +63,15 @@ class Case:
         return self.found[name]
 
     def generate(self, messages, images, budget, granularity=None):
-        processor = self.model.processor
+        processor = self.pipeline.processor
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = processor(images=[list(images)] if images else None, text=[text])
         budget = {"granularity": granularity or budget.granularity, "token_cost": budget.token_cost}
-        (ids,) = self.model.generate(
+        (ids,) = self.pipeline.model.generate(
             **inputs, **budget, do_sample=False, max_new_tokens=self.decoding.max_new_tokens, pad_token_id=0
         ).tolist()
         with torch.no_grad():
-            levels = self.model(**inputs, **budget).granularity
+            levels = self.pipeline.model(**inputs, **budget).granularity
         return ids, () if levels is None else tuple(levels.tolist())
 
 
@@ -96,29 +96,29 @@ def make_case(name, folder):
         image.save(folder / f"{number}.png")
     requests = [Request(question, (image,)) for question, image in zip(questions, images, strict=True)]
     requests += [Request("no image here"), Request("compare them", (images[1], images[0]))]
-    return Case(load(checkpoint)[0], requests, Decoding(LONGEST[name]), folder)
+    return Case(Pipeline.load(checkpoint), requests, Decoding(LONGEST[name]), folder)
 
 
 def one_by_one(case, budgets):
     for request, budget in zip(case.requests, budgets, strict=True):
-        yield case.model.predictor.predict([request], budget, case.decoding)[0], None
+        yield case.pipeline.predictor.predict([request], budget, case.decoding)[0], None
 
 
 def asked(case, budgets):
     for request, budget in zip(case.requests, budgets, strict=True):
         fields = dataclasses.asdict(budget)
         longest = case.decoding.max_new_tokens
-        yield case.model.ask(request.images, request.prompt, **fields, max_new_tokens=longest), None
+        yield case.pipeline.ask(request.images, request.prompt, **fields, max_new_tokens=longest), None
 
 
 def batched(case, budgets):
-    return ((answer, None) for answer in case.model.predictor.predict(case.requests, budgets, case.decoding))
+    return ((answer, None) for answer in case.pipeline.predictor.predict(case.requests, budgets, case.decoding))
 
 
 def streamed(case, budgets):
     """Each answer of a batch has a streamer of its own."""
     streamers = [Tokens() for _ in case.requests]
-    answers = case.model.predictor.predict(case.requests, budgets, case.decoding, streamers)
+    answers = case.pipeline.predictor.predict(case.requests, budgets, case.decoding, streamers)
     assert all(streamer.ended for streamer in streamers)
     return ((answer, streamer.ids) for answer, streamer in zip(answers, streamers, strict=True))
 
@@ -129,13 +129,13 @@ def reordered(case, budgets):
     answers = {}
     for piece in (rows[:3], rows[3:]):
         requests, own = [case.requests[row] for row in piece], [budgets[row] for row in piece]
-        answers |= dict(zip(piece, case.model.predictor.predict(requests, own, case.decoding), strict=True))
+        answers |= dict(zip(piece, case.pipeline.predictor.predict(requests, own, case.decoding), strict=True))
     return ((answers[row], None) for row in range(len(rows)))
 
 
 def encoded_once(case, budgets):
     """The levels first, then the answers from the same encoding."""
-    predictor = case.model.predictor
+    predictor = case.pipeline.predictor
     encoded = predictor.encode(case.requests)
     choice = predictor.choose(encoded, budgets)
     predictor.answer(encoded, predictor.granularities[0], Decoding(1))  # leaves no trace
@@ -145,7 +145,7 @@ def encoded_once(case, budgets):
 def first_turns(case, budgets):
     for request, budget in zip(case.requests, budgets, strict=True):
         streamer = Tokens()
-        conversation = Conversation(case.model.predictor, budget, case.decoding)
+        conversation = case.pipeline.chat(budget, case.decoding)
         yield conversation.ask(request.prompt, request.images, streamer), streamer.ids
 
 
@@ -160,7 +160,7 @@ def from_a_file(case, budgets):
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output.unlink(missing_ok=True)
     questions = read_questions(source, case.folder, Budget())
-    assert answer_file(case.model.predictor, questions, output, case.decoding, batch_size=4) == 0
+    assert answer_file(case.pipeline.predictor, questions, output, case.decoding, batch_size=4) == 0
     answers = {answer.pop("id"): answer for answer in map(json.loads, output.read_text().splitlines())}
     for question in questions:
         fields = answers[question.id]
@@ -170,7 +170,7 @@ def from_a_file(case, budgets):
 def with_static_cache(path):
     def run(case, budgets):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(case.model.generation_config, "cache_implementation", "static")
+            patch.setattr(case.pipeline.model.generation_config, "cache_implementation", "static")
             return list(path(case, budgets))
 
     run.__name__ = f"{path.__name__}_with_static_cache"
@@ -190,7 +190,7 @@ def test_path_equals_plain(cases, path, kind, name):
     assert len(found) == len(case.requests)
     for (answer, streamed_ids), (ids, levels) in zip(found, case.plain(name), strict=True):
         assert answer.granularity == levels
-        assert answer.text == case.model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert answer.text == case.pipeline.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert answer.num_new_tokens == len(ids)
         assert streamed_ids in (None, ids)
 
@@ -202,7 +202,7 @@ def test_compiled_steps_equal_plain(cases, monkeypatch):
     """What a static cache does on a GPU: transformers compiles the step of a token."""
     compiling = CompileConfig(mode="default")
     compiling._compile_all_devices = True
-    monkeypatch.setattr(cases["random"].model.generation_config, "compile_config", compiling)
+    monkeypatch.setattr(cases["random"].pipeline.model.generation_config, "compile_config", compiling)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     test_path_equals_plain(cases, with_static_cache(batched), "random", "mixed")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs, "something was compiled"
@@ -226,7 +226,7 @@ def test_cached_turns_equal_plain(cases, kind, name):
     """Three turns and two images, all read anew by the plain way, at the levels that the turns had."""
     case = cases[kind]
     budget = case.budgets(name)[2]
-    conversation = Conversation(case.model.predictor, budget, case.decoding)
+    conversation = case.pipeline.chat(budget, case.decoding)
     first, second = case.requests[0], case.requests[1]
     turns = [(first.prompt, first.images), ("why?", ()), (second.prompt, second.images)]
     shown = []

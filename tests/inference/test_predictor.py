@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from avg_llava.checkpoints.loading import load, load_model
+from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, PhaseTimes, Request
 from avg_llava.inference.budget import Budget, BudgetError
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import DataError
 from tests.tiny import make_checkpoint
@@ -164,24 +165,19 @@ def test_a_limit_holds_for_all_images_of_a_request(predictor, requests):
 
 
 def test_ask_takes_images_in_any_form(predictor, requests, tmp_path):
+    pipeline = Pipeline(predictor.model, predictor.processor)
     (expected,) = predictor.predict(requests[:1], decoding=Decoding(8))
     image = requests[0].images[0]
     path = tmp_path / "image.png"
     image.save(path)
     for form in (image, [image], path, str(path), path.read_bytes()):
-        answer = predictor.model.ask(form, requests[0].prompt, max_new_tokens=8)
+        answer = pipeline.ask(form, requests[0].prompt, max_new_tokens=8)
         assert (answer.text, answer.granularity) == (expected.text, expected.granularity)
-    assert predictor.model.ask(None, "no image here", max_new_tokens=2).granularity == ()
-    both = predictor.model.ask(list(requests[6].images), requests[6].prompt, granularity=4, max_new_tokens=2)
+    assert pipeline.ask(None, "no image here", max_new_tokens=2).granularity == ()
+    both = pipeline.ask(list(requests[6].images), requests[6].prompt, granularity=4, max_new_tokens=2)
     assert both.granularity == (4, 4)
     with pytest.raises(DataError, match="image 1: cannot be read as an image"):
-        predictor.model.ask(b"nothing", "what?")
-
-
-def test_ask_needs_a_processor(tmp_path):
-    model = load_model(make_checkpoint(tmp_path))
-    with pytest.raises(ValueError, match=r"load both with avg_llava\.load"):
-        model.ask(None, "what?")
+        pipeline.ask(b"nothing", "what?")
 
 
 def test_streamed_text_is_the_answer(predictor, requests):

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from avg_llava import cli
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.conversation import Conversation
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.chat import HELP, Chat
 from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(checkpoint):
-    return load(checkpoint)[0].predictor
+    return Pipeline.load(checkpoint).predictor
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.mini.questions import all_questions
 from avg_llava.mini.world import scene_of
 from avg_llava.serving.demo import (
@@ -34,7 +34,7 @@ CONTROLS = ("router", 0, 100, 5)
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    return load(make_checkpoint(tmp_path_factory.mktemp("tiny")))[0].predictor
+    return Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("tiny"))).predictor
 
 
 @pytest.fixture

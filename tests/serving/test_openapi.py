@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from avg_llava.checkpoints.loading import load
+from avg_llava.inference.pipeline import Pipeline
 from tests.serving.running import CHAT, MINI, running
 
 pytestmark = pytest.mark.xdist_group("serving")
@@ -30,7 +30,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def api_schema():
-    with running(load(MINI)[0].predictor, max_tokens=4) as server:
+    with running(Pipeline.load(MINI).predictor, max_tokens=4) as server:
         yield schemathesis.openapi.from_url(f"{server.address}/openapi.json")
 
 

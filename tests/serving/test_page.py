@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from avg_llava.checkpoints.loading import load
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.demo import MAX_UPLOAD_BYTES
 from avg_llava.serving.examples import draw_examples
 from tests.serving.test_demo import free_port
@@ -75,8 +75,8 @@ def driver(server, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load(ROOT / "avg_llava" / "mini" / "checkpoint")[0]
+def pipeline():
+    return Pipeline.load(ROOT / "avg_llava" / "mini" / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +153,9 @@ def shown_image(page, selector):
     return tuple(page.one(f"{selector} img").get_property(side) for side in ("naturalWidth", "naturalHeight"))
 
 
-def test_ask_and_change_the_budget(page, model, examples):
+def test_ask_and_change_the_budget(page, pipeline, examples):
     path, question = examples[0]
-    expected = model.ask(path, question)
+    expected = pipeline.ask(path, question)
     page.take_example(question)
     page.ask()
     assert page.answer() == expected.text
@@ -169,7 +169,7 @@ def test_ask_and_change_the_budget(page, model, examples):
 
     page.set_number("#token-cost", 1)
     page.ask()
-    frugal = model.ask(path, question, token_cost=1)
+    frugal = pipeline.ask(path, question, token_cost=1)
     assert frugal.num_visual_tokens < expected.num_visual_tokens
     assert page.figures()["Level"] == f"{frugal.granularity[0]} per crop"
     assert page.figures()["Visual tokens"].startswith(f"{frugal.num_visual_tokens} of ")
@@ -178,7 +178,7 @@ def test_ask_and_change_the_budget(page, model, examples):
     page.set_number("#token-cost", 0)
     page.set_number("#max-visual-tokens", 100)
     page.ask()
-    limited = model.ask(path, question, max_visual_tokens=100)
+    limited = pipeline.ask(path, question, max_visual_tokens=100)
     assert limited.num_visual_tokens <= 100
     assert page.figures()["Visual tokens"].startswith(f"{limited.num_visual_tokens} of ")
 
@@ -191,18 +191,18 @@ def test_ask_and_change_the_budget(page, model, examples):
     assert "not asked" in page.text("#router")
 
 
-def test_all_levels_side_by_side(page, model, examples):
+def test_all_levels_side_by_side(page, pipeline, examples):
     path, question = examples[4]
     page.take_example(question)
     page.one("#compare").click()
     page.wait(lambda: len(page.all("#levels [data-level] img")) == 5)
-    for card, level in zip(page.all("#levels [data-level]"), model.config.granularities, strict=True):
-        answer = model.ask(path, question, granularity=level)
+    for card, level in zip(page.all("#levels [data-level]"), pipeline.model.config.granularities, strict=True):
+        answer = pipeline.ask(path, question, granularity=level)
         lines = card.text.split("\n")
         assert answer.text in lines
         assert lines[lines.index("visual tokens") + 1] == str(answer.num_visual_tokens)
         assert card.find_element(By.TAG_NAME, "img").get_property("naturalWidth") == 768
-    routed = model.ask(path, question).granularity[0]
+    routed = pipeline.ask(path, question).granularity[0]
     assert [card.get_attribute("data-level") for card in page.all("#levels .avg-chosen")] == [str(routed)]
 
 

@@ -15,6 +15,7 @@ from avg_llava import cli
 from avg_llava.bench import serving as stress
 from avg_llava.bench.serving import started_server
 from avg_llava.checkpoints.loading import load
+from avg_llava.inference.pipeline import Pipeline
 from tests.serving.running import CHAT, MINI, Running, endless, rest_of, running, stream_of, until
 from tests.tiny import make_checkpoint
 
@@ -117,7 +118,7 @@ def test_64_clients_for_two_minutes():
 
 def test_the_comparison_can_fail():
     """Clients notice answers that are not the expected ones, and requests that fail."""
-    predictor = load(MINI)[0].predictor
+    predictor = Pipeline.load(MINI).predictor
     questions = stress.make_questions(predictor, 6)
     swapped = [stress.Question(own.body, questions[0].expected) for own in questions]
     broken = stress.Question({**questions[0].body, "n": 3}, questions[0].expected)

@@ -10,9 +10,9 @@ import openai
 import pytest
 from PIL import Image
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.mini.world import encode_png, scene_of
 from tests.serving.running import (
     CHAT,
@@ -36,7 +36,7 @@ CODE = "Which digits follow the star?"
 
 @pytest.fixture(scope="module")
 def predictor():
-    return load(MINI)[0].predictor
+    return Pipeline.load(MINI).predictor
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
     """A model that never comes to an end by itself."""
-    predictor = load(make_checkpoint(tmp_path_factory.mktemp("talker")))[0].predictor
+    predictor = Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("talker"))).predictor
     predictor.model.generation_config.eos_token_id = -1
     return predictor
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Answer, Decoding, Request
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.streams import stream_answer
 from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
@@ -13,7 +13,7 @@ from tests.tiny import make_checkpoint
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    return load(make_checkpoint(tmp_path_factory.mktemp("tiny")))[0].predictor
+    return Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("tiny"))).predictor
 
 
 @pytest.fixture

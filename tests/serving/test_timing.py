@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
+from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving import timing
 from tests.inference.test_predictor import noise_images
 from tests.tiny import make_checkpoint
@@ -26,7 +26,7 @@ def watched(monkeypatch, predictor):
 
 
 def test_medians_of_alternating_answers(monkeypatch, tmp_path):
-    predictor = load(make_checkpoint(tmp_path))[0].predictor
+    predictor = Pipeline.load(make_checkpoint(tmp_path)).predictor
     noted = watched(monkeypatch, predictor)
     budgets = [Budget(), Budget(16)]
     request = Request("how many dots?", (noise_images()[0],))
