@@ -35,11 +35,13 @@ fail() {
     exit 2
 }
 
+module=avg_llava.training.run
 for argument in "$@"; do
     if [[ $argument == --help || $argument == -h ]]; then
         usage
         exit 0
     fi
+    if [[ $argument == --dry-run ]]; then module=avg_llava.planning.dry_run; fi
 done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -74,20 +76,20 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
 if [[ -n ${HOSTFILE:-} ]]; then
     exec deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --no_local_rank \
-        --module avg_llava.training.run "$config" "$@"
+        --module "$module" "$config" "$@"
 fi
 if ((nodes > 1)); then
     [[ -n ${NODE_RANK:-} ]] || fail "NNODES=$nodes needs NODE_RANK, the number of this machine (0 to $((nodes - 1)))"
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$nodes needs MASTER_ADDR, the address of machine 0"
     exec python -m torch.distributed.run --nnodes "$nodes" --node_rank "$NODE_RANK" --nproc_per_node "$processes" \
-        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" -m avg_llava.training.run "$config" "$@"
+        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" -m "$module" "$config" "$@"
 fi
 if ((processes == 1)); then
-    exec python -m avg_llava.training.run "$config" "$@"
+    exec python -m "$module" "$config" "$@"
 fi
 if [[ -n ${MASTER_PORT:-} ]]; then
-    place=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
+    rendezvous=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
 else
-    place=(--standalone)
+    rendezvous=(--standalone)
 fi
-exec python -m torch.distributed.run "${place[@]}" --nproc_per_node "$processes" -m avg_llava.training.run "$config" "$@"
+exec python -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" -m "$module" "$config" "$@"

@@ -16,9 +16,14 @@ MAX_LISTED = 20  # samples that are named where there is no file to list them in
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains one stage, in this process or as one rank of a launcher's."""
+    command = [str(arguments.config), *arguments.overrides]
+    if "--dry-run" in command:
+        from avg_llava.planning import dry_run
+
+        return dry_run.main(command)
     from avg_llava.training import run
 
-    return run.main([str(arguments.config), *arguments.overrides])
+    return run.main(command)
 
 
 def feedback(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
-"""`--dry-run`: everything that can be found wrong with a run before it starts, found at once.
+"""The dry run: finds all problems of a training run at once, before it starts.
 
-Reads the configuration, compares the start's weights with the model's on the meta device, decodes some samples of every
-source, measures the disk and writes a trial save. No weights are loaded, and nothing is left behind but the data's
-indices, which the run itself will need.
+`python -m avg_llava.planning.dry_run CONFIG`, or `--dry-run` among the arguments of a training command, reads the
+configuration, compares names and shapes of the start's weights with the model's on the meta device, decodes some
+samples of every source, measures free disk space and writes a trial checkpoint. No weights are loaded, and nothing is
+left behind but the data indices, which the run itself needs.
 """
 
 import logging
@@ -43,12 +44,11 @@ from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.planning.blueprint import find_blueprint, meta_model
 from avg_llava.training.assembly import build_dataset, load_processor
+from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
 from avg_llava.training.compilation import check_compilation
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
-from avg_llava.training.processes import rank, read_deepspeed_file, uses_cpu, world_size
-from avg_llava.training.run import describe_start, find_earlier_run
-from avg_llava.training.saving import checkpoint_bytes
+from avg_llava.training.processes import rank, read_deepspeed_file, set_up_logging, uses_cpu, world_size
 from avg_llava.training.stages import STAGES
 from avg_llava.training.trainer import CONFIG_NAME
 
@@ -75,14 +75,31 @@ class Report:
             return None
 
 
-def main(path: str, overrides: Sequence[str]) -> int:
-    """A dry run from the command line: a summary on standard output, problems on standard error.
+USAGE = """\
+usage: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...] [--force-start]
+
+Check configuration, weights, data and disk of a run without training. Exit code 1 if anything is wrong.
+example: python -m avg_llava.planning.dry_run configs/mini/stage1.yaml --output.dir runs/try
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line: a summary on standard output, problems on standard error.
+
+    `--dry-run` is ignored among the arguments, so that the launch script can pass on its own.
 
     Returns:
-        0 if nothing is wrong, 1 otherwise. Of several processes, the first one looks.
+        Exit code: 0 no problem, 1 problems, 2 wrong usage. Only rank 0 checks.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    path, *overrides = [argument for argument in given if argument != "--dry-run"] or [""]
+    if not path or path.startswith("-"):
+        is_help = path in ("-h", "--help")
+        (sys.stdout if is_help else sys.stderr).write(USAGE)
+        return 0 if is_help else 2
     if rank() > 0:
         return 0
+    set_up_logging()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its table of what is fresh is no problem
     report = dry_run(path, overrides)
     sys.stdout.write("".join(f"{fact}\n" for fact in report.facts))
@@ -345,4 +362,5 @@ def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: 
     return bad
 
 
-__all__ = ["Report", "dry_run", "main"]
+if __name__ == "__main__":
+    sys.exit(main())

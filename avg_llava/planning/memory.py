@@ -14,9 +14,9 @@ from typing import Any
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.packing import MAX_LOGITS
+from avg_llava.training.checkpoint import MASTER_WEIGHT_BYTES, MOMENT_BYTES
 from avg_llava.training.flops import SampleShape
 from avg_llava.training.lora import AdapterShape
-from avg_llava.training.saving import MASTER_WEIGHT_BYTES, MOMENT_BYTES
 from avg_llava.training.stages import STAGES, Part
 
 FLOAT32 = 4

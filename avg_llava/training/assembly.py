@@ -144,6 +144,13 @@ def build_dataset(
     )
 
 
+def finished_dataset(config: TrainConfig) -> ConversationDataset:
+    """The samples of `data.sources` as they are now, read with the processor that a finished run saved."""
+    model_config = AvgLlavaConfig.from_pretrained(config.output.dir)
+    processor = AvgLlavaProcessor.from_checkpoint(config.output.dir, model_config)
+    return build_dataset(config, processor, model_config)
+
+
 def build_sampler(config: TrainConfig, dataset: ConversationDataset) -> MicroBatches:
     """The micro-batches, in their order. With a token budget, samples are measured first, unless they have been."""
     tokens = None

@@ -1,24 +1,40 @@
-"""`stage.json`: what a checkpoint folder is. The folder's name means nothing.
+"""Checkpoint folders: what one holds (`stage.json`), finding, checking, writing and converting it.
 
-The manifest is written last, and replaced in one step, so a folder that has one is complete: a checkpoint that was
-being written when the run was killed has none and is ignored.
+A checkpoint is defined by its manifest, `stage.json`; the folder's name means nothing. The manifest is written last and
+in one step, so a folder that has one is complete: a checkpoint that was being written when the run was killed has none
+and is ignored.
 """
 
 import dataclasses
 import json
+import logging
 import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import nn
+
 from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError
+from avg_llava.training.config import TrainConfig
+from avg_llava.training.processes import rank
+from avg_llava.training.stages import STAGES
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "stage.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 
-# Sections and keys that may change between a run and its continuation: they do not change what is learnt.
+# Sections and keys that may change between a run and its continuation: they do not affect what is learned.
 FREE_KEYS = (
     "logging",
     "output",
@@ -29,6 +45,17 @@ FREE_KEYS = (
     "runtime.gradient_checkpointing",
 )
 
+# Bytes per trained parameter: DeepSpeed's float32 master copy, Adam's two float32 moments.
+MASTER_WEIGHT_BYTES, MOMENT_BYTES = 4, 8
+
+# DeepSpeed settings that load a checkpoint in the universal format.
+LOAD_UNIVERSAL: dict[str, Any] = {"checkpoint": {"load_universal": True}}
+_UNIVERSAL_DONE, _POLL_SECONDS = "universal.done", 0.2
+
+
+class SaveError(ValueError):
+    """A checkpoint or a result cannot be written; the message says how to make room."""
+
 
 @dataclass(frozen=True)
 class StageManifest:
@@ -38,6 +65,7 @@ class StageManifest:
     finished: bool
     """True for the stage's result, False for a checkpoint that training continues from."""
     step: int
+    """Optimizer steps taken."""
     parent: dict[str, Any]
     """Where the run started: `path`, `stage` and `created` of the start, or the two backbones."""
     data_fingerprint: str
@@ -48,18 +76,32 @@ class StageManifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def write_manifest(folder: Path, manifest: StageManifest) -> None:
-    """Write `stage.json` in one step."""
-    temporary = folder / f".{MANIFEST_NAME}.new"
-    temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST_NAME)
+@dataclass(frozen=True)
+class EarlierRun:
+    """An earlier run of the same stage, found in the output folder.
+
+    Attributes:
+        folder: the stage's result if the run is finished, its latest complete checkpoint otherwise.
+        manifest: of that folder.
+    """
+
+    folder: Path
+    manifest: StageManifest
+
+    @property
+    def finished(self) -> bool:
+        """True if there is nothing left to train."""
+        return self.manifest.finished
+
+
+# ---- finding ------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> StageManifest | None:
-    """The manifest of a folder, or None where there is none.
+    """The manifest of a folder, or None if it has none.
 
     Raises:
-        ConfigError: a `stage.json` that is not one of this program's.
+        ConfigError: `stage.json` is not a manifest of this program.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -70,23 +112,76 @@ def read_manifest(folder: Path) -> StageManifest | None:
         raise ConfigError(f"{path} is not a stage manifest: {error}") from error
 
 
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The complete checkpoint of the highest step in a run's folder, or None."""
+    steps = [step for step, folder in _checkpoints(output_dir).items() if (folder / MANIFEST_NAME).is_file()]
+    return output_dir / f"{CHECKPOINT_PREFIX}{max(steps)}" if steps else None
+
+
+def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun | None:
+    """The finished result or the latest complete checkpoint in the output folder, if any.
+
+    Args:
+        config: the configuration of the run that is about to start.
+        parent: where it starts, from `describe_start`.
+
+    Raises:
+        ConfigError: the earlier run has another configuration or another start.
+    """
+    if config.output.overwrite:
+        return None
+    output_dir = Path(config.output.dir)
+    manifest, folder = read_manifest(output_dir), output_dir
+    if manifest is None:
+        checkpoint = latest_checkpoint(output_dir)
+        if checkpoint is None:
+            return None
+        manifest, folder = read_manifest(checkpoint), checkpoint
+    assert manifest is not None, "latest_checkpoint gives folders with a manifest"
+    changes = changed_keys(manifest.config, config.to_dict())
+    if manifest.parent != parent:
+        changes.append(f"start: {manifest.parent} -> {parent}")
+    if changes:
+        raise ConfigError(
+            f"{output_dir} holds a run with other settings ({'; '.join(changes)}). Choose another output.dir, restore "
+            "the settings to continue it, or pass --output.overwrite to discard it"
+        )
+    return EarlierRun(folder, manifest)
+
+
+# ---- checking -----------------------------------------------------------------------------------------------------
+
+
+def describe_start(config: TrainConfig) -> dict[str, Any]:
+    """The `parent` entry of the stage's manifest: its start, or the two backbones.
+
+    Raises:
+        ConfigError: the start is not a finished run of the parent stage.
+    """
+    parent_stage = STAGES[config.stage].parent
+    if parent_stage is None:
+        return {"vision": config.model.vision, "language": config.model.language}
+    assert config.model.start is not None, "checked by TrainConfig"
+    return check_start(config.model.start, config.stage, parent_stage, config.model.force_start)
+
+
 def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[str, Any]:
     """Refuse a start that is not a finished run of the parent stage.
 
     Args:
         start: `model.start` of the configuration.
-        stage: the stage that is to be trained.
-        parent_stage: the stage it starts from.
-        force: accept anything that can be loaded.
+        stage: the stage to train.
+        parent_stage: the stage that it starts from.
+        force: accept anything that loads.
 
     Returns:
         The `parent` entry of the new manifest.
 
     Raises:
-        ConfigError: the start is something else and `force` is False.
+        ConfigError: the start is anything else, and `force` is False.
     """
     manifest = read_manifest(Path(start))
-    # The time tells a parent that was trained anew from the one that an earlier run started from.
+    # `created` distinguishes a retrained parent from the one that an earlier run started from.
     parent: dict[str, Any] = {"path": start, "stage": None, "created": None}
     if manifest is not None:
         parent |= {"stage": manifest.stage, "created": manifest.created}
@@ -104,18 +199,17 @@ def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[
     )
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a run's folder, or None."""
-    steps = {}
-    for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
-        number = folder.name.removeprefix(CHECKPOINT_PREFIX)
-        if number.isdigit() and (folder / MANIFEST_NAME).is_file():
-            steps[int(number)] = folder
-    return steps[max(steps)] if steps else None
+def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
+    """Refuse to continue a run, or to call it complete, if its data have changed."""
+    if manifest.data_fingerprint != fingerprint:
+        raise ConfigError(
+            "the files of data.sources have changed since this run started; pass --output.overwrite to train on the "
+            "new ones, or choose another output.dir"
+        )
 
 
 def changed_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted keys in which two resolved configurations differ, `a.b: 1 -> 2`, those of `FREE_KEYS` apart."""
+    """Differences of two resolved configurations, as `a.b: 1 -> 2`, without `FREE_KEYS`."""
     changes = []
     before, after = _flatten(earlier), _flatten(now)
     for key in sorted(before.keys() | after.keys()):
@@ -133,3 +227,123 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, manifest: StageManifest) -> None:
+    """Write `stage.json` atomically."""
+    temporary = folder / f".{MANIFEST_NAME}.new"
+    temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST_NAME)
+
+
+def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:
+    """Approximate size of a checkpoint: weights, and the optimizer state of trained parameters.
+
+    Args:
+        model: parameters may be sharded by ZeRO-3.
+        has_master_weights: the optimizer keeps a float32 copy of trained parameters, as DeepSpeed's does.
+    """
+    total = 0
+    for parameter in model.parameters():
+        per_element = parameter.element_size()
+        if parameter.requires_grad:
+            per_element += MOMENT_BYTES + MASTER_WEIGHT_BYTES * has_master_weights
+        total += per_element * getattr(parameter, "ds_numel", parameter.numel())
+    return total
+
+
+@contextmanager
+def writing(folder: Path, output_dir: Path, needed: int) -> Iterator[None]:
+    """Turn failures to write a run's files into a `SaveError`.
+
+    Args:
+        folder: the folder being written.
+        output_dir: the run's folder, which holds its checkpoints.
+        needed: approximate size in bytes.
+
+    Raises:
+        SaveError: the disk is full, or the folder is not writable.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError of its archive writer; other RuntimeErrors pass.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        whole = latest_checkpoint(output_dir)
+        kept = "there is no earlier checkpoint" if whole is None else f"{whole} is whole, and the run continues from it"
+        reason = " ".join(str(error).split())
+        raise SaveError(
+            f"cannot write {folder} ({type(error).__name__}: {reason}): it takes about {needed} bytes, and "
+            f"{shutil.disk_usage(output_dir).free} are free. Make room, or save less often or fewer "
+            f"(output.save_every, output.keep), and run the same command again: {kept}"
+        ) from error
+
+
+def remove_checkpoints(output_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` latest complete checkpoints, including incomplete ones."""
+    folders = _checkpoints(output_dir)
+    complete = sorted(step for step, folder in folders.items() if (folder / MANIFEST_NAME).is_file())
+    for step in folders.keys() - set(complete[max(len(complete) - keep, 0) :]):
+        shutil.rmtree(folders[step])
+
+
+def _checkpoints(output_dir: Path) -> dict[int, Path]:
+    """Checkpoint folders of a run by step, complete or not."""
+    folders = {}
+    for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
+        number = folder.name.removeprefix(CHECKPOINT_PREFIX)
+        if number.isdigit():
+            folders[int(number)] = folder
+    return folders
+
+
+# ---- converting ---------------------------------------------------------------------------------------------------
+
+
+def make_universal(checkpoint: Path) -> None:
+    """Convert a ZeRO checkpoint to DeepSpeed's universal format, which any number of processes can load.
+
+    Each process of ZeRO saves its shard of the optimizer state, which only the same number of processes can read; the
+    universal format stores the state of each parameter whole. The order of samples does not change, since the global
+    batch size does not; dropout masks do.
+
+    Rank 0 converts, before the process group is initialized, so that no collective times out while large files are
+    written. The other ranks wait for a marker file in the folder, which all nodes must see in order to load it anyway.
+    A converted checkpoint is not converted again.
+
+    Args:
+        checkpoint: folder with DeepSpeed's `latest` and the folder that it names.
+
+    Raises:
+        ConfigError: the conversion failed; the message holds DeepSpeed's last line.
+    """
+    done = checkpoint / _UNIVERSAL_DONE
+    if rank() != 0:
+        while not done.is_file():  # if rank 0 fails, the launcher ends this process
+            time.sleep(_POLL_SECONDS)
+        return
+    if done.is_file():
+        return
+    tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    universal = checkpoint / f"{tag}_universal"
+    shutil.rmtree(universal, ignore_errors=True)  # left by a conversion that was killed
+    logger.info("converting %s for another number of processes", checkpoint / tag)
+    folders = ["--input_folder", str(checkpoint / tag), "--output_folder", str(universal)]
+    converted = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if converted.returncode != 0:
+        last = (converted.stderr.strip() or "no message").splitlines()[-1]
+        raise ConfigError(
+            f"{checkpoint} could not be converted for another number of processes ({last}). Run it with as many "
+            "processes as wrote it, or pass --output.overwrite to train from the beginning"
+        )
+    (checkpoint / "latest_universal").write_text(universal.name, encoding="utf-8")
+    done.touch()

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from avg_llava.common.settings import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
-from avg_llava.training.losses import RankingVariant, Reduction
 from avg_llava.training.stages import STAGES, ObjectiveName
+
+RankingVariant = Literal["paper", "released"]
+Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from avg_llava.common.settings import ConfigError
 from avg_llava.common.workers import Advance, run_in_workers
 from avg_llava.data.collator import Collator
 from avg_llava.training.assembly import build_dataset, build_model, load_processor
+from avg_llava.training.checkpoint import describe_start
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe
 from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.processes import uses_cpu
-from avg_llava.training.run import describe_start
 
 logger = logging.getLogger(__name__)
 

@@ -4,16 +4,14 @@ Pure functions of tensors: no model, no device logic, no I/O. Shapes: B samples,
 level order (coarse to fine).
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from avg_llava.model.splice import IGNORE_INDEX
-
-RankingVariant = Literal["paper", "released"]
-Reduction = Literal["mean", "sum"]
+from avg_llava.training.config import RankingVariant, Reduction
 
 
 def answer_log_prob(log_probs: Tensor, num_tokens: Tensor, reduction: Reduction = "mean") -> Tensor:

@@ -5,30 +5,33 @@ same command continues a run that was killed and leaves a finished one alone.
 """
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
 
 from avg_llava.common.settings import ConfigError
 from avg_llava.common.watchdog import end_with_parent
-from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.training.assembly import build_collator, build_dataset, build_model, build_sampler
+from avg_llava.training.assembly import (
+    build_collator,
+    build_dataset,
+    build_model,
+    build_sampler,
+    finished_dataset,
+)
 from avg_llava.training.checkpoint import (
+    LOAD_UNIVERSAL,
     StageManifest,
-    changed_keys,
-    check_start,
-    latest_checkpoint,
-    read_manifest,
+    check_same_data,
+    describe_start,
+    find_earlier_run,
+    make_universal,
 )
 from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import TrainConfig, load_config
-from avg_llava.training.elastic import LOAD_UNIVERSAL, make_universal
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.processes import (
     leave,
@@ -45,10 +48,10 @@ from avg_llava.training.trainer import StageTrainer, load_weights, training_argu
 logger = logging.getLogger(__name__)
 
 USAGE = """\
-usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start] [--dry-run]
+usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
 
-Train one stage as a YAML file says; options go over the file's values. With --dry-run, look for all that could go wrong
-(configuration, weights, data, disk) and do not train.
+Train the stage that a YAML file describes; options override values of the file. To check configuration, weights, data
+and disk without training: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...]
 example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
 """
 
@@ -68,7 +71,7 @@ def run_stage(config: TrainConfig) -> Path:
     parent = describe_start(config)
     earlier = find_earlier_run(config, parent)
     if earlier is not None and earlier.finished:
-        check_same_data(earlier.manifest, finished_fingerprint(config))
+        check_same_data(earlier.manifest, finished_dataset(config).fingerprint())
         logger.info("stage %d is already complete in %s; nothing to do", stage.number, output_dir)
         return output_dir
 
@@ -129,72 +132,6 @@ def run_stage(config: TrainConfig) -> Path:
     return output_dir
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """What an earlier run of the same stage left in the output folder."""
-
-    folder: Path
-    """The stage's result if finished, a checkpoint otherwise."""
-    manifest: StageManifest
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return self.manifest.finished
-
-
-def describe_start(config: TrainConfig) -> dict[str, Any]:
-    """Where the stage starts, for the manifest; refused if that is not its parent stage."""
-    parent_stage = STAGES[config.stage].parent
-    if parent_stage is None:
-        return {"vision": config.model.vision, "language": config.model.language}
-    assert config.model.start is not None, "checked by TrainConfig"
-    return check_start(config.model.start, config.stage, parent_stage, config.model.force_start)
-
-
-def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun | None:
-    """The finished result or the latest complete checkpoint in the output folder, if there is one.
-
-    Raises:
-        ConfigError: it comes from another configuration or another start.
-    """
-    if config.output.overwrite:
-        return None
-    output_dir = Path(config.output.dir)
-    manifest, folder = read_manifest(output_dir), output_dir
-    if manifest is None:
-        checkpoint = latest_checkpoint(output_dir)
-        if checkpoint is None:
-            return None
-        manifest, folder = read_manifest(checkpoint), checkpoint
-    assert manifest is not None, "latest_checkpoint gives folders with a manifest"
-    changes = changed_keys(manifest.config, config.to_dict())
-    if manifest.parent != parent:
-        changes.append(f"start: {manifest.parent} -> {parent}")
-    if changes:
-        raise ConfigError(
-            f"{output_dir} holds a run with other settings ({'; '.join(changes)}). Choose another output.dir, restore "
-            "the settings to continue it, or pass --output.overwrite to discard it"
-        )
-    return EarlierRun(folder, manifest)
-
-
-def finished_fingerprint(config: TrainConfig) -> str:
-    """Fingerprint of the data as they are now, read with the finished stage's processor."""
-    model_config = AvgLlavaConfig.from_pretrained(config.output.dir)
-    processor = AvgLlavaProcessor.from_checkpoint(config.output.dir, model_config)
-    return build_dataset(config, processor, model_config).fingerprint()
-
-
-def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
-    """Refuse to continue, or to call complete, a run whose data have changed."""
-    if manifest.data_fingerprint != fingerprint:
-        raise ConfigError(
-            "the files of data.sources have changed since this run started; pass --output.overwrite to train on the "
-            "new ones, or choose another output.dir"
-        )
-
-
 def message_of(error: Exception) -> str:
     """An error's message, without the traceback that torch puts before it where a loader's worker met the error."""
     kind = type(error)
@@ -215,13 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_help = bool(arguments) and arguments[0] in ("-h", "--help")
         (sys.stdout if is_help else sys.stderr).write(USAGE)
         return 0 if is_help else 2
+    if "--dry-run" in arguments:
+        others = shlex.join(argument for argument in arguments if argument != "--dry-run")
+        sys.stderr.write(
+            f"error: this command trains; check the run with `python -m avg_llava.planning.dry_run {others}`\n"
+        )
+        return 2
     set_up_logging()
     if world_size() > 1:
         end_with_parent()
-    if "--dry-run" in arguments:
-        from avg_llava.planning import dry_run  # which imports this module
-
-        return dry_run.main(arguments[0], [argument for argument in arguments[1:] if argument != "--dry-run"])
     code = 0
     try:
         run_stage(load_config(arguments[0], arguments[1:]))

@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import nn
+if TYPE_CHECKING:  # a configuration can be read without torch
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def is_adapter(parameter_name: str) -> bool:
     return ".lora_A." in parameter_name or ".lora_B." in parameter_name
 
 
-def set_trainable(model: nn.Module, stage: Stage) -> dict[Part, PartCount]:
+def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
     """Let exactly the stage's parts require gradients, and log how many parameters that is.
 
     Of a part with adapters, only these do.
@@ -94,7 +95,7 @@ def set_trainable(model: nn.Module, stage: Stage) -> dict[Part, PartCount]:
     return counts
 
 
-def count_parameters(model: nn.Module) -> dict[Part, PartCount]:
+def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
     """Parameters of every part, in the order of the table."""
     totals = dict.fromkeys(get_args(Part), 0)
     trainable = dict.fromkeys(get_args(Part), 0)
@@ -104,7 +105,7 @@ def count_parameters(model: nn.Module) -> dict[Part, PartCount]:
     return {part: PartCount(totals[part], trainable[part]) for part in totals}
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[Part, str, nn.Parameter]]:
+def trainable_parameters(model: "nn.Module") -> "Iterator[tuple[Part, str, nn.Parameter]]":
     """(part, name, parameter) of everything that requires gradients."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

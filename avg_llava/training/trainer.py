@@ -26,14 +26,21 @@ from avg_llava.checkpoints.loading import load_model
 from avg_llava.checkpoints.routing_model import RoutingModel, load_routing_model
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.data.sampler import MicroBatches
-from avg_llava.training.checkpoint import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, write_manifest
+from avg_llava.training.checkpoint import (
+    CHECKPOINT_PREFIX,
+    MANIFEST_NAME,
+    StageManifest,
+    checkpoint_bytes,
+    remove_checkpoints,
+    write_manifest,
+    writing,
+)
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
 from avg_llava.training.monitor import Monitor
 from avg_llava.training.objectives import Objective
 from avg_llava.training.optim import build_optimizer
 from avg_llava.training.progress import LOG_NAME, CollapseAlarm, ProgressBar, RunFiles, end_tracking
-from avg_llava.training.saving import checkpoint_bytes, writing
 from avg_llava.training.stages import STAGES, is_adapter
 
 CONFIG_NAME = "train_config.yaml"
@@ -221,7 +228,7 @@ class StageTrainer(Trainer):
             if self.args.should_save:
                 with self._writing(folder):
                     self._write_manifest(folder, finished=False)
-                _remove_checkpoints(output_dir, keep=self.config.output.keep)
+                remove_checkpoints(output_dir, keep=self.config.output.keep)
             self.accelerator.wait_for_everyone()
 
     def save_stage(self) -> None:
@@ -233,7 +240,7 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             with self._writing(output_dir):
                 self._write_manifest(output_dir, finished=True)
-            _remove_checkpoints(output_dir, keep=0)
+            remove_checkpoints(output_dir, keep=0)
         self.accelerator.wait_for_everyone()
 
     def discard_earlier_run(self) -> None:
@@ -241,7 +248,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
-            _remove_checkpoints(output_dir, keep=0)
+            remove_checkpoints(output_dir, keep=0)
             for name in (MANIFEST_NAME, LOG_NAME):
                 (output_dir / name).unlink(missing_ok=True)
             for name in (TENSORBOARD_FOLDER, TRACKIO_FOLDER, "wandb"):
@@ -317,14 +324,3 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     weights = load_own(str(folder), dtype=model.model.router.voter.dtype).state_dict()
     has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
-
-
-def _remove_checkpoints(output_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` latest complete checkpoints, and every incomplete one before them."""
-    folders = {}
-    for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
-        if folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
-            folders[int(folder.name.removeprefix(CHECKPOINT_PREFIX))] = folder
-    complete = sorted(step for step, folder in folders.items() if (folder / MANIFEST_NAME).is_file())
-    for step in folders.keys() - set(complete[max(len(complete) - keep, 0) :]):
-        shutil.rmtree(folders[step])

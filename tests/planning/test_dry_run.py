@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from avg_llava import cli
 from avg_llava.data.index import FOLDER
 from avg_llava.planning import dry_run
+from avg_llava.training import run
 from avg_llava.training.assembly import load_processor
 from avg_llava.training.config import load_config
 from tests.tiny import make_checkpoint
@@ -56,6 +57,18 @@ def test_a_run_that_is_right(world, capsys):
     assert "8 samples; of 8 looked at 0 cannot be read" in told
     assert "names and shapes fit" in told
     assert _files(world.parent) == before, "not even the folders above output.dir"
+
+
+def test_the_training_entry_point_names_the_dry_run(capsys):
+    assert run.main(["stage1.yaml", "--optim.lr", "1e-3", "--dry-run"]) == 2
+    assert "python -m avg_llava.planning.dry_run stage1.yaml --optim.lr 1e-3`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["--dry-run"], 2)])
+def test_usage(capsys, arguments, code):
+    assert dry_run.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert "usage: python -m avg_llava.planning.dry_run CONFIG" in (err if code else out)
 
 
 def test_a_token_budget_is_told(world, capsys):
@@ -157,7 +170,7 @@ def test_room_for_checkpoints(world):
 
 def test_only_the_first_process_looks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert dry_run.main("absent.yaml", []) == 0
+    assert dry_run.main(["absent.yaml"]) == 0
     assert capsys.readouterr().out == ""
 
 

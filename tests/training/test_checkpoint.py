@@ -9,6 +9,7 @@ from avg_llava.training.checkpoint import (
     changed_keys,
     check_start,
     latest_checkpoint,
+    make_universal,
     read_manifest,
     write_manifest,
 )
@@ -84,3 +85,17 @@ def test_changed_keys_names_what_matters():
     assert changed_keys(before, after) == ["optim.lr: 0.001 -> 0.002"]
     assert changed_keys(before, before) == []
     assert changed_keys(before, {**before, "extra": 1}) == ["extra: None -> 1"]
+
+
+def test_a_checkpoint_that_cannot_be_converted(tmp_path):
+    (tmp_path / "latest").write_text("global_step4")
+    (tmp_path / "global_step4").mkdir()
+    with pytest.raises(ConfigError, match=r"could not be converted .*global_step4.* as many processes as wrote it"):
+        make_universal(tmp_path)
+    assert not (tmp_path / "latest_universal").exists()
+
+
+def test_a_checkpoint_is_converted_once(tmp_path):
+    (tmp_path / "universal.done").touch()
+    make_universal(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["universal.done"]

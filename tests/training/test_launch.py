@@ -48,6 +48,11 @@ def test_one_process(launch):
     assert threads == "threads=8"
 
 
+def test_a_dry_run_is_planned_not_trained(launch):
+    result = launch(2, str(ROOT / "configs/mini/stage2.yaml"), "--dry-run")
+    assert f"python -m avg_llava.planning.dry_run {ROOT}/configs/mini/stage2.yaml --dry-run" in result.stdout
+
+
 def test_the_7b_configuration_is_the_default(launch):
     result = launch(3, "--output.dir", "elsewhere")
     assert "-m avg_llava.training.run configs/vicuna-7b/stage3.yaml --output.dir elsewhere" in result.stdout
