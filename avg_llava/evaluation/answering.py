@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from avg_llava.common.answer_store import default_workers, map_batches, open_store, read_answers
+from avg_llava.common.jsonl import default_workers, map_batches, open_store, read_answers
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
 from avg_llava.evaluation.results import Failure, Granularity

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from avg_llava.checkpoints.loading import resolve_folder
-from avg_llava.common.answer_store import hash_file
+from avg_llava.common.jsonl import hash_file
 from avg_llava.common.machine import machine_facts
 from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor
 from avg_llava.evaluation.results import (

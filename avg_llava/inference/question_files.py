@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from avg_llava.common.answer_store import read_answers
+from avg_llava.common.jsonl import read_answers
 from avg_llava.data.record_files import read_records
 from avg_llava.data.records import DataError, RawRecord, image_paths
 from avg_llava.inference.answers import Answer, Decoding, Request

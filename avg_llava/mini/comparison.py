@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from avg_llava.common.answer_store import default_workers
+from avg_llava.common.jsonl import default_workers
 from avg_llava.common.machine import machine_facts
 from avg_llava.mini import claims, measure
 from avg_llava.reports.mini import write_report

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from avg_llava.common.answer_store import hash_file, map_batches, open_store, read_answers
+from avg_llava.common.jsonl import hash_file, map_batches, open_store, read_answers
 from avg_llava.data.records import parse_record
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
