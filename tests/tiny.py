@@ -1,40 +1,246 @@
-"""Tiny checkpoints with random weights, for tests that need a whole model on disk."""
+"""Tiny models with random weights, inputs for them, and data small enough to train on in seconds."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.mini.tokenizer import build_tokenizer
+from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import RouterConfig
 from avg_llava.model.processing import AvgLlavaProcessor
+
+CROP = 32  # pixels; `tiny_model` has patches of 4, an 8x8 grid
+IMAGE_TOKEN = 64  # == vocabulary size: outside the embedding
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
+SIZES = [(16, 16), (40, 24), (24, 40), (32, 32), (50, 20)]  # (width, height) of the images of `write_data`
+NOISE_SIZES = [(40, 40), (90, 30), (33, 70), (64, 64), (20, 25)]  # (width, height)
+
+
+def vision_config(image_size: int = CROP, patch_size: int = 4, **fields: Any) -> CLIPVisionConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return CLIPVisionConfig(image_size=image_size, patch_size=patch_size, **{**sizes, **fields})
+
+
+def language_config(tokenizer: PreTrainedTokenizerBase | None = None, **fields: Any) -> LlamaConfig:
+    """A Llama of 64 tokens or of the tokenizer's vocabulary and special tokens."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    if tokenizer is not None:
+        sizes["vocab_size"] = len(tokenizer)
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        fields = {**special, **fields}
+    return LlamaConfig(**{**sizes, "num_attention_heads": 4, **fields})
+
+
+def tiny_config(
+    vision: CLIPVisionConfig | None = None, language: LlamaConfig | None = None, **fields: Any
+) -> AvgLlavaConfig:
+    """The configuration of `tiny_model`: levels of 4, 8, 16, 32 and 64 tokens per crop."""
+    vision = vision or vision_config(num_hidden_layers=3)
+    language = language or language_config()
+    defaults = {
+        "router_config": {"num_text_tokens": 12},
+        "max_sequence_length": 2048,
+        "image_token_index": language.vocab_size,
+    }
+    return AvgLlavaConfig(vision_config=vision, text_config=language, **{**defaults, **fields})
+
+
+def tiny_model(seed: int = 0, **fields: Any) -> AvgLlavaForConditionalGeneration:
+    """A random model whose parameters, norms and biases too, are far from their initial values."""
+    torch.manual_seed(seed)
+    model = AvgLlavaForConditionalGeneration(tiny_config(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def write_backbones(
+    folder: Path,
+    vision: CLIPVisionConfig | None = None,
+    language: LlamaConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes `folder`/vision (a CLIP tower) and `folder`/language (a Llama and its tokenizer).
+
+    By default the tower has crops of 16 pixels and patches of 2 (levels 4, 8, 16, 32, 64), and the tokenizer is that
+    of `bpe_tokenizer`.
+    """
+    tokenizer = tokenizer or bpe_tokenizer()
+    vision = vision or vision_config(
+        16, 2, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    language = language or language_config(
+        tokenizer, hidden_size=32, intermediate_size=48, max_position_embeddings=4096
+    )
+    torch.manual_seed(seed)
+    CLIPVisionModel(vision).save_pretrained(folder / "vision")
+    LlamaForCausalLM(language).save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     """Writes an AVG-LLaVA checkpoint with 16 patches per crop (levels 1, 2, 4, 8, 16) and the mini tokenizer."""
-    torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
+    vision = vision_config(patch_size=8, num_attention_heads=2)
+    language = language_config(
+        tokenizer,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=2,
         initializer_range=0.5,  # answers that depend on the image, and levels that differ
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    CLIPVisionModel(vision).save_pretrained(folder / "vision")
-    LlamaForCausalLM(language).save_pretrained(folder / "language")
-    tokenizer.save_pretrained(folder / "language")
+    write_backbones(folder, vision, language, tokenizer, seed)
     router = RouterConfig(num_text_tokens=4, num_attention_heads=2)
     model = build_from_backbones(folder / "vision", folder / "language", router_config=router)
     processor = AvgLlavaProcessor.from_backbones(folder / "vision", folder / "language", model.config)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return folder / "model"
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Llama's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["What colour is it? red green blue yellow", "USER: ASSISTANT: A chat"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def prompt(length: int, *image_indices: int, seed: int = 0) -> torch.Tensor:
+    """(length,) random ids of `tiny_model`'s vocabulary with image placeholders at `image_indices`."""
+    ids = torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(seed))
+    ids[0] = 1
+    for index in image_indices:
+        ids[index] = IMAGE_TOKEN
+    return ids
+
+
+def pad(prompts: list[torch.Tensor], side: str = "right", value: int = 0) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=value, padding_side=side)
+
+
+def images(config: AvgLlavaConfig, *sizes: tuple[int, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `image_sizes` of random images of `sizes` (height, width).
+
+    Missing crops are padded with noise: padding must not matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    most = max(num_crops(size, config) for size in sizes)
+    pixels = torch.stack(
+        [torch.randn(most, 3, CROP, CROP, generator=torch.Generator().manual_seed(sum(size))) for size in sizes]
+    )
+    for row, size in zip(pixels, sizes, strict=True):
+        count = num_crops(size, config)
+        row[count:] = torch.randn(row[count:].shape, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+
+def noise_images() -> list[Image.Image]:
+    """Five images of noise, of the sizes NOISE_SIZES."""
+    noise = np.random.default_rng(0)
+    return [
+        Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in NOISE_SIZES
+    ]
+
+
+def record(
+    identity: Any, question: str, answer: str, *images: str, more: list[tuple[str, str]] | None = None
+) -> dict[str, Any]:
+    """A LLaVA record of one question and answer, or of several with the (question, answer) pairs `more`."""
+    turns = []
+    for asked, answered in [(question, answer), *(more or [])]:
+        turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    content = {"id": identity, "conversations": turns}
+    if images:
+        content["image"] = images[0] if len(images) == 1 else list(images)
+    return content
+
+
+def write_records(folder: Path, *records: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+def write_data(folder: Path, num_samples: int = 16, num_text_only: int = 4, two_images: bool = True) -> None:
+    """Writes images, `captions.json` (stage 1) and `instruct.json` (stages 2 to 4)."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    names = list(COLOURS)
+    captions, instruct = [], []
+    for index in range(num_samples):
+        colour = names[index % len(names)]
+        width, height = SIZES[index % len(SIZES)]
+        noise = generator.integers(-20, 20, (height, width, 3))
+        pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+        file = f"images/{index}.png"
+        Image.fromarray(pixels).save(folder / file)
+        captions.append(record(f"caption-{index}", "<image>\nDescribe.", f"a {colour} picture", file))
+        size = [("Is it big?", "yes" if width > 30 else "no")]
+        more = size if index % 2 else []
+        instruct.append(record(f"image-{index}", "<image>\nWhat colour is it?", colour, file, more=more))
+    if two_images:
+        question = "<image>\n<image>\nWhat are the colours?"
+        instruct[-1] = record("two-images", question, "red and green", "images/0.png", "images/1.png")
+    for index in range(num_text_only):
+        instruct.append(record(f"text-{index}", "Say something short, please.", f"number {index}"))
+    write_records(folder, *captions, name="captions.json")
+    write_records(folder, *instruct, name="instruct.json")
+
+
+def stage_values(stage: int, root: Path, world: Path) -> dict[str, Any]:
+    """The values of a stage's YAML file: `world` holds backbones and data, `root` gets the runs."""
+    if stage == 1:
+        model = {
+            "vision": str(world / "vision"),
+            "language": str(world / "language"),
+            "router": {"num_text_tokens": 6, "num_attention_heads": 2},
+        }
+    else:
+        model = {"start": str(root / f"stage{stage - 1}")}
+    file = "captions.json" if stage == 1 else "instruct.json"
+    return {
+        "stage": stage,
+        "seed": 7,
+        "model": model,
+        "data": {
+            "sources": [{"path": str(world / file)}],
+            "template": "plain" if stage == 1 else "vicuna_v1",
+            "group_by_modality_length": stage > 1,
+            "num_workers": 0,
+        },
+        "optim": {
+            "lr": 1e-3,
+            "vision_lr": 2e-3,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 4,
+        },
+        "runtime": {"deepspeed": None, "precision": "fp32", "device": "cpu", "gradient_checkpointing": False},
+        "logging": {"progress_bar": False, "trackers": []},
+        "output": {"dir": str(root / f"stage{stage}")},
+    }

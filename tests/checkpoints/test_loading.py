@@ -19,8 +19,8 @@ from transformers import (
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration, build_from_backbones, load_model
 from avg_llava.checkpoints.loading import CheckpointError
-from tests.model.tiny import images, prompt, tiny_config, tiny_model
 from tests.parity.golden import GOLDEN
+from tests.tiny import images, prompt, tiny_config, tiny_model
 
 
 def _assert_same_weights(model, other, without=()):

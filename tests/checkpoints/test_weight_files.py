@@ -10,7 +10,7 @@ from avg_llava import load_model
 from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, merge, weight_files
-from tests.model.tiny import images, pad, prompt, tiny_model
+from tests.tiny import images, pad, prompt, tiny_model
 
 
 @pytest.fixture

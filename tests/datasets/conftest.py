@@ -1,27 +1,20 @@
 """A processor with the golden tokenizer and small crops, and folders of records and images."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+from tests.parity.golden import GOLDEN
+from tests.tiny import language_config, tiny_config, vision_config
 
 
 @pytest.fixture(scope="session")
 def config() -> AvgLlavaConfig:
     """Crops of 32 pixels and 4x4 patches: levels 1, 2, 4, 8, 16."""
-    vision = CLIPVisionConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64
-    )
-    text = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64, vocab_size=512)
-    return AvgLlavaConfig(vision_config=vision, text_config=text, image_token_index=512, max_sequence_length=4096)
+    return tiny_config(vision_config(patch_size=8), language_config(vocab_size=512), max_sequence_length=4096)
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +33,3 @@ def folder(tmp_path) -> Path:
     content = (tmp_path / "images" / "wide.png").read_bytes()
     (tmp_path / "images" / "cut.png").write_bytes(content[: len(content) // 2])
     return tmp_path
-
-
-def record(identity: Any, question: str, answer: str, *images: str) -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    content = {"id": identity, "conversations": turns}
-    if images:
-        content["image"] = images[0] if len(images) == 1 else list(images)
-    return content
-
-
-def write(folder: Path, *records: Any, name: str = "data.json") -> Path:
-    path = folder / name
-    path.write_text(json.dumps(list(records)))
-    return path

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.datasets.conftest import record, write
+from tests.tiny import record, write_records
 
 SOUND = "images/sound.png"
 # What is left out from the start; what is left out once it is seen; what is used, and named.
@@ -51,7 +51,7 @@ def write_faults(folder: Path, outside: Path) -> Path:
     os.symlink(outside / "picture.png", images / "link.png")
     disordered = record("roles out of order", "<image>\nWhat?", "A car.", SOUND)
     disordered["conversations"].append(disordered["conversations"][1])
-    return write(
+    return write_records(
         folder,
         record("sound", "<image>\nWhat?", "A car.", SOUND),
         record("text", "Hi", "Yes"),

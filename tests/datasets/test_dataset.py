@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from avg_llava.data import Collator, ConversationDataset, DataError, DataSource
 from avg_llava.model.anyres import num_crops, num_visual_tokens
-from tests.datasets.conftest import record, write
+from tests.tiny import record, write_records
 
 WIDE, TALL, TEXT, CUT = (f"images/{name}.png" for name in ("wide", "tall", "text", "cut"))
 
@@ -22,7 +22,7 @@ def make(processor, config):
 
 
 def test_items(folder, make, config, processor):
-    path = write(
+    path = write_records(
         folder,
         record("one", "<image>\nWhat?", "A car.", WIDE),
         record(2, "Hi", "Yes"),
@@ -48,7 +48,7 @@ def test_items(folder, make, config, processor):
 
 def test_batches_through_loader_workers(folder, make, processor):
     records = [record(n, "<image>\nWhat?", "A car.", WIDE if n % 2 else TALL) for n in range(6)]
-    dataset = make(write(folder, *records, record("text", "Hi", "Yes"), record("more", "Hi", "No")))
+    dataset = make(write_records(folder, *records, record("text", "Hi", "Yes"), record("more", "Hi", "No")))
     loader = DataLoader(dataset, 2, collate_fn=Collator(processor.tokenizer.pad_token_id), num_workers=2)
     batches = list(loader)
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(8))
@@ -59,7 +59,7 @@ def test_batches_through_loader_workers(folder, make, processor):
 def test_several_files_with_roots_and_sampling(folder, make):
     (folder / "lists").mkdir()
     records = [record(n, "<image>\nWhat?", "A car.", "wide.png") for n in range(10)]
-    path = write(folder / "lists", *records)
+    path = write_records(folder / "lists", *records)
     root = folder / "images"
 
     def ids(*samplings, seed=0, weight=1.0):
@@ -86,13 +86,13 @@ def test_several_files_with_roots_and_sampling(folder, make):
 
 @pytest.mark.parametrize("sampling", ["some", "first:", "first:-1", "first:11", "random:110%", "repeat:2", "first:2.5"])
 def test_bad_sampling(folder, make, sampling):
-    path = write(folder, *[record(n, "Hi", "Yes") for n in range(10)])
+    path = write_records(folder, *[record(n, "Hi", "Yes") for n in range(10)])
     with pytest.raises(DataError, match=r"sampling .*data\.json"):
         make(DataSource(path, None, sampling))
 
 
 def test_malformed_records_stop_or_are_left_out(folder, make, caplog):
-    path = write(
+    path = write_records(
         folder,
         record("good", "Hi", "Yes"),
         record("a", "<image>", "Yes"),
@@ -112,7 +112,7 @@ def test_malformed_records_stop_or_are_left_out(folder, make, caplog):
 
 
 def test_what_a_template_cannot_hold_is_malformed(folder, make):
-    path = write(folder, record("caption", "<image>", "A car.", WIDE), record("chat", "Hi", "Yes"))
+    path = write_records(folder, record("caption", "<image>", "A car.", WIDE), record("chat", "Hi", "Yes"))
     with pytest.raises(DataError, match=r"sample 'chat' .*template 'plain' is for captions"):
         make(path, template="plain")
     assert len(make(path, template="plain", on_bad_sample="skip")) == 1
@@ -120,7 +120,7 @@ def test_what_a_template_cannot_hold_is_malformed(folder, make):
 
 @pytest.mark.parametrize("image", [TEXT, CUT, "images/nowhere.png"])
 def test_unreadable_images_stop_or_are_masked(folder, make, caplog, image, processor):
-    path = write(folder, record("bad", "<image>\nWhat?", "A car.", image), record("good", "Hi", "Yes"))
+    path = write_records(folder, record("bad", "<image>\nWhat?", "A car.", image), record("good", "Hi", "Yes"))
     with pytest.raises(DataError, match=rf"sample 'bad' .*{image}.*on_bad_sample"):
         make(path)[0]
     dataset = make(path, on_bad_sample="skip")
@@ -138,7 +138,7 @@ def test_unreadable_images_stop_or_are_masked(folder, make, caplog, image, proce
 
 
 def test_one_unreadable_image_of_two_masks_the_sample(folder, make):
-    path = write(folder, record("bad", "<image><image>\nWhat?", "A car.", WIDE, TEXT))
+    path = write_records(folder, record("bad", "<image><image>\nWhat?", "A car.", WIDE, TEXT))
     item = make(path, on_bad_sample="skip")[0]
     assert item["pixel_values"] == []
     assert item["labels"].tolist() == [-100]
@@ -151,15 +151,17 @@ def test_links_out_of_the_root_are_refused(folder, make, tmp_path_factory):
     (folder / "linked").symlink_to(outside)
     (folder / "inside.png").symlink_to(folder / TALL)
     for image in ("images/link.png", "linked/wide.png"):
-        path = write(folder, record("link", "<image>", "A car.", image))
+        path = write_records(folder, record("link", "<image>", "A car.", image))
         with pytest.raises(DataError, match=r"sample 'link' .*leads out of the image root .*follow_links"):
             make(path)[0]
         assert make(DataSource(path, follow_links=True))[0]["image_sizes"].tolist() == [[60, 90]]
-    assert make(write(folder, record("in", "<image>", "A car.", "inside.png")))[0]["image_sizes"].tolist() == [[60, 20]]
+    assert make(write_records(folder, record("in", "<image>", "A car.", "inside.png")))[0]["image_sizes"].tolist() == [
+        [60, 20]
+    ]
 
 
 def test_large_images_are_unreadable(folder, make):
-    path = write(folder, record("big", "<image>", "A car.", WIDE))
+    path = write_records(folder, record("big", "<image>", "A car.", WIDE))
     with pytest.raises(DataError, match=r"sample 'big' .*90x60 pixels is above the limit of 5399"):
         make(path, max_image_pixels=5399)[0]
     assert len(make(path, max_image_pixels=5400)[0]["pixel_values"]) == 1
@@ -174,7 +176,7 @@ class TestLongSamples:
         return item, len(item["input_ids"]) - len(item["pixel_values"]) + visual
 
     def test_text_is_cut_at_its_end(self, folder, make, config, caplog):
-        path = write(folder, record("long", "<image>\nWhat?", "A car and a dog.", WIDE))
+        path = write_records(folder, record("long", "<image>\nWhat?", "A car and a dog.", WIDE))
         item, length = self.whole(make, path, config)
         assert make(path, max_length=length)[0]["input_ids"].equal(item["input_ids"])
         assert not caplog.records
@@ -184,7 +186,7 @@ class TestLongSamples:
         assert "sample 'long'" in caplog.text
 
     def test_images_beyond_the_end_go_with_their_placeholders(self, folder, make, config, processor):
-        path = write(folder, record("long", "<image> or <image>?", "Both.", TALL, WIDE))
+        path = write_records(folder, record("long", "<image> or <image>?", "Both.", TALL, WIDE))
         item = make(path)[0]
         second = (item["input_ids"] == processor.image_token_id).nonzero().flatten().tolist()[1]
         before = second - 1 + num_visual_tokens((60, 20), 16, config)
@@ -194,24 +196,24 @@ class TestLongSamples:
         assert len(cut["pixel_values"]) == 1
 
     def test_samples_that_lose_their_answers_are_named(self, folder, make, caplog):
-        path = write(folder, record("lost", "Why? " * 50, "Because."))
+        path = write_records(folder, record("lost", "Why? " * 50, "Because."))
         item = make(path, max_length=120)[0]
         assert len(item["input_ids"]) == 120
         assert set(item["labels"].tolist()) == {-100}
         assert "sample without supervised tokens: sample 'lost'" in caplog.text
 
     def test_the_models_limit_is_the_default(self, folder, make, config):
-        assert make(write(folder, record("a", "Hi", "Yes"))).max_length == config.max_sequence_length
+        assert make(write_records(folder, record("a", "Hi", "Yes"))).max_length == config.max_sequence_length
 
 
 def test_masked_conversations_are_named_with_the_reason(folder, make, caplog):
-    make(write(folder, record("odd", "What does ASSISTANT: mean?", "Me.")))[0]
+    make(write_records(folder, record("odd", "What does ASSISTANT: mean?", "Me.")))[0]
     assert "sample 'odd'" in caplog.text
     assert "mark turns" in caplog.text
 
 
 def test_troubles_are_named_at_first_and_then_counted(folder, make, caplog):
-    path = write(folder, *[record(n, "Hi", 3) for n in range(30)], record("good", "Hi", "Yes"))
+    path = write_records(folder, *[record(n, "Hi", 3) for n in range(30)], record("good", "Hi", "Yes"))
     with caplog.at_level(logging.WARNING):
         dataset = make(path, on_bad_sample="skip")
     assert dataset.troubles["malformed record left out"] == 30
@@ -219,7 +221,7 @@ def test_troubles_are_named_at_first_and_then_counted(folder, make, caplog):
 
 
 def test_modality_lengths(folder, make):
-    path = write(
+    path = write_records(
         folder,
         record("a", "<image>\nWhat is it?", "A red car.", WIDE),
         record("b", "What is  it?", "A\ncar."),
@@ -230,9 +232,9 @@ def test_modality_lengths(folder, make):
 
 def test_fingerprint(folder, make, tmp_path_factory):
     records = [record(n, "Hi", "Yes") for n in range(4)]
-    first = make(write(folder, *records)).fingerprint()
+    first = make(write_records(folder, *records)).fingerprint()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    assert make(write(elsewhere, *records)).fingerprint() == first  # the place does not matter
+    assert make(write_records(elsewhere, *records)).fingerprint() == first  # the place does not matter
     assert make(folder / "data.json").fingerprint() == first
     assert make(folder / "data.json", seed=1).fingerprint() == first  # nothing is drawn
     others = [
@@ -241,8 +243,8 @@ def test_fingerprint(folder, make, tmp_path_factory):
         make(DataSource(folder / "data.json", sampling="random:2")),
         make(DataSource(folder / "data.json", sampling="random:2"), seed=1),
         make(folder / "data.json", folder / "data.json"),
-        make(write(folder, *records, name="again.json")),
-        make(write(folder, *records[:3], record(3, "Hi", "No"))),
+        make(write_records(folder, *records, name="again.json")),
+        make(write_records(folder, *records[:3], record(3, "Hi", "No"))),
     ]
     prints = [dataset.fingerprint() for dataset in others]
     assert prints[5] == first
@@ -250,7 +252,7 @@ def test_fingerprint(folder, make, tmp_path_factory):
 
 
 def test_refusals(folder, make):
-    path = write(folder, record("a", "Hi", "Yes"))
+    path = write_records(folder, record("a", "Hi", "Yes"))
     with pytest.raises(ValueError, match="unknown template 'v1'; there are plain, vicuna_v1"):
         make(path, template="v1")
     with pytest.raises(ValueError, match="on_bad_sample"):
@@ -258,7 +260,7 @@ def test_refusals(folder, make):
     with pytest.raises(DataError, match=r"image root .*nowhere"):
         make(DataSource(path, folder / "nowhere"))
     with pytest.raises(DataError, match="no usable record"):
-        make(write(folder, name="empty.json"))
+        make(write_records(folder, name="empty.json"))
     with pytest.raises(DataError, match="no usable record in no sources"):
         make()
 

@@ -17,7 +17,7 @@ import pytest
 from avg_llava.data import ConversationDataset, DataError, DataSource
 from avg_llava.data import index as indexing
 from avg_llava.data.index import FOLDER, open_index
-from tests.datasets.conftest import record, write
+from tests.tiny import record, write_records
 
 FORK = multiprocessing.get_context("fork")
 
@@ -32,7 +32,7 @@ def age(path: Path) -> Path:
 @pytest.fixture
 def path(folder) -> Path:
     records = [record(n, "<image>\nWhat is it?", "A car.", "images/wide.png") for n in range(5)]
-    return age(write(folder, *records, record("text", "Hi", "Yes"), record("bad", "Hi", 3)))
+    return age(write_records(folder, *records, record("text", "Hi", "Yes"), record("bad", "Hi", 3)))
 
 
 def kept(folder: Path) -> list[str]:
@@ -164,7 +164,7 @@ def test_a_folder_that_cannot_be_written_to(path, tmp_path, caplog):
 def test_no_room_for_an_index(folder, caplog, suffix):
     """The system refuses to write on: nothing half is left, and this process reads on without."""
     records = [record(n, "<image>\nWhat?", "A car.", "images/wide.png") for n in range(200)]
-    path = write(folder, *records)
+    path = write_records(folder, *records)
     if suffix == ".parquet":
         path = folder / "data.parquet"
         pq.write_table(pa.Table.from_pylist(records), path)
@@ -232,7 +232,7 @@ def test_processes_do_not_copy_rows(folder):
     sizes = []
     for count in (10, 1000):
         records = [record(n, "Hi", "Yes") for n in range(count)]
-        index = open_index(age(write(folder, *records, name="data.json")), "vicuna_v1")
+        index = open_index(age(write_records(folder, *records, name="data.json")), "vicuna_v1")
         sent = pickle.dumps(index)
         assert pickle.loads(sent).sample(count - 1, folder).id == str(count - 1)
         sizes.append(len(sent))
@@ -240,7 +240,7 @@ def test_processes_do_not_copy_rows(folder):
 
 
 def test_an_empty_list_has_an_index(folder):
-    path = age(write(folder))
+    path = age(write_records(folder))
     assert len(open_index(path, "vicuna_v1").rows) == 0
     assert len(open_index(path, "vicuna_v1").rows) == 0
 
@@ -270,7 +270,7 @@ class TestParquet:
         return pa.schema([("id", pa.string()), ("image", pa.list_(pa.string())), ("conversations", pa.list_(turn))])
 
     def test_items_are_those_of_the_same_json(self, folder, processor, config):
-        json_file = age(write(folder, *self.RECORDS))
+        json_file = age(write_records(folder, *self.RECORDS))
         parquet_file = age(self.write(folder / "data.parquet", *self.RECORDS))
         for _ in range(2):  # read, and from the kept index
             one, other = (

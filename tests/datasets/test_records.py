@@ -5,7 +5,7 @@ import pytest
 
 from avg_llava.data.record_files import read_records
 from avg_llava.data.records import DataError, Turn, dialogue, parse_record
-from tests.datasets.conftest import record
+from tests.tiny import record
 
 ROOT = Path("root")
 

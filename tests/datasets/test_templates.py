@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from avg_llava.data.records import DataError, Turn
 from avg_llava.data.templates import IGNORE_INDEX, TEMPLATES, encode_conversation
 from avg_llava.model.processing import VICUNA_SYSTEM, tokenize_with_images
-from tests.datasets.conftest import GOLDEN
+from tests.parity.golden import GOLDEN
 
 IMAGE = 99_999
 

@@ -5,14 +5,14 @@ from avg_llava.data import ConversationDataset, DataSource
 from avg_llava.data.token_lengths import SampleLengths, token_lengths
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
-from tests.datasets.conftest import record, write
+from tests.tiny import record, write_records
 
 WIDE, TALL, TEXT, CUT = (f"images/{name}.png" for name in ("wide", "tall", "text", "cut"))
 
 
 @pytest.fixture
 def dataset(folder, processor, config):
-    path = write(
+    path = write_records(
         folder,
         record(0, "<image>\nWhat is it, and why is it where it is?", "A car.", WIDE),
         record(1, "Hi", "Yes, hello, how are you?"),

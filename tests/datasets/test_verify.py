@@ -12,8 +12,8 @@ from avg_llava.data import verify as verification
 from avg_llava.data.skip_list import read_skip_list
 from avg_llava.data.verify import verify
 from avg_llava.training.run import message_of
-from tests.datasets.conftest import record, write
 from tests.datasets.faults import write_faults
+from tests.tiny import record, write_records
 
 WIDE = "images/wide.png"
 
@@ -92,7 +92,7 @@ def test_every_fault_is_found(bad, make, tmp_path, num_processes):
 def test_a_worker_names_the_sample_in_one_line(bad, make, identity, message):
     """Through a loader's worker, as in training, and as the training command prints it."""
     (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
-    path = write(bad.parent, record("sound", "Hi", "Yes"), only, name="one.json")
+    path = write_records(bad.parent, record("sound", "Hi", "Yes"), only, name="one.json")
     with pytest.raises(DataError) as caught:
         list(DataLoader(make(path), num_workers=1, collate_fn=list))
     line = message_of(caught.value).replace("\n  ", " ")  # malformed records are a list, of one here
@@ -107,7 +107,7 @@ def test_a_worker_names_the_sample_in_one_line(bad, make, identity, message):
 def test_what_training_can_use_is_used(bad, make, caplog, identity, trouble):
     """Named in one line where something is lost; a GIF under another name is an image."""
     (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
-    dataset = make(write(bad.parent, only, name="one.json"))
+    dataset = make(write_records(bad.parent, only, name="one.json"))
     assert len(dataset[0]["pixel_values"]) == 1
     lines = [entry.getMessage() for entry in caplog.records if trouble and entry.getMessage().startswith(trouble)]
     assert (len(lines) == 1 and f"sample '{identity}'" in lines[0]) if trouble else not caplog.records
@@ -157,7 +157,7 @@ def test_a_killed_verification_goes_on(folder, make, tmp_path, monkeypatch):
     records = [
         record(number, "<image>\nWhat?", "A car.", WIDE if number < 4 else "images/tall.png") for number in range(7)
     ]
-    path = write(folder, *records)
+    path = write_records(folder, *records)
     output = tmp_path / "skip.json"
 
     class Killed(Exception):
@@ -181,14 +181,14 @@ def test_a_killed_verification_goes_on(folder, make, tmp_path, monkeypatch):
 
 def test_notes_of_other_data_are_dropped(folder, make, tmp_path):
     output = tmp_path / "skip.json"
-    path = write(folder, record("good", "<image>\nWhat?", "A car.", WIDE))
+    path = write_records(folder, record("good", "<image>\nWhat?", "A car.", WIDE))
     (tmp_path / ".skip.json.partial").write_text('"another"\n[[0, 0, "images", [["missing", "gone"]]]]\n')
     assert verify(make(path), 1, output).num_skipped == 0
 
 
 def test_sources_are_counted_apart_and_records_once(folder, make):
-    first = write(folder, *[record(n, "<image>\nWhat?", "A car.", WIDE) for n in range(3)], name="first.json")
-    second = write(folder, record("bad", "<image>\nWhat?", "A car.", "images/none.png"), name="second.json")
+    first = write_records(folder, *[record(n, "<image>\nWhat?", "A car.", WIDE) for n in range(3)], name="first.json")
+    second = write_records(folder, record("bad", "<image>\nWhat?", "A car.", "images/none.png"), name="second.json")
     found = verify(make(DataSource(first, weight=3), second), 1)
     assert [source.num_records for source in found.sources] == [3, 1]
     assert [source.problems for source in found.sources] == [{}, {"missing": 1}]

@@ -29,7 +29,7 @@ from avg_llava.training.feedback import collect
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
 STEPS = {1: 3, 2: 3, 3: 7, 4: 3}  # four steps see all 16 samples: stage 3 runs into a second epoch

@@ -13,8 +13,7 @@ import yaml
 from avg_llava.training.checkpoint import read_manifest
 from tests.datasets.faults import MALFORMED, UNREADABLE, USED, WITHOUT_FAULT, write_faults
 from tests.distributed.test_deepspeed import PATIENCE, ROOT
-from tests.tiny import make_checkpoint
-from tests.training.tiny_world import stage_values
+from tests.tiny import make_checkpoint, stage_values
 
 pytestmark = [pytest.mark.timeout(2 * PATIENCE), pytest.mark.xdist_group("distributed")]
 

@@ -10,8 +10,7 @@ from avg_llava.inference.conversation import Conversation
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")

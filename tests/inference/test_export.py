@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from avg_llava import Pipeline, Request, cli
 from avg_llava.inference.export import ERRORS, INDEX, language_model
-from tests.inference.test_predictor import noise_images
-from tests.model.tiny import tiny_model
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images, tiny_model
 
 QUESTIONS = [
     {"id": "routed", "prompt": "how many dots?", "image": "0.png"},

@@ -9,8 +9,7 @@ from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.generation import AnswerAbandoned, Draws
 from avg_llava.inference.pipeline import Pipeline
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 LEVEL = Budget(4)
 

@@ -18,8 +18,7 @@ import avg_llava
 from avg_llava import Budget, Decoding, Pipeline, Request
 from avg_llava.inference.question_files import answer_file, read_questions
 from avg_llava.mini.world import WorldSize, write_world
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 LONGEST = {"random": 6, "trained": 8}
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import TextIteratorStreamer
 
 from avg_llava.checkpoints.loading import load
@@ -12,20 +11,13 @@ from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import DataError
-from tests.tiny import make_checkpoint
-
-SIZES = [(40, 40), (90, 30), (33, 70), (64, 64), (20, 25)]  # (width, height)
+from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     model, processor = load(make_checkpoint(tmp_path_factory.mktemp("tiny")))
     return Predictor(model, processor)
-
-
-def noise_images():
-    noise = np.random.default_rng(0)
-    return [Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from avg_llava.inference.answers import Decoding
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.question_files import answer_file, read_questions
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")

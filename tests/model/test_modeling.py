@@ -6,7 +6,7 @@ import torch
 from avg_llava.evaluation.llava_next import as_llava_next
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from avg_llava.model.packing import pack
-from tests.model.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model
+from tests.tiny import IMAGE_TOKEN, images, pad, prompt, tiny_config, tiny_model
 
 # (height, width). In the second list a ratio falls just short of a whole number, so that the original code's truncation
 # and transformers' rounding keep other rows or columns; paper behaviour follows transformers.

@@ -9,8 +9,6 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaNextImageProcessorPil,
 )
 
@@ -20,15 +18,14 @@ from avg_llava.data.templates import TEMPLATES
 from avg_llava.model.images import load_image
 from avg_llava.model.processing import AvgLlavaImageProcessor, tokenize_with_images
 from tests.parity.golden import GOLDEN
+from tests.tiny import language_config, tiny_config, vision_config
 
 TOKENIZER = GOLDEN / "tokenizer_tiny"
 
 
 @pytest.fixture(scope="module")
 def config() -> AvgLlavaConfig:
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
-    text = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64, vocab_size=512)
-    return AvgLlavaConfig(vision_config=vision, text_config=text, image_token_index=512)
+    return tiny_config(vision_config(patch_size=8), language_config(vocab_size=512))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from avg_llava import AvgLlavaForConditionalGeneration, load_model
 from avg_llava.model.router import GranularityRouter
 from avg_llava.model.scaler import pool_tokens
-from tests.model.tiny import images, prompt, tiny_config, tiny_model
+from tests.tiny import images, prompt, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")

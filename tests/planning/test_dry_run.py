@@ -15,8 +15,7 @@ from avg_llava.planning import dry_run
 from avg_llava.training import run
 from avg_llava.training.assembly import load_processor
 from avg_llava.training.config import load_config
-from tests.tiny import make_checkpoint
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import make_checkpoint, stage_values, write_backbones, write_data
 
 
 @pytest.fixture(scope="module")

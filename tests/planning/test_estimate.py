@@ -25,7 +25,7 @@ from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.parity.golden import GOLDEN
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
 MINI = "avg_llava/mini/checkpoint"

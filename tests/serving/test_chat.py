@@ -13,8 +13,7 @@ from avg_llava.inference.budget import Budget
 from avg_llava.inference.conversation import Conversation
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.chat import HELP, Chat
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,7 @@ from avg_llava.serving.demo import (
     wait_for_the_end,
 )
 from avg_llava.serving.examples import EXAMPLES, draw_examples
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 CONTROLS = ("router", 0, 100, 5)
 

@@ -7,8 +7,7 @@ import pytest
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.streams import stream_answer
-from tests.inference.test_predictor import noise_images
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from avg_llava.training.config import load_config
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.stages import STAGES
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 SAMPLES = 8
 

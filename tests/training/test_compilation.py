@@ -12,7 +12,7 @@ from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import add_adapters
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.model.tiny import images, pad, prompt, tiny_model
+from tests.tiny import images, pad, prompt, tiny_model
 
 
 def losses_and_gradients(compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ import yaml
 
 from avg_llava.common.settings import read_yaml
 from avg_llava.training.config import ConfigError, load_config
-from tests.training.tiny_world import stage_values
+from tests.tiny import stage_values
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, describe
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("feedback")  # the trained stages are shared
 

@@ -16,7 +16,7 @@ from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.levels import Texts, answers_by_level, total_log_prob
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.model.tiny import images, pad, prompt, tiny_config, tiny_model
+from tests.tiny import images, pad, prompt, tiny_config, tiny_model
 
 SIZES = [(32, 32), (60, 30), (90, 90)]
 

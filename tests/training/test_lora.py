@@ -20,8 +20,8 @@ from avg_llava.training.lora import add_adapters, merge_adapters
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.optim import parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, is_adapter, part_of, set_trainable
-from tests.model.tiny import images, pad, prompt, tiny_model
-from tests.training.tiny_world import interrupt_at, stage_values, write_backbones, write_data
+from tests.tiny import images, pad, prompt, stage_values, tiny_model, write_backbones, write_data
+from tests.training.interruption import interrupt_at
 
 pytestmark = pytest.mark.xdist_group("training-lora")  # the trained stages are shared
 

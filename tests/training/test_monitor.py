@@ -24,7 +24,7 @@ from avg_llava.training.monitor import MACHINE_METRICS, Monitor, weighted_means
 from avg_llava.training.progress import COLLAPSE_LINES, COLLAPSE_SHARE, CollapseAlarm
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import StageTrainer
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("monitor")  # stage 1's result is shared
 

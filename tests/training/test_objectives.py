@@ -14,9 +14,8 @@ from avg_llava.training.objectives import (
     RouterObjective,
 )
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.model.tiny import images, pad, prompt, tiny_model
-from tests.parity.conftest import batch_inputs, pixels, released_model  # noqa: F401
 from tests.parity.golden import golden
+from tests.tiny import images, pad, prompt, tiny_model
 
 SIZES = [(32, 32), (60, 30)]
 
@@ -303,7 +302,7 @@ def test_samples_that_are_masked_or_cut_take_no_part_in_stage_4(model, batch):
 class TestReleasedTensors:
     """The objectives on the golden batches."""
 
-    def test_stage_3(self, released_model, batch_inputs):  # noqa: F811
+    def test_stage_3(self, released_model, batch_inputs):
         tensors, _ = golden("E_stage3")
         inputs = batch_inputs(
             tensors["input_ids"], ["w400x120", "w300x200"], tensors["attention_mask"], tensors["labels"]
@@ -312,7 +311,7 @@ class TestReleasedTensors:
             output = MultiGranularityObjective(released_model, ObjectiveSettings())(**inputs)
         torch.testing.assert_close(output["loss"], tensors["loss_total"], rtol=0, atol=1e-5)
 
-    def test_stage_4(self, released_model, batch_inputs):  # noqa: F811
+    def test_stage_4(self, released_model, batch_inputs):
         tensors, _ = golden("F_stage4")
         names = ("input_ids", "attention_mask", "labels")
         ids, mask, labels = (tensors[f"batch2/{name}"] for name in names)
@@ -322,7 +321,7 @@ class TestReleasedTensors:
         torch.testing.assert_close(output["loss"], tensors["batch2/total"], rtol=1e-4, atol=0)
         torch.testing.assert_close(output["metrics"]["cross_entropy"], tensors["batch2/ce"], rtol=1e-4, atol=0)
 
-    def test_finest_level_is_stage_2(self, released_model, batch_inputs):  # noqa: F811
+    def test_finest_level_is_stage_2(self, released_model, batch_inputs):
         tensors, _ = golden("E_stage3")
         inputs = batch_inputs(
             tensors["input_ids"], ["w400x120", "w300x200"], tensors["attention_mask"], tensors["labels"]

@@ -16,8 +16,7 @@ from avg_llava.training.losses import ranking_loss, router_cross_entropy
 from avg_llava.training.objectives import OBJECTIVES
 from avg_llava.training.stages import STAGES, set_trainable
 from avg_llava.training.trainer import load_weights, training_arguments
-from tests.model.tiny import images, pad, prompt, tiny_model
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import images, pad, prompt, stage_values, tiny_model, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-precision")
 

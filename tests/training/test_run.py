@@ -17,7 +17,8 @@ from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import TrainingError
-from tests.training.tiny_world import interrupt_at, stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
+from tests.training.interruption import interrupt_at
 
 pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
 

@@ -13,7 +13,7 @@ from avg_llava.training import assembly, run
 from avg_llava.training.checkpoint import SaveError, checkpoint_bytes, latest_checkpoint, read_manifest, writing
 from avg_llava.training.config import load_config
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("training-saving")
 

@@ -3,7 +3,7 @@ import pytest
 from avg_llava.training.config import OptimSettings
 from avg_llava.training.optim import build_optimizer, parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, part_of, set_trainable
-from tests.model.tiny import tiny_model
+from tests.tiny import tiny_model
 
 SETTINGS = {"lr": 1e-3, "global_batch_size": 1, "micro_batch_size": 1}
 # DESIGN's table: what each stage trains.

@@ -11,7 +11,7 @@ from avg_llava.data.records import DataError
 from avg_llava.training import run
 from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import load_config
-from tests.training.tiny_world import stage_values, write_backbones, write_data
+from tests.tiny import stage_values, write_backbones, write_data
 
 
 @pytest.fixture

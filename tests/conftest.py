@@ -1,4 +1,4 @@
-"""The golden checkpoint and batches of golden images, for all parity tests."""
+"""Fixtures shared by several folders of tests: the golden checkpoint and batches of golden images."""
 
 import pytest
 import torch
