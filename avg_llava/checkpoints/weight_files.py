@@ -3,7 +3,6 @@
 The format: eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), then the data.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -11,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from avg_llava.common.files import atomic_write, hash_chunks, hash_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAMES = ("model.safetensors", "weights.safetensors")
@@ -84,11 +85,11 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     """SHA-256 of names, types, shapes and bytes of tensors, whatever files they are spread over."""
     names = sorted(tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_digest, (tensors[name] for name in names)))
+        digests = list(pool.map(hash_chunks, (_chunks(tensors[name]) for name in names)))
     parts = [
         [name, tensors[name].dtype, tensors[name].shape, digest] for name, digest in zip(names, digests, strict=True)
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_json(parts)
 
 
 def merge(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -104,14 +105,12 @@ def merge(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as target:
+    with atomic_write(path) as temporary, temporary.open("wb") as target:
         target.write(struct.pack("<Q", len(encoded)))
         target.write(encoded)
         for name in names:
             for chunk in _chunks(tensors[name]):
                 target.write(chunk)
-    os.replace(temporary, path)
 
 
 def _bytes_per_element(tensor: StoredTensor) -> int:
@@ -119,13 +118,6 @@ def _bytes_per_element(tensor: StoredTensor) -> int:
     for side in tensor.shape:
         elements *= side
     return tensor.num_bytes // max(elements, 1)
-
-
-def _digest(tensor: StoredTensor) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(tensor):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _chunks(tensor: StoredTensor) -> Iterable[bytes]:

@@ -1,21 +1,41 @@
-"""Work shared out to processes that keep something large, such as a model, from one piece of work to the next."""
+"""Worker processes that load something large, such as a model, once and use it for many items."""
 
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from avg_llava.common.watchdog import end_with_parent
+import torch
 
-SECONDS_BETWEEN_LOOKS = 0.2
+from avg_llava.common.machine import num_cores
+
+POLL_SECONDS = 0.2
+PARENT_POLL_SECONDS = 1.0
+MAX_DEFAULT_WORKERS = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
+"""Reports that so many more units of work are done."""
 Work = Callable[[Item, Advance], Result]
-"""Does one piece of work, and says now and then how much of it is done."""
+"""Processes one item and reports its progress."""
 
-_work: list[Any] = []  # in a worker: what `start` gave, and the counter of what is done
+_work: list[Any] = []  # in a worker: the function that `start` returned, and the shared counter of finished units
+
+
+class WorkerError(RuntimeError):
+    """A worker process was killed."""
+
+
+def default_workers() -> int:
+    """One process per GPU, or one per core, at most eight, if there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(MAX_DEFAULT_WORKERS, num_cores())
 
 
 def run_in_workers(
@@ -25,14 +45,15 @@ def run_in_workers(
     num_workers: int,
     advance: Advance,
 ) -> Iterator[Result]:
-    """Results of all items, as they come; with one worker, of this process, in order.
+    """Yields the results of all items as they are finished.
 
     Args:
-        start: Called in each worker with its number and `start_arguments`; gives the function that does the work.
-        start_arguments: Passed on to the workers.
-        items: The pieces of work.
-        num_workers: Processes.
-        advance: Called here with what the workers have reported since the last call.
+        start: Called once in each worker with the worker's number and `start_arguments`; returns the function that
+            processes an item. Must be picklable.
+        start_arguments: Further arguments of `start`.
+        items: The items.
+        num_workers: Number of processes. With one, the items are processed in order in this process.
+        advance: Called in this process with the units that workers have reported since the last call.
 
     Raises:
         BrokenProcessPool: A worker was killed.
@@ -42,14 +63,14 @@ def run_in_workers(
         for item in items:
             yield work(item, advance)
         return
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    context = multiprocessing.get_context("spawn")  # torch may hang in forked processes
     numbers, done = context.Value("l", 0), context.Value("l", 0)
-    pool = ProcessPoolExecutor(num_workers, context, _start, (start, start_arguments, numbers, done))
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (start, start_arguments, numbers, done))
     reported = 0
     try:
-        waiting = {pool.submit(_run, item) for item in items}
-        while waiting:
-            finished, waiting = wait(waiting, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+        pending = {pool.submit(_run, item) for item in items}
+        while pending:
+            finished, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
             now = done.value
             advance(now - reported)
             reported = now
@@ -59,7 +80,49 @@ def run_in_workers(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(start: Callable[..., Any], start_arguments: tuple[Any, ...], numbers: Any, done: Any) -> None:
+def map_batches(
+    start: Callable[[str], None],
+    process: Callable[[Item], Result],
+    batches: Sequence[Item],
+    num_workers: int,
+) -> Iterator[Result]:
+    """Yields `process(batch)` of all batches as they are finished.
+
+    Args:
+        start: Called once in each process with its device, e.g. to load a model. Must be picklable, like `process`.
+        process: Called for each batch.
+        batches: The batches.
+        num_workers: Number of processes, to which GPUs are assigned in turn.
+
+    Raises:
+        WorkerError: A process was killed.
+    """
+    try:
+        yield from run_in_workers(_start_on_device, (start, process), batches, num_workers, advance=lambda units: None)
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a worker process was killed, perhaps because memory ran out; run again with --workers 1, which keeps the "
+            "answers computed so far"
+        ) from error
+
+
+def end_with_parent() -> None:
+    """Ends this process within seconds after its parent process has ended, e.g. because it was killed.
+
+    `torchrun` puts its ranks in sessions of their own, so `kill -9` of it, or of the script around it, leaves them
+    training. A second call of the same command would then write to the same folder as they do.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _start_worker(start: Callable[..., Any], start_arguments: tuple[Any, ...], numbers: Any, done: Any) -> None:
     end_with_parent()
     with numbers.get_lock():
         number = numbers.value
@@ -70,11 +133,16 @@ def _start(start: Callable[..., Any], start_arguments: tuple[Any, ...], numbers:
 def _run(item: Any) -> Any:
     work, done = _work
 
-    def advance(amount: int) -> None:
+    def advance(units: int) -> None:
         with done.get_lock():
-            done.value += amount
+            done.value += units
 
     return work(item, advance)
 
 
-__all__ = ["Advance", "Work", "run_in_workers"]
+def _start_on_device(number: int, start: Callable[[str], None], process: Callable[[Item], Result]) -> Work:
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the other workers use the other cores
+    num_gpus = torch.cuda.device_count()
+    start(f"cuda:{number % num_gpus}" if num_gpus else "cpu")
+    return lambda batch, advance: process(batch)

@@ -6,8 +6,6 @@ opened when a sample is asked for. What is wrong with a sample is an error that 
 image cannot be read becomes a masked row, so that batches keep their size and every rank takes the same steps.
 """
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from avg_llava.common.files import hash_json
 from avg_llava.data.index import RecordIndex, open_index
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.sampling import select
@@ -320,7 +319,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         }
         if self.skipped:
             parts["skipped"] = self.skipped
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hash_json(parts)
 
     def _add(self, source: DataSource, number: int, index_dir: str | Path | None) -> np.ndarray:
         """Takes in a source; gives the rows of its file's index that are its samples, in their order."""

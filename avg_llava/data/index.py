@@ -8,7 +8,6 @@ as JSON lines, because a row of Parquet cannot be read alone.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from avg_llava.common.files import hash_json
 from avg_llava.data.record_files import parse_text, read_text, scan
 from avg_llava.data.records import DataError, RawRecord, Sample, dialogue, parse_record
 from avg_llava.data.templates import TEMPLATES
@@ -121,9 +121,9 @@ def open_index(path: str | Path, template: str, folder: str | Path | None = None
         stamp = _stamp(path.stat())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check data.sources") from error
-    key = json.dumps([FORMAT, str(path.resolve()), stamp, template]).encode()
+    key = hash_json([FORMAT, str(path.resolve()), stamp, template])
     folder = path.parent / FOLDER if folder is None else Path(folder)
-    home = folder / f"{path.name}-{hashlib.sha256(key).hexdigest()[:16]}"
+    home = folder / f"{path.name}-{key[:16]}"
     if (index := _kept(path, template, home)) is not None:
         return index
     with _locked(folder, path):

@@ -1,6 +1,5 @@
 """Files of records: a JSON list, JSON lines or Parquet, read record by record with the place of each in the text."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avg_llava.common.files import hash_bytes
 from avg_llava.data.records import DataError, RawRecord
 
 _COLUMNS = ("id", "image", "conversations")
@@ -59,7 +59,7 @@ def read_text(path: str | Path) -> RecordText:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check data.sources") from error
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = hash_bytes(content)
     return RecordText(path, sha256, _parquet_lines(path, content) if path.suffix == ".parquet" else content)
 
 

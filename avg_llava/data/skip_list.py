@@ -9,11 +9,11 @@ Records are known by their position: the index in a list, or the line of a `.jso
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from avg_llava.common.files import write_json
 from avg_llava.data.records import DataError
 
 FORMAT = 1
@@ -58,10 +58,7 @@ class SkipList:
             for sha256, records in self.files.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.new")
-        content = json.dumps({"format": FORMAT, "files": files}, indent=2, ensure_ascii=False)
-        temporary.write_text(content + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"format": FORMAT, "files": files}, ensure_ascii=False)
 
 
 def read_skip_list(path: str | Path) -> SkipList:

@@ -1,8 +1,5 @@
 """Tokens of every sample, counted once and kept in a file: what micro-batches with a token budget are filled by."""
 
-import hashlib
-import json
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from avg_llava.common.files import atomic_write, hash_json
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import DataError, read_image_size
@@ -61,9 +59,8 @@ def token_lengths(dataset: ConversationDataset, folder: Path, rank: int, num_wor
                 lengths += batch
                 bar.update(len(batch))
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part.npy")
-        np.save(unfinished, np.array(lengths, dtype=np.int32))
-        os.replace(unfinished, path)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.array(lengths, dtype=np.int32))
     while not path.is_file():  # should the first process fail, the launcher ends this one
         time.sleep(_POLL_SECONDS)
     return np.load(path)
@@ -79,7 +76,7 @@ def _identity(dataset: ConversationDataset) -> str:
         processor.tokenizer.backend_tokenizer.to_str(),
         [config.image_grid_pinpoints, config.granularities[-1], config.behavior, config.vision_config.image_size],
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_json(parts)
 
 
 __all__ = ["SampleLengths", "token_lengths"]

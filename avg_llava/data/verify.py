@@ -4,7 +4,6 @@ Images are decoded, texts are encoded, nothing else is computed. Done by any num
 goes on from where it was, by notes beside its skip list.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from avg_llava.common.files import hash_json
 from avg_llava.data.dataset import ConversationDataset, OutsideRootError
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList, SkippedRecords
@@ -230,7 +230,7 @@ class VerifiedSamples(Dataset[Finding]):
 
 def _identity(dataset: ConversationDataset) -> str:
     parts = [dataset.fingerprint(), [file.image_root for file in dataset.files], dataset.max_image_pixels]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_json(parts)
 
 
 __all__ = ["TOTAL", "Problem", "SourceReport", "Verification", "verify"]

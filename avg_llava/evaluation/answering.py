@@ -4,7 +4,6 @@ A question is answered under one or more keys: "auto" (the router chose), "rando
 Batches are made once, of all questions, so that a killed run that goes on makes the same answers.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from avg_llava.common.jsonl import default_workers, map_batches, open_store, read_answers
+from avg_llava.common.jsonl import JsonLines, open_folder
+from avg_llava.common.workers import default_workers, map_batches
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import Protocol
 from avg_llava.evaluation.results import Failure, Granularity
@@ -193,33 +193,26 @@ def collect_answers(
     Returns:
         The store's lines by question number, in order; and the questions that failed.
     """
-    open_store(folder, identity)
-    store = folder / "answers.jsonl"
+    open_folder(folder, identity)
+    store = JsonLines(folder / "answers.jsonl")
     numbers = range(min(len(questions), setting.limit or len(questions)))
     batches = [numbers[start : start + setting.batch_size] for start in range(0, len(numbers), setting.batch_size)]
-    known = set(read_answers(store))
+    known = set(store.read_by_id())
     todo = [list(batch) for batch in batches if any(str(index) not in known for index in batch)]
     failures: list[Failure] = []
     start: Callable[[str], None] = partial(_start_worker, setting)
-    with (
-        store.open("a", encoding="utf-8") as file,
-        tqdm(
-            total=len(numbers),
-            initial=len(numbers) - sum(map(len, todo)),
-            desc=setting.benchmark,
-            unit="question",
-            dynamic_ncols=True,
-        ) as progress,
-    ):
+    with tqdm(
+        total=len(numbers),
+        initial=len(numbers) - sum(map(len, todo)),
+        desc=setting.benchmark,
+        unit="question",
+        dynamic_ncols=True,
+    ) as progress:
         for lines in map_batches(start, _answer_batch, todo, _num_workers(num_workers, len(todo))) if todo else ():
-            for line in lines:
-                if isinstance(line, Failure):
-                    failures.append(line)
-                elif line["id"] not in known:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+            failures += [line for line in lines if isinstance(line, Failure)]
+            store.append(line for line in lines if not isinstance(line, Failure) and line["id"] not in known)
             progress.update(len(lines))
-    found = {int(key): line for key, line in read_answers(store).items() if int(key) in numbers}
+    found = {int(key): line for key, line in store.read_by_id().items() if int(key) in numbers}
     return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
 
 

@@ -4,7 +4,6 @@ Everything in the result but times and machine is a function of model, questions
 processes, nor of how often the run was killed.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 
 from avg_llava.checkpoints.loading import resolve_folder
-from avg_llava.common.jsonl import hash_file
+from avg_llava.common.files import hash_file, hash_json
+from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
 from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor
 from avg_llava.evaluation.results import (
@@ -73,17 +73,17 @@ def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed:
     outcomes = judge(questions, {index: answer["prediction"] for index, answer in chosen.items()})
     metrics = compute_metrics(questions, outcomes)
     answers = output / f"{setting.benchmark}.answers.jsonl"
-    with answers.open("w", encoding="utf-8") as file:
-        for index, answer in chosen.items():
-            told = {
-                "id": str(index),
-                "prompt": questions.prompt(index),
-                "reference": questions.reference(index),
-                **answer,
-                "router_log_probs": lines[index]["router_log_probs"],
-                "score": question_score(questions, outcomes[index]),
-            }
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+    JsonLines(answers).write(
+        {
+            "id": str(index),
+            "prompt": questions.prompt(index),
+            "reference": questions.reference(index),
+            **answer,
+            "router_log_probs": lines[index]["router_log_probs"],
+            "score": question_score(questions, outcomes[index]),
+        }
+        for index, answer in chosen.items()
+    )
     speed = None
     if num_timed:
         speed = measure_speed(load_predictor(setting, _device()), questions, list(lines)[:num_timed], setting)
@@ -135,17 +135,13 @@ def _facts(setting: Setting, questions: BenchmarkQuestions, levels: list[int]) -
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over the names and hashes of a checkpoint's weights and its configuration."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "config.json"])
-    return _hash([(path.name, hash_file(path)) for path in files])
+    return hash_json([(path.name, hash_file(path)) for path in files])
 
 
 def _fingerprint(questions: BenchmarkQuestions) -> str:
     """A hash of every row but for its images."""
     rows = questions.docs.remove_columns(questions.image_columns)
-    return _hash([json.dumps(row, sort_keys=True, default=str, ensure_ascii=False) for row in rows])
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hash_json([json.dumps(row, sort_keys=True, default=str, ensure_ascii=False) for row in rows])
 
 
 def _identity(setting: Setting, questions: BenchmarkQuestions, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ confidence intervals and paired tests need nothing else. The answers are in a JS
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from avg_llava.common.files import write_json
 from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.statistics import MetricKind, UnitError, compute_value
 
@@ -264,10 +264,7 @@ def read_result(path: Path) -> Result:
 
 def write_result(result: Result, path: Path) -> None:
     """Writes a result in one step: whoever finds the file finds it whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    content = json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
-    partial.write_text(content + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, dataclasses.asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 # ---- what must agree ----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Questions of a file, answered into another: as far as it goes, whatever happens, and never twice."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from avg_llava.common.jsonl import read_answers
+from avg_llava.common.jsonl import JsonLines
 from avg_llava.data.record_files import read_records
 from avg_llava.data.records import DataError, RawRecord, image_paths
 from avg_llava.inference.answers import Answer, Decoding, Request
@@ -81,19 +80,17 @@ def answer_file(
     Returns:
         How many questions could not be answered.
     """
-    done = read_answers(output)
+    answers = JsonLines(output)
+    done = answers.read_by_id()
     todo = [question for question in questions if question.id not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
     failures: list[dict[str, str]] = []
-    with (
-        output.open("a", encoding="utf-8") as file,
-        tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=None) as bar,
-    ):
+    answers.append([])  # creates the file even if no question can be answered
+    with tqdm(total=len(questions), initial=len(questions) - len(todo), unit="question", disable=None) as bar:
         for start in range(0, len(todo), batch_size):
             for question, answer in _answer(predictor, todo[start : start + batch_size], decoding):
                 if isinstance(answer, Answer):
-                    file.write(json.dumps({"id": question.id, **asdict(answer)}, ensure_ascii=False) + "\n")
-                    file.flush()
+                    answers.append([{"id": question.id, **asdict(answer)}])
                 else:
                     failures.append({"id": question.id, "error": answer})
                 bar.update()
@@ -105,7 +102,7 @@ def write_errors(path: Path, failures: Sequence[dict[str, str]]) -> None:
     """Writes which questions failed and why, one a line; no file where there are none."""
     path.unlink(missing_ok=True)
     if failures:
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in failures), "utf-8")
+        JsonLines(path).write(failures)
 
 
 def _answer(

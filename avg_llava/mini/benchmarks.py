@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from avg_llava.common.files import hash_file
 from avg_llava.mini import lettered, open_ended
 from avg_llava.mini.published import REPOSITORIES, write_repository
 from avg_llava.mini.sketchbook import Sketchbook
@@ -64,9 +64,7 @@ def _draw(folder: Path, seed: int) -> dict[str, Any]:
         write_repository(folder / name, tables, rows)
         num_rows |= {f"{name}/{config}/{split}": len(found) for (config, split), found in rows.items()}
     sums = {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*.*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*.*")) if path.is_file()
     }
     manifest = {"seed": seed, "num_rows": num_rows, "sha256": sums}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")

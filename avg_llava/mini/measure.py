@@ -19,7 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from avg_llava.common.jsonl import hash_file, map_batches, open_store, read_answers
+from avg_llava.common.files import hash_file
+from avg_llava.common.jsonl import JsonLines, open_folder
+from avg_llava.common.workers import map_batches
 from avg_llava.data.records import parse_record
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
@@ -161,6 +163,10 @@ def _identity(measurement: Measurement) -> dict[str, str]:
     return {name: hash_file(path) for name, path in files.items()}
 
 
+def _store(answers: Path, name: str) -> JsonLines:
+    return JsonLines(answers / f"{name}.jsonl")
+
+
 def _checkpoints(measurement: Measurement) -> dict[str, Path]:
     """The models that answer."""
     folders = {BASELINE: measurement.baseline, "final": measurement.final}
@@ -198,7 +204,7 @@ def collect_answers(
     Returns:
         The levels of the final model in visual tokens per crop, coarse to fine.
     """
-    open_store(measurement.answers, _identity(measurement))
+    open_folder(measurement.answers, _identity(measurement))
     config = AvgLlavaConfig.from_pretrained(measurement.final)
     granularities = tuple(config.granularities or ())
     checkpoints = _checkpoints(measurement)
@@ -206,31 +212,20 @@ def collect_answers(
     asked = {BASELINE: items, "final": [*items, *calibration]}
     todo: dict[str, list[Item]] = {which: [] for which in names}
     for which in checkpoints:
-        answered = [read_answers(measurement.answers / f"{name}.jsonl") for name in names[which]]
+        answered = [_store(measurement.answers, name).read_by_id() for name in names[which]]
         todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
     total = sum(map(len, todo.values()))
     if not total:
         return granularities
 
-    files_of = {
-        name: (measurement.answers / f"{name}.jsonl").open("a", encoding="utf-8")
-        for which in checkpoints
-        for name in names[which]
-    }
     # The final model answers at every level, so its batches take longest and go first.
     batches = [(which, batch) for which in ("final", BASELINE) for batch in batch_by_length(todo[which], config)]
-    try:
-        with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
-            for answered_batch in map_batches(
-                partial(load_predictors, checkpoints), _answer_batch, batches, measurement.num_workers
-            ):
-                for name, lines in answered_batch.items():
-                    files_of[name].writelines(json.dumps(line) + "\n" for line in lines)
-                    files_of[name].flush()
-                progress.update(len(next(iter(answered_batch.values()))))
-    finally:
-        for file in files_of.values():
-            file.close()
+    start = partial(load_predictors, checkpoints)
+    with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
+        for answered_batch in map_batches(start, _answer_batch, batches, measurement.num_workers):
+            for name, lines in answered_batch.items():
+                _store(measurement.answers, name).append(lines)
+            progress.update(len(next(iter(answered_batch.values()))))
     return granularities
 
 
@@ -250,7 +245,7 @@ def read_outcomes(
     """
 
     def column(name: str, key: str) -> list[Any]:
-        lines = read_answers(answers / f"{name}.jsonl")
+        lines = _store(answers, name).read_by_id()
         missing = [question.id for question in questions if question.id not in lines]
         if missing:
             raise ClaimsError(f"{answers / name}.jsonl lacks {len(missing)} answers, the first to {missing[0]}")
@@ -284,7 +279,7 @@ def verify_routing(
     chosen = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
     sample = sorted(random.Random(0).sample(range(len(items)), min(num_verified, len(items))))
     predictor = make_predictor(measurement.final, "cuda" if torch.cuda.is_available() else "cpu")
-    forced = {level: read_answers(measurement.answers / f"fixed-{level}.jsonl") for level in outcomes.granularities}
+    forced = {level: _store(measurement.answers, f"fixed-{level}").read_by_id() for level in outcomes.granularities}
     for start in range(0, len(sample), BATCH_SIZE):
         batch = sample[start : start + BATCH_SIZE]
         routed = predictor.predict(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.weight_files import fingerprint
-from avg_llava.common.jsonl import default_workers, map_batches
+from avg_llava.common.workers import default_workers, map_batches
 from avg_llava.mini import claims, measure
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.model.configuration import AvgLlavaConfig

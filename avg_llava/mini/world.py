@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import struct
 import zlib
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from avg_llava.common.files import hash_bytes, hash_chunks, write_bytes, write_json
 from avg_llava.mini.glyphs import PALETTE
 from avg_llava.mini.questions import SHORT_ANSWER, Question, caption, choose_questions, multiple_choice
 from avg_llava.mini.scenes import Scene, draw_scene
@@ -141,13 +141,6 @@ def _one_per_family(scene: Scene, rng: random.Random) -> list[Question]:
     return [next(q for q in questions if q.family == family) for family in sorted({q.family for q in questions})]
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, so that a killed run leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _draw_split(
     output: Path, seed: int, split: str, num_images: int, digest: Any
 ) -> Iterator[tuple[str, str, Scene, random.Random]]:
@@ -160,14 +153,14 @@ def _draw_split(
         digest.update(content)
         path = output / relative
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        write_bytes(path, content)
         yield name, relative, scene, rng
 
 
 def _code_hash() -> str:
     """SHA-256 of the modules that decide what is drawn and asked."""
     folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in DRAWING_MODULES)).hexdigest()
+    return hash_chunks((folder / f"{name}.py").read_bytes() for name in DRAWING_MODULES)
 
 
 def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None) -> dict[str, Any]:
@@ -214,8 +207,8 @@ def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None
     sums = {"images": digest.hexdigest()}
     for split, rows in records.items():
         content = (json.dumps(rows, indent=1) + "\n").encode()
-        sums[f"{split}.json"] = hashlib.sha256(content).hexdigest()
-        _write(output / f"{split}.json", content)
+        sums[f"{split}.json"] = hash_bytes(content)
+        write_bytes(output / f"{split}.json", content)
     manifest = {**wanted, "num_records": {split: len(rows) for split, rows in records.items()}, "sha256": sums}
-    _write(manifest_path, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_json(manifest_path, manifest, indent=1)
     return manifest

@@ -1,7 +1,6 @@
 """The mini world's report (see `avg_llava.mini`): what it holds, its figures and its self-contained page."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from avg_llava.common.files import write_json
 from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.results import ResultError
 from avg_llava.reports import figures
@@ -146,9 +146,7 @@ def write_report(report: Report, histories: Mapping[str, Sequence[Mapping[str, A
     content = page("AVG-LLaVA in the mini world", lead(report), sections(report, drawn))
     (output / "index.html").write_text(content, encoding="utf-8")
     # Written last: whoever finds it finds the rest.
-    partial = output / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / "report.json")
+    write_json(output / "report.json", report)
 
 
 def draw(report: Report) -> dict[str, Figure]:

@@ -8,7 +8,6 @@ and is ignored.
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from avg_llava.common.files import write_json
 from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError
 from avg_llava.training.config import TrainConfig
@@ -234,9 +234,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: StageManifest) -> None:
     """Write `stage.json` atomically."""
-    temporary = folder / f".{MANIFEST_NAME}.new"
-    temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST_NAME)
+    write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest))
 
 
 def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:

@@ -7,9 +7,7 @@ every selection and order of the samples that it holds.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights, resolve_folder
 from avg_llava.checkpoints.weight_files import fingerprint
+from avg_llava.common.files import atomic_write, hash_json, write_json
 from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
@@ -112,13 +111,13 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
         model=fingerprint({name: each for name, each in tensors.items() if not name.startswith(ROUTER_KEYS)}),
-        architecture=_hash(_to_the_point(dataset.config)),
-        processor=_hash(_processor_parts(dataset.processor)),
+        architecture=hash_json(_to_the_point(dataset.config), default=str),
+        processor=hash_json(_processor_parts(dataset.processor), default=str),
         template=dataset.template,
         max_length=dataset.max_length,
         precision=precision,
         files={file.sha256: file.path for file in dataset.files},
-        samples=_hash([[dataset.files[source].sha256, position] for source, position in origins]),
+        samples=hash_json([[dataset.files[source].sha256, position] for source, position in origins]),
         num_samples=len(origins),
         shard_size=SHARD_SIZE,
     )
@@ -159,9 +158,7 @@ class FeedbackStore:
     def create(cls, folder: Path, manifest: FeedbackManifest) -> "FeedbackStore":
         """An empty store in a folder that has none."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}.new"
-        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / MANIFEST_NAME)
+        write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest), concurrent=True)
         return cls(folder, manifest)
 
     def check(self, expected: FeedbackManifest, to_continue: bool = False) -> None:
@@ -202,10 +199,8 @@ class FeedbackStore:
         """Writes the columns of `schema` as a shard, which appears whole or not at all."""
         table = pa.table(dict(columns), schema=self.schema())
         assert len(table) == len(self.manifest.samples_of(shard))
-        path = self.shard_path(shard)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
+        with atomic_write(self.shard_path(shard), concurrent=True) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
 
     def schema(self) -> pa.Schema:
         """Columns of a shard.
@@ -357,10 +352,6 @@ def _processor_parts(processor: AvgLlavaProcessor) -> list[Any]:
     settings = processor.image_processor.to_dict()
     tokenizer = processor.tokenizer
     return [settings, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, processor.image_token_id]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from avg_llava.common.settings import ConfigError
-from avg_llava.common.watchdog import end_with_parent
+from avg_llava.common.workers import end_with_parent
 from avg_llava.training.assembly import (
     build_collator,
     build_dataset,

@@ -1,17 +1,19 @@
-"""A rank whose launcher is killed ends by itself."""
+"""Worker processes: a rank whose launcher is killed ends, results come from several processes."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-WATCHDOG = Path(__file__).resolve().parents[2] / "avg_llava" / "training" / "watchdog.py"
-# Read from its file, without the package around it, which takes seconds to import.
-CHILD = f"""
-import os, runpy, time
-runpy.run_path({str(WATCHDOG)!r})["end_with_parent"]()
+import pytest
+
+from avg_llava.common.workers import WorkerError, map_batches, run_in_workers
+
+CHILD = """
+import os, time
+from avg_llava.common.workers import end_with_parent
+end_with_parent()
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
@@ -42,3 +44,32 @@ def test_child_ends_with_its_killed_parent():
         if survived:
             os.kill(child, signal.SIGKILL)
         assert not survived
+
+
+def start(number: int, factor: int):
+    def work(item: int, advance) -> int:
+        advance(2)
+        return factor * item
+
+    return work
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_and_progress(num_workers):
+    reports: list[int] = []
+    results = run_in_workers(start, (10,), range(5), num_workers, reports.append)
+    assert sorted(results) == [0, 10, 20, 30, 40]
+    assert sum(reports) == 10
+
+
+def load(device: str) -> None:
+    pass
+
+
+def kill(batch: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error_that_names_the_remedy():
+    with pytest.raises(WorkerError, match="--workers 1"):
+        list(map_batches(load, kill, [0], 2))

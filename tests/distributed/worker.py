@@ -8,7 +8,7 @@ import sys
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from avg_llava.common.watchdog import end_with_parent
+from avg_llava.common.workers import end_with_parent
 from avg_llava.training.config import load_config
 from avg_llava.training.processes import leave, set_up_logging
 from avg_llava.training.run import run_stage

@@ -141,7 +141,7 @@ def test_answers_of_another_setting_are_not_taken(setting, tmp_path, caplog):
     assert store.read_text() == before
     assert not caplog.records
     evaluate(replace(setting, limit=2, token_cost=1000.0), tmp_path, num_workers=1, num_timed=0)
-    assert "are made anew" in caplog.text
+    assert "are computed again" in caplog.text
     assert store.read_text() != before
 
 

@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and SHA-256 hashes of content."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
+    """Yields the path of a temporary file beside `path`, which replaces `path` on success and is removed on failure.
+
+    The file of a killed process stays; its name is `.<name>.new`, with the process id before `new` if `concurrent`.
+
+    Args:
+        path: The file. Its folder must exist.
+        concurrent: Several processes may write the file at the same time, each to a temporary file of its own.
+    """
+    infix = f".{os.getpid()}" if concurrent else ""
+    temporary = path.with_name(f".{path.name}{infix}.new")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any, concurrent: bool = False, indent: int = 2, **options: Any) -> None:
+    """Writes a value as an indented JSON file that ends in a newline, atomically.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: Any value that `json` accepts.
+        concurrent: As in `atomic_write`.
+        indent: Spaces per level.
+        options: Further arguments of `json.dumps`.
+    """
+    text = json.dumps(content, indent=indent, **options)
+    with atomic_write(path, concurrent) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def hash_bytes(content: bytes) -> str:
+    """SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_chunks(chunks: Iterable[bytes]) -> str:
+    """SHA-256 of the concatenation of chunks."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """SHA-256 of a value's JSON text with sorted keys; `default` converts what JSON cannot hold, as in `json.dumps`."""
+    return hash_bytes(json.dumps(content, sort_keys=True, default=default).encode())
