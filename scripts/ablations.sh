@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ways to train a router, side by side in the mini world. The language model's feedback is collected once; then every file
-# of configs/mini/ablations trains a router from it, and all of them are asked for the level of each held-out question.
+# Ablations of router training in the mini world. The language model's feedback is collected once; then each file of
+# configs/mini/ablations trains a router on it, and all routers choose a level for each held-out question.
 #   bash scripts/ablations.sh [CONFIG ...]      (default: all of the folder)
 # Finished work is skipped; killed anywhere, the same command continues. To start over: rm -rf runs/mini/ablations
 set -euo pipefail

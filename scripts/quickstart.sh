@@ -12,8 +12,8 @@ runs=runs/mini
 report=$runs/report
 mkdir -p "$runs/done"
 
-# Two processes share the work: on two GPUs where there are, on one where there is one, else on the CPU, with the cores
-# divided between them. Mini models have nothing to gain from more.
+# Two processes: on two GPUs if there are, on the single GPU one process, else on the CPU with half of the cores each.
+# Mini models gain nothing from more.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus == 1)); then export NPROC_PER_NODE=1; else export NPROC_PER_NODE=2; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')}
@@ -45,7 +45,7 @@ for stage in 1 2 3 4; do
     step "stage$stage" "$result" "$config $start" bash "scripts/train_stage$stage.sh" "$config"
     start="$data/manifest.json $result"
 done
-# Cheap when all questions are answered, so it is always run: it prints the table.
+# Always run, since it prints the table: cheap when all questions are answered.
 echo "quickstart: evaluation and report"
 avg-llava mini claims --runs "$runs" --data "$data" --output "$report"
 echo "quickstart: finished after $((SECONDS / 60)) min $((SECONDS % 60)) s; open $report/index.html"
