@@ -21,8 +21,8 @@ from avg_llava.inference.predictor import Choice, Predictor
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import decode_image
 from avg_llava.serving.examples import draw_examples, knows_the_mini_world
+from avg_llava.serving.middleware import PageGuard
 from avg_llava.serving.overlay import TokenPictures
-from avg_llava.serving.page_guard import PageGuard
 from avg_llava.serving.panels import (
     INVITATION,
     PICTURES,

@@ -18,9 +18,9 @@ from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import DataError, decode_image
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, tokenize_with_images
+from avg_llava.serving.images import RemoteImageError, fetch
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ApiError, ChatRequest, ImagePart
-from avg_llava.serving.remote import RemoteImageError, fetch
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of images from strangers. Pillow reads more, some of them by starting other programs."""

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from avg_llava.serving import remote
-from avg_llava.serving.remote import RemoteImageError, fetch, is_public
+from avg_llava.serving import images
+from avg_llava.serving.images import RemoteImageError, fetch, is_public
 
 SECONDS = 5.0
 
@@ -64,7 +64,7 @@ def site():
 @pytest.fixture
 def public(monkeypatch):
     """A world in which 127.0.0.1 is public, and other addresses of this machine are not."""
-    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     resolve = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *_, **kwargs: resolve(host, port, socket.AF_INET))
 
@@ -133,7 +133,7 @@ def test_the_judged_address_is_the_one_that_is_asked(site, monkeypatch):
         asked.append(address)
         raise OSError("nobody there")
 
-    monkeypatch.setattr(remote, "is_public", lambda address: address == "203.0.113.9")
+    monkeypatch.setattr(images, "is_public", lambda address: address == "203.0.113.9")
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(RemoteImageError, match="nobody there"):
