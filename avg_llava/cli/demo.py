@@ -13,11 +13,11 @@ _SHIPPED = Path(__file__).parent.parent / "mini" / "checkpoint"
 def demo(arguments: argparse.Namespace) -> int:
     """Serves a web page that answers questions about images and shows what the router chose."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
-    from avg_llava.serving.demo import serving, wait_for_the_end
+    from avg_llava.serving.demo import serve_page, wait_for_signal
 
-    with serving(load_pipeline(arguments).predictor, arguments.host, arguments.port) as address:
+    with serve_page(load_pipeline(arguments).predictor, arguments.host, arguments.port) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-        wait_for_the_end()
+        wait_for_signal()
     return FINE
 
 

@@ -11,8 +11,7 @@ from avg_llava.serving.limits import Limits
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serves a model to OpenAI's clients: /v1/chat/completions, /v1/models, /health, /metrics."""
-    from avg_llava.serving import process
-    from avg_llava.serving.server import Server
+    from avg_llava.serving import server as serving
 
     api_key = None
     if arguments.api_key_file is not None:
@@ -21,12 +20,12 @@ def serve(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.api_key_file} must hold one line, the key, in ASCII")
     pipeline = load_pipeline(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    server = Server(pipeline.predictor, arguments.name or Path(arguments.model).resolve().name, limits, api_key)
+    server = serving.Server(pipeline.predictor, arguments.name or Path(arguments.model).resolve().name, limits, api_key)
 
     def announce(address: str) -> None:
         print(f"{arguments.model} at {address}", flush=True)
 
-    return FINE if process.serve(server, arguments.host, arguments.port, announce) else FAILED
+    return FINE if serving.serve(server, arguments.host, arguments.port, announce) else FAILED
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,6 @@
-"""The queue before the model: requests that come close together are answered together, by the one thread that owns it.
+"""Dynamic batching: requests that arrive close together are answered in one batch, by one model thread.
 
-All but :meth:`Job.put`, :meth:`Job.end` and what they say is called in the event loop's thread.
+Everything runs in the event loop's thread, except `Job.put`, `Job.end` and `Job.finish`, which the model thread calls.
 """
 
 import asyncio
@@ -18,79 +18,76 @@ from avg_llava.inference.generation import AnswerAbandoned
 from avg_llava.inference.predictor import Predictor
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.metrics import Metrics
-from avg_llava.serving.prompts import Prepared
+from avg_llava.serving.prompts import PreparedRequest
 from avg_llava.serving.protocol import ApiError
 
 logger = logging.getLogger(__name__)
 
 Event = list[int] | Answer | ApiError
-"""New tokens of an answer; its end; why there is none."""
+"""New tokens; or, as the last event of a job, its answer or its error."""
 
 
-class Place:
-    """A request's place in the queue, from its arrival until the model takes it or it ends."""
+class QueueSlot:
+    """A request's slot in the bounded queue, held from its arrival until the model takes it or it ends."""
 
     def __init__(self, batcher: "Batcher") -> None:
         self._batcher: Batcher | None = batcher
 
     def release(self) -> None:
-        """Leaves the queue; again and again, if need be."""
+        """Frees the slot; further calls have no effect."""
         if self._batcher is not None:
-            self._batcher.leave()
+            self._batcher.release_slot()
             self._batcher = None
 
 
 class Job(BaseStreamer):
-    """A request on its way: what it asks, and what happens to it.
+    """A prepared request in the batcher, and the queue of its events.
 
     Args:
-        prepared: What is asked.
-        place: Its place in the queue.
-        deadline: When it fails with `overdue`, on the event loop's clock.
-        overdue: See there.
+        prepared: The request.
+        slot: Its slot in the queue.
+        deadline: Time on the event loop's clock after which the job fails.
+        timeout_error: The error it fails with.
 
     Attributes:
-        events: What happens: tokens, and at last an answer or an error.
-        ended: Whether that last event has come.
-        first_token: When the first token was there, on the clock of `time.monotonic`.
+        events: Tokens as they are generated, then an answer or an error.
+        ended: True once the last event has been queued.
+        first_token: Time of the first token on the `time.monotonic` clock; None before.
     """
 
-    def __init__(self, prepared: Prepared, place: Place, deadline: float, overdue: ApiError) -> None:
-        self.prepared, self.place = prepared, place
+    def __init__(self, prepared: PreparedRequest, slot: QueueSlot, deadline: float, timeout_error: ApiError) -> None:
+        self.prepared, self.slot = prepared, slot
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.ended = False
         self.first_token: float | None = None
         self.queued = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_at(deadline, self.fail, overdue)
+        self._timer = self._loop.call_at(deadline, self.fail, timeout_error)
 
     def put(self, value: Tensor) -> None:
-        """Takes tokens from the model's thread.
+        """Takes new tokens from the model thread.
 
         Raises:
-            AnswerAbandoned: Nobody waits for them.
+            AnswerAbandoned: The job has ended, so that generation can stop.
         """
         if self.ended:
             raise AnswerAbandoned
         if value.numel():
             self.first_token = self.first_token or time.monotonic()
-            self._say(value.tolist())
+            self._loop.call_soon_threadsafe(self._add_event, value.tolist())
 
     def end(self) -> None:
-        """Nothing: the answer itself says that it has ended."""
+        """Does nothing: `finish` ends the job."""
 
-    def answered(self, answer: Answer) -> None:
-        """Takes the answer from the model's thread."""
-        self._say(answer)
+    def finish(self, answer: Answer) -> None:
+        """Takes the answer from the model thread and ends the job."""
+        self._loop.call_soon_threadsafe(self._add_event, answer)
 
     def fail(self, error: ApiError) -> None:
-        """Ends the job with an error, unless it has ended; the model stops at the next token."""
-        self._happen(error)
+        """Ends the job with an error unless it has ended; its generation stops at the next token."""
+        self._add_event(error)
 
-    def _say(self, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._happen, event)
-
-    def _happen(self, event: Event) -> None:
+    def _add_event(self, event: Event) -> None:
         if not self.ended:
             self.ended = not isinstance(event, list)
             if self.ended:
@@ -99,79 +96,80 @@ class Job(BaseStreamer):
 
 
 class Batcher:
-    """Gathers jobs and has them answered.
+    """Queues jobs and answers them in batches.
 
     Args:
-        predictor: Answers; from here on used by one thread only.
+        predictor: The model; used by the batcher's thread only from here on.
         limits: The server's limits.
-        metrics: Counts.
+        metrics: The server's metrics.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits, metrics: Metrics) -> None:
         self._predictor, self._limits, self._metrics = predictor, limits, metrics
         self._waiting: deque[Job] = deque()
-        self._arrived = asyncio.Event()
+        self._has_jobs = asyncio.Event()
         self._running: list[Job] = []
-        self._num_places = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._num_slots = 0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    def enter(self) -> Place:
-        """A place in the queue.
+    def acquire_slot(self) -> QueueSlot:
+        """Reserves a slot in the queue.
 
         Raises:
-            ApiError: There is none.
+            ApiError: The queue is full.
         """
-        if self._num_places >= self._limits.max_queue:
-            raise ApiError(429, "queue_full", "the server has more to do than it can; try again", {"Retry-After": "1"})
-        self._num_places += 1
-        self._metrics.queue_depth.set(self._num_places)
-        return Place(self)
+        if self._num_slots >= self._limits.max_queue:
+            raise ApiError(429, "queue_full", "the server's queue is full; retry later", {"Retry-After": "1"})
+        self._num_slots += 1
+        self._metrics.queue_depth.set(self._num_slots)
+        return QueueSlot(self)
 
-    def leave(self) -> None:
-        """Gives a place back; called by it."""
-        self._num_places -= 1
-        self._metrics.queue_depth.set(self._num_places)
+    def release_slot(self) -> None:
+        """Frees a slot; called by `QueueSlot.release`."""
+        self._num_slots -= 1
+        self._metrics.queue_depth.set(self._num_slots)
 
     def submit(self, job: Job) -> None:
-        """Puts a job into the queue."""
+        """Appends a job to the queue."""
         self._waiting.append(job)
-        self._arrived.set()
+        self._has_jobs.set()
 
     def fail_all(self, error: ApiError) -> None:
-        """Ends all jobs with an error."""
+        """Ends all waiting and running jobs with an error."""
         for job in [*self._waiting, *self._running]:
             job.fail(error)
 
     async def run(self) -> None:
-        """Answers jobs until it is cancelled."""
+        """Answers jobs until cancelled."""
         try:
             while True:
-                self._running = await self._gather()
+                self._running = await self._next_batch()
                 if self._running:
                     self._metrics.batch_size.observe(len(self._running))
-                    await self._answer(self._running)
+                    await self._run_batch(self._running)
                 self._running = []
         finally:
-            self._thread.shutdown(wait=False)
+            self._executor.shutdown(wait=False)
 
-    async def _gather(self) -> list[Job]:
-        await self._arrived.wait()
+    async def _next_batch(self) -> list[Job]:
+        """Waits for jobs and takes up to `max_batch` of them; jobs that have ended are dropped."""
+        await self._has_jobs.wait()
         if len(self._waiting) < self._limits.max_batch:
             await asyncio.sleep(self._limits.batch_wait_ms / 1000)
         jobs: list[Job] = []
         while self._waiting and len(jobs) < self._limits.max_batch:
             job = self._waiting.popleft()
-            job.place.release()
+            job.slot.release()
             if not job.ended:
                 jobs.append(job)
                 self._metrics.queue_seconds.observe(time.monotonic() - job.queued)
         if not self._waiting:
-            self._arrived.clear()
+            self._has_jobs.clear()
         return jobs
 
-    async def _answer(self, jobs: Sequence[Job]) -> None:
-        """Has jobs answered. If the model fails, those of which nothing has been said are answered one by one."""
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._predict, jobs)
+    async def _run_batch(self, jobs: Sequence[Job]) -> None:
+        """Answers jobs in one batch. If that fails, jobs without a token so far are retried one by one."""
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._generate, jobs)
         await asyncio.wait([future])
         error = future.exception()
         if error is None:
@@ -179,19 +177,16 @@ class Batcher:
         logger.error("a batch of %d requests failed", len(jobs), exc_info=error)
         for job in jobs:
             if len(jobs) > 1 and job.first_token is None and not job.ended:
-                await self._answer([job])
+                await self._run_batch([job])
             else:
-                job.fail(ApiError(500, "model_failed", "the model failed at this request; the server's log says how"))
+                job.fail(ApiError(500, "model_failed", "the model failed on this request; see the server's log"))
 
-    def _predict(self, jobs: Sequence[Job]) -> None:
-        """The model's thread."""
+    def _generate(self, jobs: Sequence[Job]) -> None:
+        """Answers jobs in the model thread."""
         predictor = self._predictor
         encoded = predictor.encode([job.prepared.request for job in jobs])
         choice = None
         if encoded.features is not None:
             choice = predictor.choose(encoded, [job.prepared.budget for job in jobs])
         decodings = [job.prepared.decoding for job in jobs]
-        predictor.answer(encoded, choice, decodings, jobs, lambda row, answer: jobs[row].answered(answer))
-
-
-__all__ = ["Batcher", "Event", "Job", "Place"]
+        predictor.answer(encoded, choice, decodings, jobs, lambda row, answer: jobs[row].finish(answer))

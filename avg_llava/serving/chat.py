@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""Interactive conversation in the terminal."""
 
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -18,21 +18,22 @@ from avg_llava.model.images import decode_image, load_image
 Number = TypeVar("Number", int, float)
 
 HELP = """\
-/image FILE or URL   show an image with the next question; again for several
-/granularity N       that many visual tokens per crop for new images; auto lets the router choose
-/cost X              the router's price in nats per doubling of visual tokens
-/reset               begin a new conversation
-/help                this list
-/quit                leave"""
+/image FILE or URL   attach an image to the next question; repeat for several
+/granularity N       visual tokens per crop for new images; auto lets the router choose
+/cost X              router penalty in nats per doubling of visual tokens
+/reset               start a new conversation
+/help                show this list
+/quit                exit"""
 MAX_DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 32 * 2**20, 30.0
 
 
 def fetch_image(url: str) -> Image.Image:
-    """Downloads an image that the user of this machine names.
+    """Downloads an image. For URLs typed by the local user: private hosts are allowed.
 
     Raises:
-        OSError: It cannot be had.
-        DataError: It is no image, or too large.
+        OSError: The download fails.
+        ValueError: The file is larger than `MAX_DOWNLOAD_BYTES`.
+        DataError: The file is not an image.
     """
     with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
         content = response.read(MAX_DOWNLOAD_BYTES + 1)
@@ -42,13 +43,13 @@ def fetch_image(url: str) -> Image.Image:
 
 
 class Chat:
-    """Reads lines, answers them as they come, and obeys commands.
+    """Answers questions and executes commands, line by line.
 
     Args:
-        predictor: Answers.
-        budget: How the levels of images are found at first.
-        decoding: How answers are written.
-        say: Takes each line of what is told to the user; answers stream to standard output by themselves.
+        predictor: The model.
+        budget: Initial budget; commands change it.
+        decoding: Decoding options.
+        say: Callback for each line of output, except answers, which are streamed to standard output.
     """
 
     def __init__(self, predictor: Predictor, budget: Budget, decoding: Decoding, say: Callable[[str], object]) -> None:
@@ -58,14 +59,14 @@ class Chat:
         self.conversation = Conversation(predictor, budget, decoding)
 
     def run(self, lines: Iterable[str]) -> None:
-        """Goes through lines until they end, or the user leaves."""
+        """Processes lines until they end or one is /quit."""
         for line in lines:
             words = line.strip()
             if words == "/quit":
                 return
             try:
                 if words.startswith("/"):
-                    self._obey(*words.split(maxsplit=1))
+                    self._execute(*words.split(maxsplit=1))
                 elif words:
                     self._answer(words)
             except (ValueError, OSError) as error:
@@ -77,7 +78,7 @@ class Chat:
         self.images = []
         self.say(describe(answer))
 
-    def _obey(self, command: str, value: str = "") -> None:
+    def _execute(self, command: str, value: str = "") -> None:
         conversation = self.conversation
         if command == "/image":
             is_url = value.startswith(("http://", "https://"))
@@ -86,9 +87,10 @@ class Chat:
             self.say(f"image of {image.width}x{image.height} pixels: ask about it")
         elif command == "/granularity":
             level = None if value == "auto" else _number(int, command, value)
-            known = self.predictor.granularities
-            if level is not None and level not in known:
-                raise ValueError(f"granularity {level} is not one of this model's levels: {', '.join(map(str, known))}")
+            levels = self.predictor.granularities
+            if level is not None and level not in levels:
+                message = f"granularity {level} is not one of this model's levels: {', '.join(map(str, levels))}"
+                raise ValueError(message)
             conversation.budget = replace(conversation.budget, granularity=level, token_cost=0.0)
             self.say("the router chooses" if level is None else f"{level} visual tokens per crop for new images")
         elif command == "/cost":
@@ -113,14 +115,11 @@ def _number(kind: type[Number], command: str, value: str) -> Number:
 
 
 def describe(answer: Answer) -> str:
-    """An answer's levels, tokens and time, in one line."""
+    """Formats an answer's levels, token counts and times as one line."""
     levels = ", ".join(map(str, answer.granularity))
-    chosen = f"{levels} tokens per crop ({'routed' if answer.router_probs else 'forced'}), " if levels else ""
+    granularity = f"{levels} tokens per crop ({'routed' if answer.router_probs else 'forced'}), " if levels else ""
     timings = answer.timings
     return (
-        f"[{chosen}{answer.num_visual_tokens} visual of {answer.num_prompt_tokens} prompt tokens, "
-        f"first token after {timings.first_token:.0f} ms, all after {timings.first_token + timings.decode:.0f} ms]"
+        f"[{granularity}{answer.num_visual_tokens} visual of {answer.num_prompt_tokens} prompt tokens, "
+        f"first token after {timings.first_token:.0f} ms, complete after {timings.first_token + timings.decode:.0f} ms]"
     )
-
-
-__all__ = ["Chat", "describe", "fetch_image"]

@@ -1,14 +1,20 @@
-"""The web page: a question about an image, answered before one's eyes, with what the router saw in it."""
+"""Web page that answers questions about images and shows the router's choice.
+
+Gradio runs the page's handlers in daemon threads. `Demo.close` waits for the step that is running in one of them:
+a daemon thread inside torch aborts the process when the interpreter exits.
+"""
 
 import contextlib
 import signal
+import statistics
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 import torch
@@ -18,52 +24,64 @@ from starlette.middleware import Middleware
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Choice, Predictor
+from avg_llava.mini.tokenizer import build_tokenizer
+from avg_llava.mini.world import encode_png, scene_of
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import decode_image
-from avg_llava.serving.examples import draw_examples, knows_the_mini_world
 from avg_llava.serving.middleware import PageGuard
 from avg_llava.serving.overlay import TokenPictures
 from avg_llava.serving.panels import (
-    INVITATION,
-    PICTURES,
+    CROPS_CAPTION,
+    PLACEHOLDER,
     STYLE,
     LevelRow,
     cards_html,
+    describe_token_count,
     level_rows,
     router_html,
     stats_html,
-    token_sum,
 )
 from avg_llava.serving.streams import stream_answer
-from avg_llava.serving.timing import time_first_tokens
 
 MAX_UPLOAD_BYTES = 16 * 2**20
 MAX_PIXELS = 32_000_000
-"""More than any canvas holds: what is above is only slow."""
-MAX_WAITING = 16
-"""Requests in the queue; the next one is told to come again."""
+"""Above the size of any canvas, so that a larger image would only be slower."""
+MAX_QUEUE = 16
+"""Maximum number of waiting requests; further ones are rejected with a message."""
 MAX_QUESTION_CHARACTERS, MAX_NEW_TOKENS = 2000, 512
-KEPT_SECONDS = 3600
-"""How long uploads and drawn pictures stay on the disk."""
+CACHE_SECONDS = 3600
+"""Time after which uploads and drawn pictures are deleted."""
+TIMING_ROUNDS, TIMING_SECONDS = 5, 2.0
 ROUTED = "router"
+EXAMPLES = [
+    (5, "Which digits follow the bell?"),
+    (5, "What shape is the purple object?"),
+    (7, "What colour is the letter L?"),
+    (7, "Which background colour covers most of the picture?"),
+    (16, "Which digits follow the heart?"),
+    (16, "What colour is inside the yellow frame?"),
+]
+"""(index in the mini world's evaluation split, question)."""
 
 _FONT, _FONT_MONO = ["Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"], ["ui-monospace", "monospace"]
+
+Step = TypeVar("Step")
 
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What a user can put right becomes a message on the page; a bug stays one, and its traceback in the terminal."""
+    """Shows errors that the user can fix as a message on the page; all others are logged with their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
     except torch.OutOfMemoryError as error:
-        message = "the device has no memory left for this; a smaller image, a coarser level or a lower limit takes less"
+        message = "the device is out of memory; use a smaller image, a coarser level or a lower limit"
         raise gr.Error(message, print_exception=False) from error
 
 
 def read_upload(upload: Any) -> Image.Image | None:
-    """The image of an upload, as the page sends it; gradio has seen to it that the file is one of its uploads.
+    """Reads an uploaded image; gradio has checked that the path is one of its uploads.
 
     Raises:
         DataError: The file cannot be read as an image, or has too many pixels.
@@ -75,39 +93,80 @@ def read_upload(upload: Any) -> Image.Image | None:
 
 
 def read_controls(level: Any, token_cost: Any, max_visual_tokens: Any, max_new_tokens: Any) -> tuple[Budget, Decoding]:
-    """What the controls mean. The price is the router's, so a forced level has none.
+    """Converts the values of the controls. The token cost is ignored at a forced level.
 
     Raises:
-        ValueError: A value that the controls cannot have.
+        ValueError: A value is out of range.
     """
     if int(max_new_tokens) > MAX_NEW_TOKENS:
-        raise ValueError(f"an answer here is at most {MAX_NEW_TOKENS} tokens long, not {max_new_tokens}")
+        raise ValueError(f"the maximum length of an answer is {MAX_NEW_TOKENS} tokens, not {max_new_tokens}")
     forced = None if level == ROUTED else int(level)
     budget = Budget(forced, 0.0 if forced else float(token_cost), int(max_visual_tokens))
     return budget, Decoding(int(max_new_tokens))
 
 
+def uses_mini_tokenizer(tokenizer: Any) -> bool:
+    """Returns True if a model has the mini world's tokenizer, and so was trained in the mini world."""
+    return bool(tokenizer.get_vocab() == build_tokenizer().get_vocab())
+
+
+def save_examples(folder: Path) -> list[tuple[str, str]]:
+    """Renders the images of `EXAMPLES` into a folder and returns (path, question) pairs."""
+    examples = []
+    for index, question in EXAMPLES:
+        path = folder / f"eval-{index:05d}.png"
+        scene, _ = scene_of(0, "eval", index)
+        path.write_bytes(encode_png(scene.pixels()))
+        examples.append((str(path), question))
+    return examples
+
+
+def measure_first_token(predictor: Predictor, request: Request, budgets: Sequence[Budget]) -> list[float]:
+    """Measures the median time to first token, in milliseconds, under each budget.
+
+    Budgets alternate, so that drift affects them alike. There are `TIMING_ROUNDS` rounds, or fewer if they take longer
+    than `TIMING_SECONDS` in total.
+    """
+    times: list[list[float]] = [[] for _ in budgets]
+    start = time.monotonic()
+    for _ in range(TIMING_ROUNDS):
+        for samples, budget in zip(times, budgets, strict=True):
+            samples.append(predictor.predict([request], budget, Decoding(1))[0].timings.first_token)
+        if time.monotonic() - start > TIMING_SECONDS:
+            break
+    return [statistics.median(samples) for samples in times]
+
+
 class Demo:
-    """What the page's buttons do.
+    """Event handlers of the page.
 
     Args:
-        predictor: Answers.
+        predictor: The model.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.config = predictor.model.config
+        self._closed = False
+        self._active: dict[Generator[Any], threading.RLock] = {}
 
     def warm_up(self) -> None:
-        """Answers a blank image at every level, so that the first measured time is no start-up time."""
+        """Answers a blank image at every level, so that measured times exclude one-time initialization."""
         size = self.config.vision_config.image_size
         encoded = self.predictor.encode([Request("?", (Image.new("RGB", (2 * size, 2 * size)),))])
         self.predictor.choose(encoded)
         for level in self.predictor.granularities:
             self.predictor.answer(encoded, level, Decoding(1))
 
+    def close(self) -> None:
+        """Cancels running handlers and returns when none uses the model; later steps do nothing."""
+        self._closed = True
+        for steps, lock in list(self._active.items()):
+            with lock:
+                steps.close()
+
     def check(self, upload: Any) -> None:
-        """Tells at once what is wrong with an image."""
+        """Shows a message if an uploaded image cannot be read."""
         with errors_as_messages():
             read_upload(upload)
 
@@ -117,36 +176,60 @@ class Demo:
         Yields:
             The text so far, the figures, the router's bars, and the pictures of tiles and overview.
         """
+        yield from self._until_closed(self._ask(upload, question, controls))
+
+    def compare(self, upload: Any, question: Any, *controls: Any) -> Iterator[str]:
+        """Answers a question at every level, with one encoding of the image.
+
+        Yields:
+            The cards of all levels: after each answer, and finally with times and pictures.
+        """
+        yield from self._until_closed(self._compare(upload, question, controls))
+
+    def _until_closed(self, steps: Generator[Step]) -> Iterator[Step]:
+        """Yields from `steps` until `close`, which takes the lock to wait for the end of a running step."""
+        lock = self._active[steps] = threading.RLock()
+        try:
+            while True:
+                with lock:
+                    if self._closed:
+                        return
+                    try:
+                        step = next(steps)
+                    except StopIteration:
+                        return
+                yield step
+        finally:
+            with lock:
+                steps.close()
+            del self._active[steps]
+
+    def _ask(self, upload: Any, question: Any, controls: tuple[Any, ...]) -> Generator[tuple[Any, ...]]:
         with errors_as_messages():
-            image, request, budget, decoding = self._begin(upload, question, controls)
+            image, request, budget, decoding = self._read(upload, question, controls)
             encoded = self.predictor.encode([request])
             if image is None:
                 for part in stream_answer(self.predictor, encoded, None, decoding):
-                    yield _text(part), "", "", None, None
+                    yield part.text if isinstance(part, Answer) else part, "", "", None, None
                 return
             choice = self.predictor.choose(encoded, budget)
-            rows, sizes = self._rows(image, budget, choice)
-            yield "", stats_html(rows, sizes, None, None), router_html(rows, budget.token_cost), None, None
+            rows, token_count = self._rows(image, budget, choice)
+            yield "", stats_html(rows, token_count, None, None), router_html(rows, budget.token_cost), None, None
             for part in stream_answer(self.predictor, encoded, choice, decoding):
                 if isinstance(part, str):
                     yield part, *_unchanged(4)
                 else:
-                    yield part.text, stats_html(rows, sizes, part, None), *_unchanged(3)
+                    yield part.text, stats_html(rows, token_count, part, None), *_unchanged(3)
                     finest = Budget(self.predictor.granularities[-1])
-                    own, slow = time_first_tokens(self.predictor, request, [budget, finest])
-                    # Pictures come last: the work they make here and in the browser would be in the times.
+                    first, slowest = measure_first_token(self.predictor, request, [budget, finest])
+                    # Last, since drawing here and in the browser would disturb the measurement.
                     pictures, level = self._pictures(image), choice.levels[0]
-                    drawn = pictures.tiles(level), pictures.overview(level)
-                    yield gr.skip(), stats_html(rows, sizes, part, (own, slow)), gr.skip(), *drawn
+                    figures = stats_html(rows, token_count, part, (first, slowest))
+                    yield gr.skip(), figures, gr.skip(), pictures.tiles(level), pictures.overview(level)
 
-    def compare(self, upload: Any, question: Any, *controls: Any) -> Iterator[str]:
-        """Answers a question at every level, from one encoding of the image.
-
-        Yields:
-            The cards of the levels, one more of them filled each time; at the end with times and pictures.
-        """
+    def _compare(self, upload: Any, question: Any, controls: tuple[Any, ...]) -> Generator[str]:
         with errors_as_messages():
-            image, request, budget, decoding = self._begin(upload, question, controls)
+            image, request, budget, decoding = self._read(upload, question, controls)
             if image is None:
                 raise ValueError("levels are compared on an image: choose one")
             encoded = self.predictor.encode([request])
@@ -157,20 +240,20 @@ class Demo:
             for row in rows:
                 answers[row.granularity] = self.predictor.answer(encoded, row.granularity, decoding)[0]
                 yield cards_html(rows, answers, {}, {})
-            times = time_first_tokens(self.predictor, request, [Budget(level) for level in answers])
+            times = measure_first_token(self.predictor, request, [Budget(level) for level in answers])
             pictures = self._pictures(image)
-            drawn = {level: pictures.tiles(level) for level in answers}
-            yield cards_html(rows, answers, dict(zip(answers, times, strict=True)), drawn)
+            tiles = {level: pictures.tiles(level) for level in answers}
+            yield cards_html(rows, answers, dict(zip(answers, times, strict=True)), tiles)
 
-    def _begin(
+    def _read(
         self, upload: Any, question: Any, controls: tuple[Any, ...]
     ) -> tuple[Image.Image | None, Request, Budget, Decoding]:
-        """What both buttons begin with: reading what they come with."""
+        """Validates the inputs of `ask` and `compare`."""
         text = str(question or "").strip()
         if not text:
             raise ValueError("there is no question: type one")
         if len(text) > MAX_QUESTION_CHARACTERS:
-            raise ValueError(f"the question has {len(text)} characters, {MAX_QUESTION_CHARACTERS} at most are read")
+            raise ValueError(f"the question has {len(text)} characters; the maximum is {MAX_QUESTION_CHARACTERS}")
         budget, decoding = read_controls(*controls)
         image = read_upload(upload)
         return image, Request(text, () if image is None else (image,)), budget, decoding
@@ -179,15 +262,11 @@ class Demo:
         return TokenPictures(image, self.predictor.processor.image_processor, self.config)
 
     def _rows(self, image: Image.Image, budget: Budget, choice: Choice) -> tuple[list[LevelRow], str]:
-        """The levels of an image, and how the tokens of the chosen one come about."""
+        """Returns the levels of an image and a description of its number of visual tokens."""
         size, level = (image.height, image.width), choice.levels[0]
         probabilities = choice.router_probs(slice(0, 1))
         rows = level_rows(size, self.config, budget, probabilities[0] if probabilities else None, level)
-        return rows, token_sum(size, level, self.config)
-
-
-def _text(part: str | Answer) -> str:
-    return part if isinstance(part, str) else part.text
+        return rows, describe_token_count(size, level, self.config)
 
 
 def _unchanged(count: int) -> list[Any]:
@@ -195,20 +274,20 @@ def _unchanged(count: int) -> list[Any]:
 
 
 def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
-    """The page.
+    """Builds the page.
 
     Args:
-        demo: What its buttons do.
-        examples: Paths of images and questions about them; may be empty.
+        demo: Its event handlers.
+        examples: (image path, question) pairs; may be empty.
     """
     config = demo.config
     levels = config.granularities
     canvases = [tuple(pinpoint) for pinpoint in config.image_grid_pinpoints]
     tokens = [num_visual_tokens(size, level, config) for size in canvases for level in (levels[0], levels[-1])]
-    with gr.Blocks(title="AVG-LLaVA", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="AVG-LLaVA", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown(
-            "**AVG-LLaVA** · the router looks at the image and the question, and chooses how many visual tokens the "
-            "language model gets to see"
+            "**AVG-LLaVA** · the router chooses, from the image and the question, how many visual tokens the language "
+            "model sees"
         )
         with gr.Row():
             with gr.Column(scale=4, min_width=340):
@@ -229,28 +308,33 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                     value=ROUTED, label="Visual tokens per crop", elem_id="level",
                 )  # fmt: skip
                 token_cost = gr.Slider(
-                    0, 1, value=0, step=0.01, label="Price of tokens", elem_id="token-cost",
-                    info="nats per doubling of visual tokens; 0 is the paper",
+                    0, 1, value=0, step=0.01, label="Token cost", elem_id="token-cost",
+                    info="router penalty in nats per doubling of visual tokens; 0 as in the paper",
                 )  # fmt: skip
                 max_visual_tokens = gr.Slider(
-                    min(tokens), max(tokens), value=max(tokens), step=1, label="Most visual tokens",
+                    min(tokens), max(tokens), value=max(tokens), step=1, label="Maximum visual tokens",
                     elem_id="max-visual-tokens",
                 )  # fmt: skip
                 max_new_tokens = gr.Slider(
-                    1, MAX_NEW_TOKENS, value=128, step=1, label="Longest answer, in tokens", elem_id="max-new-tokens"
+                    1,
+                    MAX_NEW_TOKENS,
+                    value=128,
+                    step=1,
+                    label="Maximum answer length in tokens",
+                    elem_id="max-new-tokens",
                 )
             with gr.Column(scale=7, min_width=500):
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer")
                 stats = gr.HTML(elem_id="stats")
-                router = gr.HTML(INVITATION, elem_id="router")
-                gr.HTML(PICTURES, elem_id="pictures")
+                router = gr.HTML(PLACEHOLDER, elem_id="router")
+                gr.HTML(CROPS_CAPTION, elem_id="pictures")
                 with gr.Row():
-                    shown: dict[str, Any] = {
+                    picture: dict[str, Any] = {
                         "format": "png", "interactive": False, "height": 330, "show_label": False,
                         "buttons": ["fullscreen"],
                     }  # fmt: skip
-                    tiles = gr.Image(scale=2, elem_id="tiles", **shown)
-                    overview = gr.Image(scale=1, min_width=120, elem_id="overview", **shown)
+                    tiles = gr.Image(scale=2, elem_id="tiles", **picture)
+                    overview = gr.Image(scale=1, min_width=120, elem_id="overview", **picture)
         cards = gr.HTML(elem_id="levels")
         if examples:
             gr.Examples(
@@ -258,7 +342,7 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
             )
 
         inputs = [image, question, level, token_cost, max_visual_tokens, max_new_tokens]
-        # Values come as the page sends them (preprocess=False): gradio would open images without our limits.
+        # preprocess=False: gradio would decode uploaded images without a limit on pixels.
         options: dict[str, Any] = {
             "inputs": inputs, "preprocess": False, "concurrency_id": "model", "api_visibility": "private",
         }  # fmt: skip
@@ -277,21 +361,21 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
 
 
 @contextlib.contextmanager
-def serving(predictor: Predictor, host: str, port: int) -> Iterator[str]:
-    """Serves the page while the context lasts; uploads and pictures are gone after it.
+def serve_page(predictor: Predictor, host: str, port: int) -> Iterator[str]:
+    """Serves the page inside the context; uploads and pictures are deleted at its end.
 
     Yields:
-        Its address.
+        The page's URL.
 
     Raises:
-        OSError: The port is taken, or the host is none of this machine's.
+        OSError: The address is not available.
     """
     demo = Demo(predictor)
     demo.warm_up()
     with tempfile.TemporaryDirectory(prefix="avg-llava-demo-") as folder:
-        drawn = draw_examples(Path(folder)) if knows_the_mini_world(predictor.processor.tokenizer) else []
-        page = build_page(demo, drawn)
-        page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+        examples = save_examples(Path(folder)) if uses_mini_tokenizer(predictor.processor.tokenizer) else []
+        page = build_page(demo, examples)
+        page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -314,20 +398,18 @@ def serving(predictor: Predictor, host: str, port: int) -> Iterator[str]:
         try:
             yield address
         finally:
+            demo.close()
             page.close(verbose=False)
 
 
-def wait_for_the_end() -> None:
-    """Returns when the process is told to end (Ctrl-C or SIGTERM)."""
-    told = threading.Event()
+def wait_for_signal() -> None:
+    """Blocks until SIGINT (Ctrl-C) or SIGTERM."""
+    received = threading.Event()
 
-    def end(number: int, frame: FrameType | None) -> None:
-        told.set()
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    while not told.wait(1):  # a signal that reaches another thread does not end a wait
+        signal.signal(number, on_signal)
+    while not received.wait(1):  # a signal delivered to another thread does not interrupt a wait
         continue
-
-
-__all__ = ["Demo", "build_page", "read_controls", "read_upload", "serving", "wait_for_the_end"]

@@ -1,23 +1,26 @@
-"""What one server grants: the limits of `avg-llava serve`, each declared once."""
+"""Limits of `avg-llava serve`.
+
+Imports only the standard library: the command line reads the defaults for `--help`, without torch or fastapi.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server; memory and waiting times are bounded by them.
+    """Limits of a server; together they bound its memory and its response times.
 
     Attributes:
-        max_batch: Requests that are answered together.
-        batch_wait_ms: Milliseconds that an idle model waits for more requests to answer together.
-        max_queue: Requests that are being read or wait for the model; further ones get status 429.
-        timeout: Seconds from a request's arrival to its last token; then it ends with status 504.
-        grace: Seconds that a server which was told to stop gives the requests it has.
-        max_body_mib: Size of a request's body in MiB; larger ones get status 413.
-        max_images: Images of one request, all turns together.
-        max_pixels: Pixels of one request's images together; they are not decoded if they have more.
-        max_tokens: Longest answer in tokens, and the length of answers whose request names none.
-        remote_images: Whether images are fetched from public addresses that requests name.
+        max_batch: Maximum number of requests per batch.
+        batch_wait_ms: Milliseconds an idle model waits for more requests before it starts a batch.
+        max_queue: Maximum number of requests being received or waiting for the model; further ones get status 429.
+        timeout: Seconds from a request's arrival to its last token; after that it fails with status 504.
+        grace: Seconds that open requests have to finish after SIGTERM.
+        max_body_mib: Maximum size of a request body in MiB; larger ones get status 413.
+        max_images: Maximum number of images per request, over all turns.
+        max_pixels: Maximum number of pixels per request, over all its images; checked before images are decoded.
+        max_tokens: Maximum number of generated tokens, and the default for requests that do not set one.
+        remote_images: Fetch images from public http(s) URLs.
     """
 
     max_batch: int = 16
@@ -30,6 +33,3 @@ class Limits:
     max_pixels: int = 2**24
     max_tokens: int = 512
     remote_images: bool = False
-
-
-__all__ = ["Limits"]

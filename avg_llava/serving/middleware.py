@@ -1,36 +1,44 @@
-"""Refuses what the demo page never sends: bodies without limit, and files that the server would have to fetch.
+"""ASGI middleware of the demo page, and the replay of a buffered request body, which the API server uses too.
 
-Gradio limits the size of each uploaded file, but neither that of a request nor the number of its files, and downloads a
-file whose path is an address.
+Gradio limits the size of an uploaded file, but neither the size of a request nor its number of files, and it downloads
+files whose path is a URL. `PageGuard` rejects such requests.
 """
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-
-from avg_llava.serving.asgi import Receive, Scope, Send, replayed
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_EVENT_BYTES = 2**16
-"""Of a press of a button: a question, the controls, and the name of an upload."""
-_FORM_BYTES = 2**12  # what an upload's form adds to its file
+"""Maximum body size of a page event: a question, the controls and the name of an upload."""
+_FORM_BYTES = 2**12  # multipart overhead of an upload
+
+
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """Wraps `receive` for an application behind middleware that has read the whole body."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
 
 
 class PageGuard:
-    """ASGI middleware.
+    """Rejects requests with oversized bodies or with files given by URL.
 
     Args:
-        app: The page.
-        max_upload_bytes: Size of an upload.
+        app: The wrapped application.
+        max_upload_bytes: Maximum size of an upload.
     """
 
-    def __init__(self, app: Any, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
         self._app, self._max_upload_bytes = app, max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request, or refuses it."""
+        """Handles one ASGI connection."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -39,7 +47,7 @@ class PageGuard:
         limit = self._max_upload_bytes + _FORM_BYTES if is_upload else MAX_EVENT_BYTES
         length = request.headers.get("content-length")
         if length is None or not length.isdecimal():
-            await PlainTextResponse("the request must tell the length of its body", 411)(scope, receive, send)
+            await PlainTextResponse("a Content-Length header is required", 411)(scope, receive, send)
         elif int(length) > limit:
             message = f"the request is larger than the maximum allowed size of {limit} bytes"
             await PlainTextResponse(message, 413)(scope, receive, send)
@@ -47,26 +55,23 @@ class PageGuard:
             await self._app(scope, receive, send)
         else:
             body = await request.body()
-            if any(path.lower().startswith(("http:", "https:")) for path in _paths(body)):
-                await PlainTextResponse("files are not fetched from addresses: upload them", 400)(scope, receive, send)
+            if any(path.lower().startswith(("http:", "https:")) for path in _file_paths(body)):
+                await PlainTextResponse("files are not fetched from URLs: upload them", 400)(scope, receive, send)
             else:
-                await self._app(scope, replayed(body, receive), send)
+                await self._app(scope, replay_body(body, receive), send)
 
 
-def _paths(body: bytes) -> Iterator[str]:
-    """Paths of files in a body, of whatever depth; a body that is no JSON names none."""
+def _file_paths(body: bytes) -> Iterator[str]:
+    """File paths at any depth of a JSON body; none if the body is not JSON."""
     try:
-        waiting = [json.loads(body)]
+        pending = [json.loads(body)]
     except (ValueError, RecursionError):
         return
-    while waiting:
-        value = waiting.pop()
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
-            waiting += value.values()
+            pending += value.values()
             if isinstance(value.get("path"), str):
                 yield value["path"].strip()
         elif isinstance(value, list):
-            waiting += value
-
-
-__all__ = ["MAX_EVENT_BYTES", "PageGuard"]
+            pending += value

@@ -1,4 +1,4 @@
-"""Pictures of what the language model gets to see: an image's crops under the grid of their visual tokens.
+"""Draws an image's crops under the grid of their visual tokens.
 
 Sizes are (height, width) in pixels. Shapes: P crops of one image (overview first, then tiles row-major), S crop side.
 """
@@ -19,19 +19,19 @@ _TILE_BORDER = (255, 122, 0)
 _GREY = 128
 _LINE_STRENGTH, _DROPPED_STRENGTH = 0.6, 0.75
 _STRIPE, _LARGE_CELL = 6, 24  # pixels
-# Pictures are enlarged while they stay within so many pixels: crops of small models have few.
+# Longest side, in pixels, up to which the small crops of small models are enlarged.
 _LONGEST_CANVAS, _LONGEST_OVERVIEW = 768, 336
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Where the visual tokens of a picture lie, in its pixels.
+    """Pixel positions of a picture's visual tokens.
 
     Attributes:
-        size: Of the picture.
+        size: Size of the picture.
         tile: Side of a tile.
-        cell: Of one token.
-        kept: (top, bottom, left, right) of the tokens that are kept, ends excluded; the others are padding.
+        cell: Size of one token.
+        kept: (top, bottom, left, right) of the tokens kept by unpadding, ends excluded; the others are padding.
     """
 
     size: tuple[int, int]
@@ -40,7 +40,7 @@ class TokenGrid:
     kept: tuple[int, int, int, int]
 
     def scaled(self, factor: int) -> "TokenGrid":
-        """The grid of the picture `factor` times as large."""
+        """Returns the grid of the picture enlarged by `factor`."""
         (height, width), (cell_height, cell_width), (top, bottom, left, right) = self.size, self.cell, self.kept
         return TokenGrid(
             (height * factor, width * factor),
@@ -51,7 +51,7 @@ class TokenGrid:
 
 
 def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> TokenGrid:
-    """The grid on an image's canvas, at `granularity` tokens per crop."""
+    """Returns the grid on an image's canvas of tiles, at `granularity` tokens per crop."""
     crop = config.vision_config.image_size
     tile_rows, tile_columns = canvas_tiles(image_size, config)
     rows, columns = token_grid(config.num_patches_per_side, granularity)
@@ -62,44 +62,41 @@ def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConf
 
 
 def overview_grid(granularity: int, config: AvgLlavaConfig) -> TokenGrid:
-    """The grid on the overview crop, of which every token is kept."""
+    """Returns the grid on the overview crop; all its tokens are kept."""
     crop = config.vision_config.image_size
     rows, columns = token_grid(config.num_patches_per_side, granularity)
     return TokenGrid((crop, crop), crop, (crop // rows, crop // columns), (0, crop, 0, crop))
 
 
-def crops_of(image: Image.Image, image_processor: AvgLlavaImageProcessor) -> np.ndarray:
-    """The crops that the vision tower gets, as they look: (P, S, S, 3) bytes.
-
-    They are the processor's own pixels, with its normalisation undone.
-    """
+def denormalized_crops(image: Image.Image, image_processor: AvgLlavaImageProcessor) -> np.ndarray:
+    """Returns the image processor's crops with the normalization undone, as (P, S, S, 3) uint8."""
     pixels = image_processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, S, S)
     colors = rearrange(pixels, "p c h w -> p h w c") * image_processor.image_std + image_processor.image_mean
     return np.rint(colors / image_processor.rescale_factor).clip(0, 255).astype(np.uint8)
 
 
-def canvas_of(crops: np.ndarray, tile_columns: int) -> np.ndarray:
-    """The canvas (height, width, 3) whose tiles follow the overview in (P, S, S, 3) crops."""
+def assemble_canvas(crops: np.ndarray, tile_columns: int) -> np.ndarray:
+    """Joins the tiles of (P, S, S, 3) crops to the canvas (height, width, 3); the overview is left out."""
     return rearrange(crops[1:], "(r k) h w c -> (r h) (k w) c", k=tile_columns)
 
 
 def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarray:
-    """A picture (height, width, 3) under its grid.
+    """Enlarges a picture and draws its token grid.
 
-    A line is the first row or column of pixels of each token but those at the edge, two of them in large tokens; dark
-    on bright pixels, bright on dark ones. Borders of tiles are orange and three pixels wide. What unpadding drops is
-    striped.
+    Lines run along the first row and column of pixels of each token except at the edges, two pixels wide for large
+    tokens; they are dark on bright pixels and bright on dark ones. Tile borders are orange and three pixels wide.
+    Padding is striped.
 
     Args:
-        picture: Bytes.
-        grid: Of the picture.
-        factor: How many pixels wide and high each pixel becomes; lines stay as thin as they are.
+        picture: (height, width, 3) uint8.
+        grid: The token grid of the picture before it is enlarged.
+        factor: Integer factor by which the picture is enlarged; the width of lines does not depend on it.
 
     Raises:
-        ValueError: The grid is not of a picture of this size.
+        ValueError: The grid belongs to a picture of another size.
     """
     if picture.shape[:2] != grid.size:
-        raise ValueError(f"the grid is of a picture of {grid.size} pixels, not of {picture.shape[:2]}")
+        raise ValueError(f"the grid belongs to a picture of {grid.size} pixels, but this one has {picture.shape[:2]}")
     colors = picture.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float32)
     grid = grid.scaled(factor)
     (height, width), (top, bottom, left, right) = grid.size, grid.kept
@@ -117,36 +114,33 @@ def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarr
     return np.rint(colors).astype(np.uint8)
 
 
-def _is_line(place: np.ndarray, cell: int) -> np.ndarray:
-    return (place >= cell) & (place % cell < (2 if cell >= _LARGE_CELL else 1))
+def _is_line(position: np.ndarray, cell: int) -> np.ndarray:
+    return (position >= cell) & (position % cell < (2 if cell >= _LARGE_CELL else 1))
 
 
 class TokenPictures:
-    """An image's crops, to be drawn under the grid of any level.
+    """An image's crops, processed once and drawn under the grid of any level.
 
     Args:
-        image: RGB.
-        image_processor: Of the model.
-        config: Of the model.
+        image: RGB image.
+        image_processor: The model's image processor.
+        config: The model's configuration.
     """
 
     def __init__(self, image: Image.Image, image_processor: AvgLlavaImageProcessor, config: AvgLlavaConfig) -> None:
         self.image_size = (image.height, image.width)
         self.config = config
-        self._crops = crops_of(image, image_processor)
-        self._canvas = canvas_of(self._crops, canvas_tiles(self.image_size, config)[1])
+        self._crops = denormalized_crops(image, image_processor)
+        self._canvas = assemble_canvas(self._crops, canvas_tiles(self.image_size, config)[1])
 
     def tiles(self, granularity: int) -> Image.Image:
-        """The canvas of tiles at `granularity` tokens per crop."""
-        return _drawn(self._canvas, tiles_grid(self.image_size, granularity, self.config), _LONGEST_CANVAS)
+        """Draws the canvas of tiles at `granularity` tokens per crop."""
+        return _draw(self._canvas, tiles_grid(self.image_size, granularity, self.config), _LONGEST_CANVAS)
 
     def overview(self, granularity: int) -> Image.Image:
-        """The overview crop, which is the whole image, squeezed into a square."""
-        return _drawn(self._crops[0], overview_grid(granularity, self.config), _LONGEST_OVERVIEW)
+        """Draws the overview crop, which is the whole image resized to a square."""
+        return _draw(self._crops[0], overview_grid(granularity, self.config), _LONGEST_OVERVIEW)
 
 
-def _drawn(picture: np.ndarray, grid: TokenGrid, longest: int) -> Image.Image:
+def _draw(picture: np.ndarray, grid: TokenGrid, longest: int) -> Image.Image:
     return Image.fromarray(draw_grid(picture, grid, max(1, longest // max(grid.size))))
-
-
-__all__ = ["TokenGrid", "TokenPictures", "canvas_of", "crops_of", "draw_grid", "overview_grid", "tiles_grid"]

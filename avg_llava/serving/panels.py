@@ -1,11 +1,11 @@
-"""What the page says about levels, as HTML: the router's bars, an answer's costs, a card for each level."""
+"""HTML panels of the demo page: the router's probabilities, an answer's cost, and a card for each level."""
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
+import jinja2
 import torch
 from PIL import Image
 
@@ -40,32 +40,95 @@ STYLE = """
 .avg-line { display: flex; justify-content: space-between; font-size: 13px; font-variant-numeric: tabular-nums; }
 .avg-badge { float: right; background: #ea580c; color: white; font-size: 11px; border-radius: 4px; padding: 1px 7px; }
 """
-INVITATION = "<div class='avg-note'>Choose an image, or an example below; type a question; press Ask.</div>"
-PICTURES = (
-    "<div class='avg-note'>What the vision tower gets: the tiles, between orange lines, and the overview crop. Each "
-    "cell is one visual token; striped ones are padding and dropped.</div>"
+PLACEHOLDER = "<div class='avg-note'>Choose an image, or an example below; type a question; press Ask.</div>"
+CROPS_CAPTION = (
+    "<div class='avg-note'>The input of the vision tower: the tiles, separated by orange lines, and the overview crop. "
+    "Each cell is one visual token; striped cells are padding and are dropped.</div>"
 )
+
+_ENVIRONMENT = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+)
+_ENVIRONMENT.filters["percent"] = "{:.1%}".format
+
+_ROUTER = _ENVIRONMENT.from_string("""
+{% if largest is none %}
+<div class='avg-note'>The level was forced; the router did not run.</div>
+{% else %}
+<div class='avg-bars'>
+<div class='avg-name'>tokens per crop</div>
+<div class='avg-name'>the router's probability</div>
+<div></div>
+<div class='avg-name avg-right'>visual tokens</div>
+{% for row in rows %}
+<div>
+{% if row.is_chosen %}<b>{{ row.granularity }}</b>{% else %}{{ row.granularity }}{% endif %}
+ <span class='avg-name'>{{ row.grid[0] }} × {{ row.grid[1] }}</span>
+</div>
+<div class='avg-track{{ " avg-chosen" if row.is_chosen }}'>
+<div style='width: {{ (row.probability / largest) | percent }}'></div>
+</div>
+<div class='avg-right'>{{ row.probability | percent }}
+{% if token_cost %}
+<span class='avg-name'>→ {{ row.adjusted_probability | percent }} with the token cost</span>
+{% endif %}
+</div>
+<div class='avg-right'>{{ row.num_visual_tokens }}{{ " (over the limit)" if not row.is_allowed }}</div>
+{% endfor %}
+</div>
+{% endif %}
+""")
+
+_STATS = _ENVIRONMENT.from_string("""
+<div class='avg-stats'>
+{% for name, figure, note in cells %}
+<div>
+<div class='avg-name'>{{ name }}</div>
+<div class='avg-figure'>{{ figure }}</div>
+<div class='avg-note'>{{ note }}</div>
+</div>
+{% endfor %}
+</div>
+""")
+
+_CARDS = _ENVIRONMENT.from_string("""
+<div class='avg-cards' style='grid-template-columns: repeat({{ cards | length }}, minmax(0, 1fr))'>
+{% for row, answer, picture, figures in cards %}
+<div class='avg-card{{ " avg-chosen" if row.is_chosen }}'{% if answer %} data-level='{{ row.granularity }}'{% endif %}>
+{% if row.is_chosen %}<span class='avg-badge'>router</span>{% endif %}
+<b>{{ row.granularity }}</b> <span class='avg-name'>{{ row.grid[0] }} × {{ row.grid[1] }} per crop</span>
+{% if picture %}
+<img alt='token grid at {{ row.granularity }} tokens per crop' src='data:image/png;base64,{{ picture }}'>
+{% endif %}
+<div class='avg-answer'>{{ answer.text if answer else "…" }}</div>
+{% for name, value in figures.items() %}
+<div class='avg-line'><span>{{ name }}</span><span>{{ value }}</span></div>
+{% endfor %}
+</div>
+{% endfor %}
+</div>
+""")
 
 
 @dataclass(frozen=True)
 class LevelRow:
-    """What is known of one level before anything is answered at it.
+    """One level of an image, before any answer.
 
     Attributes:
         granularity: Visual tokens per crop.
-        grid: Its (rows, columns) of tokens in each crop.
-        num_visual_tokens: What the language model would see of this image, newlines included.
-        probability: The router's; None where it was not asked.
-        priced: The probability that is left when the level's price is paid, for the levels to sum to 1.
-        is_allowed: Whether it is within the limit on visual tokens.
-        is_chosen: Whether the image is answered at it.
+        grid: (rows, columns) of tokens per crop.
+        num_visual_tokens: Visual tokens of the image at this level, newline tokens included.
+        probability: The router's probability; None if the router did not run.
+        adjusted_probability: The probability after the token cost, normalized over the levels; None likewise.
+        is_allowed: True if the level is within the limit on visual tokens.
+        is_chosen: True for the level of the answer.
     """
 
     granularity: int
     grid: tuple[int, int]
     num_visual_tokens: int
     probability: float | None
-    priced: float | None
+    adjusted_probability: float | None
     is_allowed: bool
     is_chosen: bool
 
@@ -77,20 +140,20 @@ def level_rows(
     probabilities: Sequence[float] | None,
     chosen: int,
 ) -> list[LevelRow]:
-    """A row for each level, coarse to fine.
+    """Returns one row per level, coarse to fine.
 
     Args:
         image_size: (height, width) in pixels.
-        config: Of the model.
-        budget: What the levels were chosen by.
-        probabilities: (G) the router's; None where it was not asked.
-        chosen: Visual tokens per crop of the level that was found.
+        config: The model's configuration.
+        budget: The budget under which the level was chosen.
+        probabilities: (G,) router probabilities; None if the router did not run.
+        chosen: Granularity of the chosen level.
     """
     levels = config.granularities
-    priced: Sequence[float | None] = [None] * len(levels)
+    adjusted: Sequence[float | None] = [None] * len(levels)
     if probabilities is not None:
         logits = torch.tensor([list(probabilities)]).log()
-        priced = level_values(logits, levels, budget.token_cost).softmax(-1)[0].tolist()
+        adjusted = level_values(logits, levels, budget.token_cost).softmax(-1)[0].tolist()
     tokens = [num_visual_tokens(image_size, level, config) for level in levels]
     limit = max(tokens) if budget.max_visual_tokens is None else budget.max_visual_tokens
     return [
@@ -98,161 +161,101 @@ def level_rows(
             granularity=level,
             grid=token_grid(config.num_patches_per_side, level),
             num_visual_tokens=count,
-            probability=None if probabilities is None else probabilities[place],
-            priced=priced[place],
+            probability=None if probabilities is None else probabilities[index],
+            adjusted_probability=adjusted[index],
             is_allowed=count <= limit,
             is_chosen=level == chosen,
         )
-        for place, (level, count) in enumerate(zip(levels, tokens, strict=True))
+        for index, (level, count) in enumerate(zip(levels, tokens, strict=True))
     ]
 
 
-def token_sum(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> str:
-    """How an image's visual tokens come about."""
+def describe_token_count(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> str:
+    """Returns an image's number of visual tokens as a sum over overview, tiles and newlines."""
     window = kept_window(image_size, granularity, config)
     rows, columns = window.bottom - window.top, window.right - window.left
     return f"{granularity} of the overview + {rows} × {columns} of the tiles + {rows} newlines"
 
 
 def router_html(rows: Sequence[LevelRow], token_cost: float) -> str:
-    """The router's probabilities as bars, and what the price makes of them."""
-    if all(row.probability is None for row in rows):
-        return _note("The level was forced, so the router was not asked.")
-    lines = ["<div class='avg-name'>tokens per crop</div>", "<div class='avg-name'>the router's probability</div>"]
-    lines += ["<div class='avg-name avg-right'></div>", "<div class='avg-name avg-right'>visual tokens</div>"]
-    largest = max(row.probability or 0.0 for row in rows)
-    for row in rows:
-        mark = " avg-chosen" if row.is_chosen else ""
-        name = f"<b>{row.granularity}</b>" if row.is_chosen else str(row.granularity)
-        share = row.probability or 0.0
-        excess = "" if row.is_allowed else " (over the limit)"
-        lines += [
-            f"<div>{name} <span class='avg-name'>{row.grid[0]} × {row.grid[1]}</span></div>",
-            f"<div class='avg-track{mark}'><div style='width: {share / largest:.1%}'></div></div>",
-            f"<div class='avg-right'>{share:.1%}{_after_price(row, token_cost)}</div>",
-            f"<div class='avg-right'>{row.num_visual_tokens}{excess}</div>",
-        ]
-    return f"<div class='avg-bars'>{''.join(lines)}</div>"
-
-
-def _after_price(row: LevelRow, token_cost: float) -> str:
-    return f" <span class='avg-name'>→ {row.priced:.1%} at this price</span>" if token_cost else ""
+    """Renders the router's probabilities as bars, with the probabilities after the token cost if there is one."""
+    probabilities = [row.probability for row in rows if row.probability is not None]
+    return _ROUTER.render(rows=rows, token_cost=token_cost, largest=max(probabilities, default=None))
 
 
 def stats_html(
-    rows: Sequence[LevelRow], sizes: str, answer: Answer | None, first_ms: tuple[float, float] | None
+    rows: Sequence[LevelRow], token_count: str, answer: Answer | None, first_token_ms: tuple[float, float] | None
 ) -> str:
-    """An answer's level, tokens and time, beside those of the finest level.
+    """Renders an answer's level, tokens and times, compared with the finest level.
 
     Args:
-        rows: Of all levels.
-        sizes: How the tokens come about.
-        answer: None while it is written.
-        first_ms: Milliseconds until the first token at this budget, and at the finest level without the router; None
-            until they are measured.
+        rows: All levels.
+        token_count: Description of the number of visual tokens.
+        answer: None while it is being generated.
+        first_token_ms: Milliseconds to the first token under the budget and at the finest level without the router;
+            None before they are measured.
     """
-    chosen, most = next(row for row in rows if row.is_chosen), rows[-1].num_visual_tokens
-    how = "chosen by the router" if chosen.probability is not None else "forced"
-    cells = [
-        ("Level", f"{chosen.granularity} per crop", f"{chosen.grid[0]} × {chosen.grid[1]} tokens, {how}"),
-        (
-            "Visual tokens",
-            f"{chosen.num_visual_tokens} of {most}",
-            f"{chosen.num_visual_tokens / most:.0%} of the finest level: {sizes}",
-        ),
-    ]
-    first, whole = ("…", "being measured"), ("…", "being written")
-    if first_ms is not None:
-        own, finest = first_ms
-        first = f"{own:.0f} ms", f"the finest level takes {finest:.0f} ms: speed-up {finest / own:.2f}"
+    chosen, finest_tokens = next(row for row in rows if row.is_chosen), rows[-1].num_visual_tokens
+    grid = f"{chosen.grid[0]} × {chosen.grid[1]} tokens"
+    origin = "forced" if chosen.probability is None else "chosen by the router"
+    share = f"{chosen.num_visual_tokens / finest_tokens:.0%} of the finest level"
+    first_token, total = ("…", "being measured"), ("…", "being generated")
+    if first_token_ms is not None:
+        first, finest = first_token_ms
+        first_token = f"{first:.0f} ms", f"finest level: {finest:.0f} ms, speed-up {finest / first:.2f}"
     if answer is not None:
         times = answer.timings
         phases = f"encode {times.encode:.0f}, route {times.route:.0f}, prefill {times.prefill:.0f}"
-        whole = (
-            f"{times.first_token + times.decode:.0f} ms",
-            f"{phases}, {answer.num_new_tokens} tokens {times.decode:.0f}",
-        )
-    cells += [("First token", *first), ("This answer", *whole)]
-    return "<div class='avg-stats'>" + "".join(map(_stat, cells)) + "</div>"
-
-
-def _stat(cell: tuple[str, str, str]) -> str:
-    name, figure, note = map(html.escape, cell)
-    return f"<div><div class='avg-name'>{name}</div><div class='avg-figure'>{figure}</div>{_note(note)}</div>"
-
-
-def _note(text: str) -> str:
-    return f"<div class='avg-note'>{text}</div>"
+        decode = f"{answer.num_new_tokens} tokens {times.decode:.0f}"
+        total = f"{times.first_token + times.decode:.0f} ms", f"{phases}, {decode}"
+    cells = [
+        ("Level", f"{chosen.granularity} per crop", f"{grid}, {origin}"),
+        ("Visual tokens", f"{chosen.num_visual_tokens} of {finest_tokens}", f"{share}: {token_count}"),
+        ("First token", *first_token),
+        ("This answer", *total),
+    ]
+    return _STATS.render(cells=cells)
 
 
 def cards_html(
     rows: Sequence[LevelRow],
     answers: Mapping[int, Answer],
-    first_ms: Mapping[int, float],
+    first_token_ms: Mapping[int, float],
     pictures: Mapping[int, Image.Image],
 ) -> str:
-    """A card for each level, coarse to fine.
+    """Renders a card for each level, coarse to fine. All mappings are by granularity and may be incomplete.
 
     Args:
-        rows: Of all levels.
-        answers: Those that are there, by level.
-        first_ms: Milliseconds until the first token at each level, once they are measured.
-        pictures: The image under the grid of each level; may come later.
+        rows: All levels.
+        answers: The answers so far.
+        first_token_ms: Measured milliseconds to the first token.
+        pictures: The image under each level's token grid.
     """
-    finest = first_ms.get(rows[-1].granularity)
-    cards = ""
+    finest = first_token_ms.get(rows[-1].granularity)
+    cards = []
     for row in rows:
-        level = row.granularity
-        cards += _card(row, answers.get(level), first_ms.get(level), finest, pictures.get(level))
-    return f"<div class='avg-cards' style='grid-template-columns: repeat({len(rows)}, minmax(0, 1fr))'>{cards}</div>"
+        answer, picture = answers.get(row.granularity), pictures.get(row.granularity)
+        figures = {} if answer is None else _card_figures(row, answer, first_token_ms.get(row.granularity), finest)
+        cards.append((row, answer, None if picture is None else _base64_png(picture), figures))
+    return _CARDS.render(cards=cards)
 
 
-def _card(
-    row: LevelRow, answer: Answer | None, first: float | None, finest: float | None, picture: Image.Image | None
-) -> str:
-    mark = " avg-chosen" if row.is_chosen else ""
-    badge = "<span class='avg-badge'>router</span>" if row.is_chosen else ""
-    head = f"{badge}<b>{row.granularity}</b> <span class='avg-name'>{row.grid[0]} × {row.grid[1]} per crop</span>"
-    if answer is None:
-        return f"<div class='avg-card{mark}'>{head}<div class='avg-answer'>…</div></div>"
-    measured = {"first token": "…", "whole answer": "…", "speed-up": "…"}
+def _card_figures(row: LevelRow, answer: Answer, first: float | None, finest: float | None) -> dict[str, str]:
+    times = {"first token": "…", "whole answer": "…", "speed-up": "…"}
     if first is not None and finest is not None:
-        whole = first + answer.timings.decode
-        measured = {
+        times = {
             "first token": f"{first:.0f} ms",
-            "whole answer": f"{whole:.0f} ms",
+            "whole answer": f"{first + answer.timings.decode:.0f} ms",
             "speed-up": f"{finest / first:.2f}",
         }
-    figures = {
+    return {
         "visual tokens": f"{answer.num_visual_tokens}",
-        **measured,
+        **times,
         "router's probability": f"{row.probability or 0.0:.1%}",
     }
-    lines = "".join(
-        f"<div class='avg-line'><span>{name}</span><span>{value}</span></div>" for name, value in figures.items()
-    )
-    image = "" if picture is None else _image(picture, row.granularity)
-    return (
-        f"<div class='avg-card{mark}' data-level='{row.granularity}'>{head}{image}"
-        f"<div class='avg-answer'>{html.escape(answer.text)}</div>{lines}</div>"
-    )
 
 
-def _image(picture: Image.Image, granularity: int) -> str:
+def _base64_png(picture: Image.Image) -> str:
     content = BytesIO()
     picture.save(content, "PNG")
-    source = base64.b64encode(content.getvalue()).decode()
-    return f"<img alt='token grid at {granularity} tokens per crop' src='data:image/png;base64,{source}'>"
-
-
-__all__ = [
-    "INVITATION",
-    "PICTURES",
-    "STYLE",
-    "LevelRow",
-    "cards_html",
-    "level_rows",
-    "router_html",
-    "stats_html",
-    "token_sum",
-]
+    return base64.b64encode(content.getvalue()).decode()

@@ -1,7 +1,7 @@
-"""The server's language: OpenAI's chat completions, with this model's budget and routing as extra fields.
+"""Request and response types: OpenAI's chat completions, extended by this model's budget and routing.
 
-The classes are the OpenAPI schema as well. What the server cannot do is no field, or a field with the one value that it
-can, so that nothing that is asked for is silently left out.
+The OpenAPI schema is generated from these classes. Unsupported options are either unknown fields, which are rejected,
+or fields that accept only the supported value, so that no option is silently ignored.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class ApiError(Exception):
-    """A request that ends with an error.
+    """An error response.
 
     Args:
         status: HTTP status.
-        code: What programs tell errors apart by.
-        message: What people read.
-        headers: Further headers of the response.
+        code: Machine-readable error code.
+        message: Human-readable message.
+        headers: Additional response headers.
     """
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -25,66 +25,75 @@ class ApiError(Exception):
         self.status, self.code, self.headers = status, code, headers
 
     def content(self) -> dict[str, Any]:
-        """The body of the response, as OpenAI has it."""
+        """Returns the response body in OpenAI's format."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        # Names of fields can hold half a character too, which no response can.
+        # A message may quote a field name with a lone surrogate, which UTF-8 cannot encode.
         message = str(self).encode("utf-8", "backslashreplace").decode()
         return {"error": {"message": message, "type": kind, "param": None, "code": self.code}}
 
 
-def _whole_characters(text: str) -> str:
-    """JSON can name half a character (a lone surrogate), which is no text."""
+def invalid_request(message: str) -> ApiError:
+    """Returns the error of a request that is invalid (status 400)."""
+    return ApiError(400, "invalid_request", message)
+
+
+def _check_encodable(text: str) -> str:
+    """Rejects lone surrogates, which JSON can express but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("the text holds half a character (a lone surrogate)") from error
+        raise ValueError("the text contains a lone surrogate") from error
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole_characters)]
+Text = Annotated[str, AfterValidator(_check_encodable)]
 
 
-class _Given(BaseModel):
+class _Strict(BaseModel):
+    """Base of request types: no unknown fields, no type coercion."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(_Given):
-    """Text of a message."""
+class TextPart(_Strict):
+    """A text part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(_Given):
-    """Where an image is."""
+class ImageUrl(_Strict):
+    """The URL of an image."""
 
-    url: Text = Field(min_length=1, description="data:image/...;base64,..., or http(s) where the server allows it")
-    detail: Literal["auto"] = Field("auto", description="the router chooses; granularity and the like set a budget")
+    url: Text = Field(min_length=1, description="data:image/...;base64,..., or http(s) if the server allows it")
+    detail: Literal["auto"] = Field(
+        "auto", description="only auto: use granularity, token_cost or max_visual_tokens instead"
+    )
 
 
-class ImagePart(_Given):
-    """An image of a message."""
+class ImagePart(_Strict):
+    """An image part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class SystemMessage(_Given):
-    """What goes before a conversation; only as its first message."""
+class SystemMessage(_Strict):
+    """System prompt; only allowed as the first message."""
 
     role: Literal["system", "developer"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
 
-class UserMessage(_Given):
-    """A turn of the user, with images where they stand."""
+class UserMessage(_Strict):
+    """A user turn: text and images."""
 
     role: Literal["user"]
     content: Text | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(min_length=1)]
 
 
-class AssistantMessage(_Given):
-    """A turn of the model, as an earlier response gave it."""
+class AssistantMessage(_Strict):
+    """An assistant turn, as returned by an earlier response."""
 
     role: Literal["assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
@@ -98,49 +107,49 @@ class AssistantMessage(_Given):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class StreamOptions(_Given):
-    """How an answer is streamed."""
+class StreamOptions(_Strict):
+    """Options of a streamed response."""
 
-    include_usage: bool = Field(False, description="a last chunk with the usage")
+    include_usage: bool = Field(False, description="send a final chunk with the token usage")
 
 
-class ChatRequest(_Given):
-    """A conversation that the model goes on with."""
+class ChatRequest(_Strict):
+    """A chat completion request."""
 
-    model: Text = Field(description="the name under which the server has its model")
+    model: Text = Field(description="the name of the model on this server")
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, description="longest answer in tokens")
+    max_tokens: int | None = Field(None, ge=1, description="maximum number of generated tokens")
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens")
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token")
+    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, decodes greedily")
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63, description="the same draw each time, where temperature is above 0")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="makes sampling reproducible")
     stop: (
         Annotated[Text, Field(min_length=1)]
         | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
         | None
-    ) = Field(None, description="texts at which the answer ends; they are not part of it")
-    stream: bool | None = Field(None, description="tokens as they come, as server-sent events")
+    ) = Field(None, description="stop strings; not part of the answer")
+    stream: bool | None = Field(None, description="stream the answer as server-sent events")
     stream_options: StreamOptions | None = None
-    granularity: int | None = Field(None, description="visual tokens per crop; without it the router chooses")
+    granularity: int | None = Field(None, description="visual tokens per crop; without it the router chooses the level")
     token_cost: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="the router's price in nats per doubling of visual tokens"
+        None, ge=0, allow_inf_nan=False, description="router penalty in nats per doubling of visual tokens"
     )
-    max_visual_tokens: int | None = Field(None, ge=1, description="limit on the visual tokens of all images together")
-    n: Literal[1] | None = Field(None, description="this server gives one answer per request")
-    logprobs: Literal[False] | None = Field(None, description="this server tells no log-probabilities")
-    presence_penalty: float | None = Field(None, ge=0, le=0, description="this server has no penalties")
-    frequency_penalty: float | None = Field(None, ge=0, le=0, description="this server has no penalties")
-    user: Text | None = Field(None, description="taken, and not used")
+    max_visual_tokens: int | None = Field(None, ge=1, description="limit on the total number of visual tokens")
+    n: Literal[1] | None = Field(None, description="this server generates one answer per request")
+    logprobs: Literal[False] | None = Field(None, description="this server does not return log-probabilities")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="this server does not support penalties")
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="this server does not support penalties")
+    user: Text | None = Field(None, description="accepted and ignored")
 
 
 class PromptTokensDetails(BaseModel):
-    """What the prompt consisted of."""
+    """Breakdown of the prompt tokens."""
 
-    visual_tokens: int = Field(description="visual tokens that the language model saw, newlines included")
+    visual_tokens: int = Field(description="visual tokens in the prompt, newline tokens included")
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -149,16 +158,16 @@ class Usage(BaseModel):
 
 
 class Routing(BaseModel):
-    """How the images' levels came about."""
+    """Granularity of each image and the router's probabilities."""
 
     granularity: list[int] = Field(description="visual tokens per crop, for each image of the request")
     router_probs: list[dict[str, float]] | None = Field(
-        description="for each image the router's probability of each level; null where it was not asked"
+        description="for each image, the router's probability of each level; null if the level was forced"
     )
 
 
 class AnswerMessage(BaseModel):
-    """What the model says."""
+    """The generated message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -168,7 +177,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Choice(BaseModel):
-    """The answer."""
+    """The single choice of a response."""
 
     index: Literal[0] = 0
     message: AnswerMessage
@@ -176,41 +185,41 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(Routing):
-    """The response to a request that does not stream."""
+    """The response to a request without `stream`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(description="seconds since 1970")
+    created: int = Field(description="Unix time in seconds")
     model: str
     choices: list[Choice]
     usage: Usage
 
 
 class Model(BaseModel):
-    """A model that can be asked."""
+    """A model on this server."""
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="when the server was started, in seconds since 1970")
+    created: int = Field(description="start time of the server, Unix time in seconds")
     owned_by: Literal["avg-llava"] = "avg-llava"
-    granularities: list[int] = Field(description="its levels in visual tokens per crop, coarse to fine")
+    granularities: list[int] = Field(description="levels in visual tokens per crop, coarse to fine")
 
 
 class ModelList(BaseModel):
-    """The models that can be asked."""
+    """The models on this server."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
-    """Whether the server takes requests."""
+    """Readiness of the server."""
 
     status: Literal["ready", "draining"]
 
 
 class ErrorDetails(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str
     type: Literal["invalid_request_error", "server_error"]
@@ -219,33 +228,20 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every response with a status of 400 or more."""
+    """Body of every response with a status of 400 or above."""
 
     error: ErrorDetails
 
 
 ERRORS: dict[int, str] = {
-    400: "The body is no JSON or breaks the schema, or its images or budget cannot be used.",
+    400: "The body is not JSON or violates the schema, or its images or budget are invalid.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
-    408: "The body did not arrive in time.",
+    408: "The body was not received in time.",
     413: "The body is too large.",
-    429: "The queue is full; Retry-After says when to come back.",
-    500: "The model failed; the server's log says how.",
+    429: "The queue is full; retry after the time in Retry-After.",
+    500: "The model failed; see the server's log.",
     503: "The server is shutting down.",
-    504: "The answer took too long.",
+    504: "The answer was not complete within the time limit.",
 }
-"""Statuses of errors, and when they come."""
-
-__all__ = [
-    "ERRORS",
-    "ApiError",
-    "ChatCompletion",
-    "ChatRequest",
-    "ErrorResponse",
-    "Health",
-    "Message",
-    "Model",
-    "ModelList",
-    "Usage",
-]
+"""Error statuses and their descriptions in the OpenAPI schema."""

@@ -1,14 +1,17 @@
-"""The server: OpenAI-compatible chat completions over one model."""
+"""OpenAI-compatible HTTP server for one model, with graceful shutdown."""
 
 import asyncio
 import contextlib
 import json
+import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -20,59 +23,60 @@ import avg_llava.serving.protocol as protocol
 from avg_llava.inference.answers import Answer
 from avg_llava.inference.predictor import Predictor
 from avg_llava.serving.batching import Batcher, Event, Job
-from avg_llava.serving.deltas import Deltas
-from avg_llava.serving.gate import CHAT_PATH, Gate, Visit, client_gone, shutting_down
+from avg_llava.serving.gate import CHAT_PATH, Gate, RequestState, client_gone, shutting_down
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.metrics import Metrics
-from avg_llava.serving.prompts import Preparation
-from avg_llava.serving.protocol import ApiError, ChatRequest
+from avg_llava.serving.prompts import PromptBuilder
+from avg_llava.serving.protocol import ApiError, ChatRequest, invalid_request
+from avg_llava.serving.streams import TextDeltas
 
-_PREPARING_THREADS = 4
-_CLOSING_SECONDS = 5.0
-_MAX_MESSAGE = 500
+_NUM_PREPARATION_THREADS = 4
+_ABORT_SECONDS = 5.0  # for the error responses of requests that outlast the grace period
+_CLOSE_SECONDS = 2  # for idle connections
+_MAX_MESSAGE_CHARACTERS = 500
 
 
 class Server:
-    """One model behind an ASGI application.
+    """An ASGI application that serves one model.
 
     Args:
-        predictor: Answers.
-        name: What requests call the model.
-        limits: What is granted.
-        api_key: What requests must bring; None asks for nothing.
+        predictor: The model.
+        name: The model's name in requests.
+        limits: The server's limits.
+        api_key: The key that requests must send; None for no authentication.
 
     Attributes:
-        app: The application; its lifespan starts and stops the model's thread.
+        app: The application; its lifespan starts and stops the batcher.
     """
 
     def __init__(self, predictor: Predictor, name: str, limits: Limits, api_key: str | None = None) -> None:
         self._predictor, self._name, self._limits = predictor, name, limits
         self._metrics = Metrics()
         self._batcher = Batcher(predictor, limits, self._metrics)
-        self._preparation = Preparation(predictor, limits)
-        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        self._prompt_builder = PromptBuilder(predictor, limits)
+        self._executor = ThreadPoolExecutor(_NUM_PREPARATION_THREADS, thread_name_prefix="prepare")
         self._created = int(time.time())
-        self._api = self._make_api(api_key is not None)
+        self._api = self._build_api(api_key is not None)
         self.app = self._gate = Gate(self._api, self._batcher, limits, self._metrics, api_key)
 
     async def drain(self) -> bool:
-        """Takes no more requests, and waits for those that there are as long as the limits say.
+        """Rejects new requests, waits for the open ones up to the grace period, then aborts the rest.
 
         Returns:
-            Whether all were answered.
+            True if every request was answered.
         """
         self._gate.draining = True
         if await self._is_idle_within(self._limits.grace):
             return True
-        self.cut_off()
-        await self._is_idle_within(_CLOSING_SECONDS)
+        self.abort()
+        await self._is_idle_within(_ABORT_SECONDS)
         return False
 
-    def cut_off(self) -> bool:
-        """Ends all requests that wait for the model or are being answered.
+    def abort(self) -> bool:
+        """Fails all requests that wait for the model or are being answered.
 
         Returns:
-            Whether there were any, or such as were being read.
+            True if any request was open, including requests whose body is being received.
         """
         self._batcher.fail_all(shutting_down())
         return self._gate.num_open > 0
@@ -85,14 +89,14 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(self._batcher.run())
+        batcher = asyncio.create_task(self._batcher.run())
         try:
             yield
         finally:
-            running.cancel()
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            batcher.cancel()
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _make_api(self, with_key: bool) -> FastAPI:
+    def _build_api(self, with_key: bool) -> FastAPI:
         errors: dict[int | str, dict[str, Any]] = {
             status: {"model": protocol.ErrorResponse, "description": text} for status, text in protocol.ERRORS.items()
         }
@@ -101,19 +105,23 @@ class Server:
             CHAT_PATH,
             response_model=protocol.ChatCompletion,
             responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors},
-        )(self._chat)
-        api.get("/v1/models", response_model=protocol.ModelList, responses={401: errors[401]})(self._models)
-        api.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})(self._health)
-        api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(self._show)
+        )(self._create_completion)
+        api.get("/v1/models", response_model=protocol.ModelList, responses={401: errors[401]})(self._list_models)
+        api.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})(
+            self._get_health
+        )
+        api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(
+            self._get_metrics
+        )
         api.add_exception_handler(ApiError, _on_api_error)
         api.add_exception_handler(RequestValidationError, _on_invalid)
         api.add_exception_handler(HTTPException, _on_http_error)
         api.add_exception_handler(Exception, _on_failure)
-        api.openapi = lambda: self._schema(api, with_key)
+        api.openapi = lambda: self._openapi_schema(api, with_key)
         return api
 
-    def _schema(self, api: FastAPI, with_key: bool) -> dict[str, Any]:
-        """FastAPI's OpenAPI schema with what only this server knows, and without a status that it never gives."""
+    def _openapi_schema(self, api: FastAPI, with_key: bool) -> dict[str, Any]:
+        """Returns FastAPI's schema with this server's model, levels and limits, and without the unused status 422."""
         schema = get_openapi(title=api.title, version="1", routes=api.routes)
         for methods in schema["paths"].values():
             for operation in methods.values():
@@ -134,40 +142,40 @@ class Server:
                         operation["security"] = [{"key": []}]
         return schema
 
-    async def _health(self) -> JSONResponse:
-        """Whether the server takes requests."""
+    async def _get_health(self) -> JSONResponse:
+        """Reports readiness: 503 while draining."""
         draining = self._gate.draining
         return JSONResponse({"status": "draining" if draining else "ready"}, 503 if draining else 200)
 
-    async def _show(self) -> Response:
-        """Metrics in Prometheus' text format."""
+    async def _get_metrics(self) -> Response:
+        """Returns the metrics in Prometheus' text format."""
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _models(self) -> protocol.ModelList:
-        """The one model."""
+    async def _list_models(self) -> protocol.ModelList:
+        """Lists the model of this server."""
         granularities = self._predictor.granularities
         model = protocol.Model(id=self._name, created=self._created, granularities=granularities)
         return protocol.ModelList(data=[model])
 
-    async def _chat(self, chat: ChatRequest, request: Request) -> Response:
-        """Goes on with a conversation."""
-        visit: Visit = request.scope["visit"]
+    async def _create_completion(self, chat: ChatRequest, request: Request) -> Response:
+        """Generates the next assistant message of a conversation."""
+        state: RequestState = request.scope["request_state"]
         if chat.model != self._name:
-            raise ApiError(404, "model_not_found", f"there is no model of this name; this server has {self._name}")
+            raise ApiError(404, "model_not_found", f"there is no such model; this server has {self._name}")
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout_at(visit.deadline):
-                prepared = await loop.run_in_executor(self._threads, self._preparation.prepare, chat)
+            async with asyncio.timeout_at(state.deadline):
+                prepared = await loop.run_in_executor(self._executor, self._prompt_builder.build, chat)
         except TimeoutError as error:
-            raise self._timed_out() from error
-        job = visit.job = Job(prepared, visit.place, visit.deadline, self._timed_out())
-        watcher = asyncio.create_task(_watch(request, job))
+            raise self._timeout_error() from error
+        job = state.job = Job(prepared, state.slot, state.deadline, self._timeout_error())
+        watcher = asyncio.create_task(_fail_on_disconnect(request, job))
         self._batcher.submit(job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._name}
         try:
             event = await job.events.get()
             if isinstance(event, list):
-                self._metrics.first_token_seconds.observe(time.monotonic() - visit.arrived)
+                self._metrics.first_token_seconds.observe(time.monotonic() - state.arrived)
             while isinstance(event, list) and not chat.stream:
                 event = await job.events.get()
         finally:
@@ -175,13 +183,13 @@ class Server:
         if isinstance(event, ApiError):
             raise event
         if chat.stream:
-            return StreamingResponse(self._events(chat, visit, job, head, event), media_type="text/event-stream")
-        assert isinstance(event, Answer), "tokens have been passed over"
+            return StreamingResponse(self._stream_events(chat, state, job, head, event), media_type="text/event-stream")
+        assert isinstance(event, Answer), "the loop above skips tokens"
         self._metrics.count(event)
         return JSONResponse(self._completion(head, event).model_dump())
 
-    def _timed_out(self) -> ApiError:
-        return ApiError(504, "timeout", f"there was no whole answer within {self._limits.timeout} seconds")
+    def _timeout_error(self) -> ApiError:
+        return ApiError(504, "timeout", f"the answer was not complete within {self._limits.timeout} seconds")
 
     def _completion(self, head: dict[str, Any], answer: Answer) -> protocol.ChatCompletion:
         return protocol.ChatCompletion(
@@ -201,26 +209,26 @@ class Server:
         probabilities = None if rows is None else [dict(zip(names, row, strict=True)) for row in rows]
         return {"granularity": list(answer.granularity), "router_probs": probabilities}
 
-    async def _events(
-        self, chat: ChatRequest, visit: Visit, job: Job, head: dict[str, Any], event: Event
+    async def _stream_events(
+        self, chat: ChatRequest, state: RequestState, job: Job, head: dict[str, Any], event: Event
     ) -> AsyncIterator[str]:
-        """Server-sent events of one answer."""
+        """Yields the server-sent events of one answer, from its first event on."""
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         head = {**head, "object": "chat.completion.chunk"}
-        missing = {"usage": None} if with_usage else {}
+        no_usage = {"usage": None} if with_usage else {}
 
         def chunk(delta: dict[str, str], finish_reason: str | None = None, **fields: Any) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            return _sse({**head, "choices": [choice], **missing, **fields})
+            return _sse({**head, "choices": [choice], **no_usage, **fields})
 
-        deltas = Deltas(self._predictor.processor.tokenizer, job.prepared.decoding.stop)
+        deltas = TextDeltas(self._predictor.processor.tokenizer, job.prepared.decoding.stop)
         yield chunk({"role": "assistant", "content": ""})
         while isinstance(event, list):
             if text := deltas.add(event):
                 yield chunk({"content": text})
             event = await job.events.get()
         if isinstance(event, ApiError):
-            visit.status = event.status
+            state.error_status = event.status
             yield _sse(event.content())
             return
         self._metrics.count(event)
@@ -249,8 +257,8 @@ def _usage(answer: Answer) -> protocol.Usage:
     )
 
 
-async def _watch(request: Request, job: Job) -> None:
-    """Ends a job whose client leaves. A streaming response does so by itself."""
+async def _fail_on_disconnect(request: Request, job: Job) -> None:
+    """Fails a job when its client disconnects. Streaming responses handle that themselves."""
     while (await request.receive())["type"] != "http.disconnect":
         continue
     job.fail(client_gone())
@@ -263,16 +271,17 @@ async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    deepest = max(found, key=lambda own: len(own["loc"]))  # of the kinds that content can have, the one that was meant
-    places = [str(place) for place in deepest["loc"][1:]]
-    message = f"{'.'.join(places) or 'body'}: {deepest['msg']}"
-    field = ChatRequest.model_fields.get(places[0]) if places else None
+    details = error.errors()
+    # Pydantic reports an error for each type of a union; the deepest one belongs to the type that was meant.
+    deepest = max(details, key=lambda detail: len(detail["loc"]))
+    path = [str(key) for key in deepest["loc"][1:]]
+    message = f"{'.'.join(path) or 'body'}: {deepest['msg']}"
+    field = ChatRequest.model_fields.get(path[0]) if path else None
     if field is not None and field.description:
         message += f" ({field.description})"
-    if len(found) > 1:
-        message += f"; and {len(found) - 1} more"
-    return await _on_api_error(request, ApiError(400, "invalid_request", message[:_MAX_MESSAGE]))
+    if len(details) > 1:
+        message += f"; and {len(details) - 1} more"
+    return await _on_api_error(request, invalid_request(message[:_MAX_MESSAGE_CHARACTERS]))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -282,7 +291,74 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_failure(request: Request, error: Exception) -> JSONResponse:
-    return await _on_api_error(request, ApiError(500, "internal_error", "the server failed; its log says how"))
+    return await _on_api_error(request, ApiError(500, "internal_error", "the server failed; see its log"))
 
 
-__all__ = ["Server"]
+class _GracefulServer(uvicorn.Server):
+    """Uvicorn with two-step shutdown: the first signal drains the server, the second aborts open requests.
+
+    Attributes:
+        aborted: True if requests were aborted.
+    """
+
+    def __init__(self, server: Server) -> None:
+        config = uvicorn.Config(
+            server.app,
+            http="h11",
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        super().__init__(config)
+        self._server = server
+        self._draining: asyncio.Task[None] | None = None
+        self.aborted = False
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until shutdown is complete."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handles a signal; it may interrupt the event loop's thread at any bytecode, so the work is scheduled."""
+        self._loop.call_soon_threadsafe(self._shut_down)
+
+    def _shut_down(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+            return
+        self.aborted |= self._server.abort()
+        self.should_exit = True
+
+    async def _drain(self) -> None:
+        if not await self._server.drain():
+            self.aborted = True
+        self.should_exit = True
+
+
+def serve(server: Server, host: str, port: int, on_start: Callable[[str], object]) -> bool:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        server: The server to run.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any free port.
+        on_start: Called with the server's URL once it accepts connections.
+
+    Returns:
+        True if every request was answered before shutdown.
+
+    Raises:
+        OSError: The address is not available.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=512)
+    name = f"[{host}]" if ":" in host else host
+    on_start(f"http://{name}:{listening.getsockname()[1]}")
+    process = _GracefulServer(server)
+    process.run([listening])
+    return not process.aborted

@@ -1,23 +1,63 @@
-"""Answers that are read while they are written."""
+"""Streaming of generated text: stable pieces for server-sent events, and an iterator over a running generation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformers import TextIteratorStreamer
 
-from avg_llava.inference.answers import Answer, Decoding
+from avg_llava.inference.answers import Answer, Decoding, cut_at
 from avg_llava.inference.generation import AnswerAbandoned
 from avg_llava.inference.predictor import Choice, Encoded, Predictor
 
+_INCOMPLETE = "\ufffd"  # decoded in place of a character while some of its bytes are missing
 
-class _Pieces(TextIteratorStreamer):
-    """Text as it is written, until nobody reads it any more."""
 
-    abandoned = False
+class TextDeltas:
+    """Incremental detokenizer: the pieces it returns concatenate to the text of the answer.
+
+    Text is held back while later tokens could change it: incomplete characters, and prefixes of stop strings.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stops: Stop strings.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Appends tokens and returns the text that became final, often an empty string."""
+        self._ids += ids
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).rstrip(_INCOMPLETE)
+        if not any(stop in text for stop in self._stops):
+            text = text[: len(text) - self._num_held_back(text)]
+        return self._unsent(cut_at(text, self._stops))
+
+    def rest(self, text: str) -> str:
+        """Returns the part of the complete answer `text` that has not been returned yet."""
+        return self._unsent(text)
+
+    def _num_held_back(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
+        lengths = (length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
+        return max(lengths, default=0)
+
+    def _unsent(self, text: str) -> str:
+        new = text[len(self._sent) :]
+        self._sent += new
+        return new
+
+
+class _CancellableStreamer(TextIteratorStreamer):
+    """Stops the generation of its answer once `cancelled` is set."""
+
+    cancelled = False
 
     def put(self, value: Any) -> None:
-        if self.abandoned:
+        if self.cancelled:
             raise AnswerAbandoned
         super().put(value)
 
@@ -25,27 +65,24 @@ class _Pieces(TextIteratorStreamer):
 def stream_answer(
     predictor: Predictor, encoded: Encoded, choice: Choice | None, decoding: Decoding
 ) -> Iterator[str | Answer]:
-    """Answers an encoded request in a thread of its own; closed before its end, it stops the writing.
+    """Generates the answer to one encoded request in a background thread; closing the iterator cancels it.
 
     Yields:
-        The text so far, whenever there is more of it; last, the answer.
+        The text so far, each time it grows, and finally the answer.
 
     Raises:
-        Exception: Whatever happened in the thread.
+        Exception: Any error of the background thread.
     """
-    pieces = _Pieces(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with ThreadPoolExecutor(1) as thread:
-        writing = thread.submit(predictor.answer, encoded, choice, decoding, pieces)
-        # An error ends the text, too: the reader shall not wait for ever.
-        writing.add_done_callback(lambda _: pieces.text_queue.put(pieces.stop_signal))
+    streamer = _CancellableStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(1) as executor:
+        generation = executor.submit(predictor.answer, encoded, choice, decoding, streamer)
+        # Also after an error, so that the loop below ends.
+        generation.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
         try:
             text = ""
-            for piece in pieces:
+            for piece in streamer:
                 text += piece
                 yield text
-            yield writing.result()[0]
+            yield generation.result()[0]
         finally:
-            pieces.abandoned = True
-
-
-__all__ = ["stream_answer"]
+            streamer.cancelled = True

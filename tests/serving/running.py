@@ -1,10 +1,11 @@
-"""A server in a thread of the test's process, on a real socket; and what to send to it."""
+"""Test helpers: a server in a thread, on a real socket, and requests for it."""
 
 import asyncio
 import base64
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from io import BytesIO
@@ -21,17 +22,17 @@ CHAT = "/v1/chat/completions"
 
 
 class Running:
-    """Where a server is, and plain requests to it; `drain` where it is of this process."""
+    """Client of a running server; `drain` is set for servers of this process."""
 
     def __init__(self, port, drain=None):
         self.address, self.drain = f"http://127.0.0.1:{port}", drain
 
     def connect(self):
-        where = urlsplit(self.address)
-        return http.client.HTTPConnection(where.hostname, where.port, timeout=60)
+        url = urlsplit(self.address)
+        return http.client.HTTPConnection(url.hostname, url.port, timeout=60)
 
     def request(self, method, path, body=None, headers=None):
-        """(status, headers, body) of one request."""
+        """Sends one request; returns (status, headers, body)."""
         connection = self.connect()
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {"Content-Type": "application/json"})
@@ -39,7 +40,7 @@ class Running:
             return response.status, response.headers, response.read()
 
     def chat(self, body, headers=None):
-        """(status, JSON) of a chat request."""
+        """Sends a chat request; returns (status, JSON)."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, _, answer = self.request("POST", CHAT, content, headers)
         return status, json.loads(answer)
@@ -73,11 +74,17 @@ def running(predictor, api_key=None, **limits):
 
 
 def until(condition, seconds=30):
-    """Waits until a condition holds."""
+    """Waits until a condition is true."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.02)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def png(image):
@@ -95,7 +102,7 @@ def image_part(content):
 
 
 def question(text, *contents, **fields):
-    """The body of a request with one turn."""
+    """Body of a request with one user turn."""
     parts = [image_part(content) for content in contents]
     content = [*parts, {"type": "text", "text": text}]
     return {"model": "mini", "messages": [{"role": "user", "content": content}], "max_tokens": 8, **fields}
@@ -106,7 +113,7 @@ def endless(**fields):
 
 
 def stream_of(server, body):
-    """An open stream, after its first piece of text."""
+    """Opens a stream and reads its first piece of text."""
     connection = server.connect()
     connection.request("POST", CHAT, json.dumps(body | {"stream": True}), {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -117,7 +124,7 @@ def stream_of(server, body):
 
 
 def rest_of(response):
-    """The texts of the rest of a stream, and whether it ended as it should."""
+    """Reads the rest of a stream; returns its texts and how it ended: done, cut, or an error code."""
     texts, done = [], False
     for line in response:
         done = line == b"data: [DONE]\n"

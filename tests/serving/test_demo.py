@@ -1,10 +1,11 @@
-"""What the page's buttons do, what it refuses, and how it is served."""
+"""The page's event handlers, its limits, and its server."""
 
 import signal
 import socket
 import threading
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import gradio as gr
 import httpx
@@ -16,16 +17,20 @@ from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.mini.questions import all_questions
 from avg_llava.mini.world import scene_of
+from avg_llava.serving import demo as demo_module
 from avg_llava.serving.demo import (
+    EXAMPLES,
     MAX_NEW_TOKENS,
     MAX_QUESTION_CHARACTERS,
     MAX_UPLOAD_BYTES,
     Demo,
+    measure_first_token,
     read_controls,
-    serving,
-    wait_for_the_end,
+    save_examples,
+    serve_page,
+    wait_for_signal,
 )
-from avg_llava.serving.examples import EXAMPLES, draw_examples
+from tests.serving.running import free_port
 from tests.tiny import make_checkpoint, noise_images
 
 CONTROLS = ("router", 0, 100, 5)
@@ -42,12 +47,6 @@ def upload(tmp_path):
     return {"path": str(tmp_path / "0123.png"), "orig_name": "dots.png"}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_controls():
     assert read_controls("router", 0.5, 100, 7) == (Budget(None, 0.5, 100), Decoding(7))
     assert read_controls("16", 0.5, 100, 7) == (Budget(16, 0.0, 100), Decoding(7))
@@ -59,22 +58,22 @@ def test_controls():
 def test_ask(predictor, upload):
     frames = list(Demo(predictor).ask(upload, " how many dots? ", *CONTROLS))
     (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], decoding=Decoding(5))
-    text, stats, bars, *nothing = frames[0]
+    text, stats, bars, *pictures = frames[0]
     level = answer.granularity[0]
     assert text == ""
     assert f"{level} per crop" in stats
     assert f"<b>{level}</b>" in bars
-    assert nothing == [None, None]
-    *_, written, last = frames
-    assert written[0] == answer.text
-    assert "being measured" in written[1]
-    assert "the finest level takes" in last[1]
+    assert pictures == [None, None]
+    *_, answered, last = frames
+    assert answered[0] == answer.text
+    assert "being measured" in answered[1]
+    assert "speed-up" in last[1]
     assert f"{answer.num_visual_tokens} of " in last[1]
     assert last[0] == gr.skip()
-    assert (last[3].width, last[4].size) == (768, (320, 320))  # 32 pixels a tile, enlarged
+    assert (last[3].width, last[4].size) == (768, (320, 320))  # tiles of 32 pixels, enlarged
 
 
-def test_the_budget_is_kept(predictor, upload):
+def test_budget(predictor, upload):
     for controls, level in [(("8", 0, 100, 2), 8), (("router", 1e6, 100, 2), 1), (("router", 0, 10, 2), 1)]:
         first = next(Demo(predictor).ask(upload, "how many dots?", *controls))
         assert f"{level} per crop" in first[1]
@@ -89,7 +88,7 @@ def test_text_only(predictor):
 def test_compare(predictor, upload):
     frames = list(Demo(predictor).compare(upload, "how many dots?", "8", 0, 100, 5))
     assert [frame.count("data-level") for frame in frames] == [0, 1, 2, 3, 4, 5, 5]
-    assert [frame.count(" ms<") for frame in frames] == [0, 0, 0, 0, 0, 0, 10]  # of the first token, and the whole
+    assert [frame.count(" ms<") for frame in frames] == [0, 0, 0, 0, 0, 0, 10]  # first token and whole answer
     assert [frame.count("<img") for frame in frames] == [0, 0, 0, 0, 0, 0, 5]
     for level in predictor.granularities:
         (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], Budget(level), Decoding(5))
@@ -105,13 +104,13 @@ def test_compare(predictor, upload):
     [
         ("  ", CONTROLS, "there is no question"),
         (None, CONTROLS, "there is no question"),
-        ("?" * (MAX_QUESTION_CHARACTERS + 1), CONTROLS, f"{MAX_QUESTION_CHARACTERS} at most"),
+        ("?" * (MAX_QUESTION_CHARACTERS + 1), CONTROLS, f"the maximum is {MAX_QUESTION_CHARACTERS}"),
         ("<image> and <image>", CONTROLS, "[1] images"),
         ("what?", ("router", 0, 2, 5), "max_visual_tokens 2 is too low"),
         ("what?", ("router", float("nan"), 100, 5), "token_cost is a price"),
     ],
 )
-def test_mistakes_are_messages(predictor, upload, question, controls, message):
+def test_invalid_inputs_are_messages(predictor, upload, question, controls, message):
     demo = Demo(predictor)
     for press in (demo.ask, demo.compare):
         with pytest.raises(gr.Error) as raised:
@@ -125,10 +124,10 @@ def test_unknown_levels_are_messages(predictor, upload):
         list(Demo(predictor).ask(upload, "what?", "5", 0, 100, 5))
 
 
-def test_broken_files_are_messages(predictor, tmp_path):
+def test_unreadable_files_are_messages(predictor, tmp_path):
     demo = Demo(predictor)
     (tmp_path / "a").write_text("no image")
-    Image.new("1", (8000, 8000)).save(tmp_path / "b", "PNG")  # small as a file, 64 million pixels
+    Image.new("1", (8000, 8000)).save(tmp_path / "b", "PNG")  # a small file of 64 million pixels
     demo.check(None)
     for name, message in [("a", "cat.png: cannot be read as an image"), ("b", "above the limit of 32000000 pixels")]:
         for press in (demo.check, lambda upload: list(demo.ask(upload, "what?", *CONTROLS))):
@@ -140,8 +139,39 @@ def test_broken_files_are_messages(predictor, tmp_path):
         list(demo.compare(None, "what?", *CONTROLS))
 
 
-def test_examples_can_be_answered(tmp_path):
-    examples = draw_examples(tmp_path)
+def record_predictions(monkeypatch, predictor):
+    """Records (budget, decoding, time to first token) of each prediction."""
+    recorded, predict = [], predictor.predict
+
+    def recording(requests, budget, decoding):
+        answers = predict(requests, budget, decoding)
+        recorded.append((budget, decoding, answers[0].timings.first_token))
+        return answers
+
+    monkeypatch.setattr(predictor, "predict", recording)
+    return recorded
+
+
+def test_first_token_times_are_medians_of_alternating_runs(predictor, monkeypatch):
+    recorded = record_predictions(monkeypatch, predictor)
+    budgets = [Budget(), Budget(16)]
+    request = Request("how many dots?", (noise_images()[0],))
+    monkeypatch.setattr(demo_module, "TIMING_SECONDS", 1e9)
+    times = measure_first_token(predictor, request, budgets)
+    assert [budget for budget, _, _ in recorded] == budgets * 5
+    assert {decoding for _, decoding, _ in recorded} == {Decoding(1)}
+    for budget, median in zip(budgets, times, strict=True):
+        assert median == sorted(time for used, _, time in recorded if used == budget)[2]
+
+    recorded.clear()
+    monkeypatch.setattr(demo_module, "time", SimpleNamespace(monotonic=iter([0.0, 1.0, 1e9 + 1]).__next__))
+    times = measure_first_token(predictor, request, budgets)  # over the time limit after two rounds
+    assert len(recorded) == 4
+    assert times[1] == pytest.approx((recorded[1][2] + recorded[3][2]) / 2)
+
+
+def test_examples_are_questions_about_their_images(tmp_path):
+    examples = save_examples(tmp_path)
     for (index, question), (path, shown) in zip(EXAMPLES, examples, strict=True):
         scene, _ = scene_of(0, "eval", index)
         assert question in [wording for known in all_questions(scene) for wording in known.wordings]
@@ -149,17 +179,17 @@ def test_examples_can_be_answered(tmp_path):
         assert Image.open(path).size == scene.pixels().shape[::-1]
 
 
-def test_serving_reaches_nobody_else(predictor, monkeypatch):
-    """The page, its upload and its limits, while every connection of this process is looked at."""
+def test_serving_connects_to_localhost_only(predictor, monkeypatch):
+    """Records every connection of this process while the page, its upload and its limits are used."""
     connect, reached = socket.socket.connect, []
 
-    def watched(own, address):
+    def recording_connect(sock, address):
         reached.append(address)
-        return connect(own, address)
+        return connect(sock, address)
 
-    monkeypatch.setattr(socket.socket, "connect", watched)
+    monkeypatch.setattr(socket.socket, "connect", recording_connect)
     port = free_port()
-    with serving(predictor, "127.0.0.1", port) as address:
+    with serve_page(predictor, "127.0.0.1", port) as address:
         assert address == f"http://127.0.0.1:{port}/"
         assert "AVG-LLaVA" in httpx.get(address).text
         config = httpx.get(f"{address}config").json()
@@ -172,13 +202,16 @@ def test_serving_reaches_nobody_else(predictor, monkeypatch):
         assert (both.status_code, endless.status_code) == (413, 411)
         for path in ["http://example.com/a.png", " HTTPS://example.com/a.png"]:
             data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
-            told = httpx.post(
+            response = httpx.post(
                 f"{address}gradio_api/queue/join", json={"data": data, "fn_index": 0, "session_hash": "a"}
             )
-            assert told.status_code == 400
-        told = httpx.post(f"{address}gradio_api/queue/join", json={"data": ["?" * 2**16], "fn_index": 0})
-        assert told.status_code == 413
-        with pytest.raises(OSError, match=f"port {port}: choose another --port"), serving(predictor, "127.0.0.1", port):
+            assert response.status_code == 400
+        response = httpx.post(f"{address}gradio_api/queue/join", json={"data": ["?" * 2**16], "fn_index": 0})
+        assert response.status_code == 413
+        with (
+            pytest.raises(OSError, match=f"port {port}: choose another --port"),
+            serve_page(predictor, "127.0.0.1", port),
+        ):
             pass
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
@@ -186,12 +219,12 @@ def test_serving_reaches_nobody_else(predictor, monkeypatch):
     assert {host for host, *_ in reached} == {"127.0.0.1"}
 
 
-def test_waits_until_it_is_told_to_end():
+def test_wait_for_signal():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM])
     timer.start()
     try:
-        wait_for_the_end()
+        wait_for_signal()
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Images from addresses that strangers name: public hosts only, within size and time, redirections too."""
+"""Remote images: public hosts only, within size and time limits, redirects included."""
 
 import contextlib
 import http.server
@@ -15,7 +15,7 @@ SECONDS = 5.0
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """What the tests ask for."""
+    """The files and redirects of the test site."""
 
     def do_GET(self):
         port = self.server.server_address[1]
@@ -63,7 +63,7 @@ def site():
 
 @pytest.fixture
 def public(monkeypatch):
-    """A world in which 127.0.0.1 is public, and other addresses of this machine are not."""
+    """Treats 127.0.0.1, and no other loopback address, as public."""
     monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     resolve = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *_, **kwargs: resolve(host, port, socket.AF_INET))
@@ -75,7 +75,7 @@ def public(monkeypatch):
      "::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "ff02::1", "::", "64:ff9b::7f00:1",
      "2002:7f00:1::", "2001:0:4136:e378:8000:63bf:3fff:fdd2"],
 )  # fmt: skip
-def test_addresses_that_are_not_public(address):
+def test_non_public_addresses(address):
     assert not is_public(address)
 
 
@@ -84,7 +84,7 @@ def test_public_addresses(address):
     assert is_public(address)
 
 
-def test_hosts_of_this_machine_are_refused(site):
+def test_loopback_hosts_are_rejected(site):
     for url in (
         f"{site}/image?x=1",
         site.replace("localhost", "127.0.0.1"),
@@ -94,34 +94,34 @@ def test_hosts_of_this_machine_are_refused(site):
             fetch(url, 1000, SECONDS)
 
 
-def test_files_are_fetched(site, public):
+def test_fetch(site, public):
     assert fetch(f"{site}/image?x=1", 1000, SECONDS) == b"content"
     assert fetch(f"{site}/there", 1000, SECONDS) == b"content"
     assert fetch(f"{site}/big", 5000, SECONDS) == b"x" * 5000
 
 
-def test_limits_hold(site, public):
+def test_size_redirect_and_time_limits(site, public):
     with pytest.raises(RemoteImageError, match="is larger than 4999 bytes"):
         fetch(f"{site}/big", 4999, SECONDS)
-    with pytest.raises(RemoteImageError, match="more than 3 redirections"):
+    with pytest.raises(RemoteImageError, match="more than 3 redirects"):
         fetch(f"{site}/round", 1000, SECONDS)
     with pytest.raises(RemoteImageError, match="status 404"):
         fetch(f"{site}/absent", 1000, SECONDS)
     began = time.monotonic()
-    with pytest.raises(RemoteImageError, match=r"not there within 0\.5 seconds"):
+    with pytest.raises(RemoteImageError, match=r"timeout after 0\.5 seconds"):
         fetch(f"{site}/drip", 1000, 0.5)
     assert time.monotonic() - began < 8  # ten seconds of drops
 
 
-def test_redirections_are_judged(site, public):
+def test_redirects_are_checked(site, public):
     with pytest.raises(RemoteImageError, match="is on a host that is not public"):
         fetch(f"{site}/inward", 1000, SECONDS)
-    with pytest.raises(RemoteImageError, match="must have an address that begins with http"):
+    with pytest.raises(RemoteImageError, match="must have a URL that begins with http"):
         fetch(f"{site}/file", 1000, SECONDS)
 
 
-def test_the_judged_address_is_the_one_that_is_asked(site, monkeypatch):
-    """A name that resolves to a public address at first, and to this machine afterwards."""
+def test_connection_goes_to_the_checked_address(site, monkeypatch):
+    """DNS rebinding: the name resolves to a public address first, then to the loopback address."""
     port = int(site.rsplit(":", 1)[1])
     answers = iter(["203.0.113.9", "127.0.0.1"])
     asked = []
@@ -153,12 +153,12 @@ def test_the_judged_address_is_the_one_that_is_asked(site, monkeypatch):
         "http://a b/",
     ],
 )
-def test_addresses_that_make_no_sense(url):
+def test_invalid_urls(url):
     with pytest.raises(RemoteImageError):
         fetch(url, 1000, SECONDS)
 
 
-def test_hosts_that_are_not_there(public):
+def test_unreachable_hosts(public):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Grids at pixel positions worked out by hand, on the pixels that the vision tower gets."""
+"""Token grids at pixel positions computed by hand, on the pixels of the vision tower's input."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from avg_llava.model.processing import AvgLlavaImageProcessor
 from avg_llava.serving.overlay import (
     TokenGrid,
     TokenPictures,
-    canvas_of,
-    crops_of,
+    assemble_canvas,
+    denormalized_crops,
     draw_grid,
     overview_grid,
     tiles_grid,
@@ -68,10 +68,10 @@ def test_grid_of_the_overview(config):
 
 
 def test_the_canvas_is_the_letterboxed_image(image_processor):
-    crops = crops_of(Image.new("RGB", (1280, 720), (250, 100, 3)), image_processor)
+    crops = denormalized_crops(Image.new("RGB", (1280, 720), (250, 100, 3)), image_processor)
     assert crops.shape == (5, 336, 336, 3)
     assert (crops[0] == (250, 100, 3)).all()  # the overview is all image
-    canvas = canvas_of(crops, 2)
+    canvas = assemble_canvas(crops, 2)
     assert canvas.shape == (672, 672, 3)
     assert (canvas[147:525] == (250, 100, 3)).all()
     assert (canvas[:147] == 0).all()
@@ -80,13 +80,13 @@ def test_the_canvas_is_the_letterboxed_image(image_processor):
 
 def test_crops_have_the_images_own_pixels(image_processor):
     pixels = np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8)  # needs no resizing
-    crops = crops_of(Image.fromarray(pixels), image_processor)
+    crops = denormalized_crops(Image.fromarray(pixels), image_processor)
     assert (crops[2] == pixels[:336, 336:]).all()
-    assert (canvas_of(crops, 2) == pixels).all()
+    assert (assemble_canvas(crops, 2) == pixels).all()
 
 
 def lines_of(pixels, value):
-    """Places of a row or column of pixels that have this value in every channel."""
+    """Indices of the pixels of a row or column that have this value in every channel."""
     return np.flatnonzero((pixels == value).all(axis=-1)).tolist()
 
 
@@ -122,7 +122,7 @@ def test_enlarged(config):
 
 
 def test_wrong_picture(config):
-    with pytest.raises(ValueError, match=r"of a picture of \(672, 672\) pixels, not of \(336, 336\)"):
+    with pytest.raises(ValueError, match=r"a picture of \(672, 672\) pixels, but this one has \(336, 336\)"):
         draw_grid(np.zeros((336, 336, 3), np.uint8), tiles_grid((672, 672), 36, config))
 
 

@@ -1,4 +1,4 @@
-"""The page's tables, with numbers worked out by hand."""
+"""The page's panels, with numbers computed by hand."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from avg_llava import AvgLlavaConfig
 from avg_llava.checkpoints.loading import KNOWN_TOWERS
 from avg_llava.inference.answers import Answer, PhaseTimes
 from avg_llava.inference.budget import Budget
-from avg_llava.serving.panels import cards_html, level_rows, router_html, stats_html, token_sum
+from avg_llava.serving.panels import cards_html, describe_token_count, level_rows, router_html, stats_html
 
 CONFIG = AvgLlavaConfig(
     vision_config=KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], text_config={"model_type": "llama"}
@@ -41,23 +41,25 @@ def test_rows():
     assert all(row.is_allowed for row in rows_at(36))
 
 
-def test_the_price_divides_probabilities():
+def test_token_cost_scales_probabilities():
     """ln 2 nats per doubling halve a level's probability for each doubling of its tokens."""
     rows = rows_at(36, Budget(token_cost=math.log(2)))
     assert [row.probability for row in rows] == EQUAL
-    assert [row.priced for row in rows] == pytest.approx([16 / 31, 8 / 31, 4 / 31, 2 / 31, 1 / 31], abs=1e-6)
-    assert [row.priced for row in rows_at(36)] == pytest.approx(EQUAL)
-    assert rows_at(36, probabilities=None)[0].priced is None
+    assert [row.adjusted_probability for row in rows] == pytest.approx(
+        [16 / 31, 8 / 31, 4 / 31, 2 / 31, 1 / 31], abs=1e-6
+    )
+    assert [row.adjusted_probability for row in rows_at(36)] == pytest.approx(EQUAL)
+    assert rows_at(36, probabilities=None)[0].adjusted_probability is None
 
 
 def test_certain_router():
     rows = rows_at(36, Budget(token_cost=0.5), [1.0, 0.0, 0.0, 0.0, 0.0])
-    assert [row.priced for row in rows] == [1, 0, 0, 0, 0]
+    assert [row.adjusted_probability for row in rows] == [1, 0, 0, 0, 0]
 
 
-def test_where_tokens_come_from():
-    assert token_sum(SQUARE, 36, CONFIG) == "36 of the overview + 12 × 12 of the tiles + 12 newlines"
-    assert token_sum((720, 1280), 36, CONFIG) == "36 of the overview + 8 × 12 of the tiles + 8 newlines"
+def test_description_of_token_counts():
+    assert describe_token_count(SQUARE, 36, CONFIG) == "36 of the overview + 12 × 12 of the tiles + 12 newlines"
+    assert describe_token_count((720, 1280), 36, CONFIG) == "36 of the overview + 8 × 12 of the tiles + 8 newlines"
 
 
 def test_router_bars():
@@ -67,14 +69,12 @@ def test_router_bars():
     assert html.count("over the limit") == 2
     assert "<b>72</b>" in html
     assert html.count("avg-chosen") == 1
-    assert "at this price" not in html
-    assert "→ 51.6% at this price" in router_html(rows_at(36, Budget(token_cost=math.log(2))), math.log(2))
-    assert texts(router_html(rows_at(36, probabilities=None), 0.0)) == [
-        "The level was forced, so the router was not asked."
-    ]
+    assert "with the token cost" not in html
+    assert "→ 51.6% with the token cost" in router_html(rows_at(36, Budget(token_cost=math.log(2))), math.log(2))
+    assert texts(router_html(rows_at(36, probabilities=None), 0.0)) == ["The level was forced; the router did not run."]
 
 
-def test_figures_of_an_answer():
+def test_stats():
     rows = rows_at(36)
     assert texts(stats_html(rows, "all of them", None, None))[:6] == [
         "Level", "36 per crop", "6 × 6 tokens, chosen by the router",
@@ -84,7 +84,7 @@ def test_figures_of_an_answer():
     assert waiting[6:9] == ["First token", "…", "being measured"]
     assert waiting[9:] == ["This answer", "150 ms", "encode 20, route 10, prefill 70, 3 tokens 50"]
     done = texts(stats_html(rows, "", an_answer(), (100.0, 250.0)))
-    assert done[6:9] == ["First token", "100 ms", "the finest level takes 250 ms: speed-up 2.50"]
+    assert done[6:9] == ["First token", "100 ms", "finest level: 250 ms, speed-up 2.50"]
     assert "forced" in stats_html(rows_at(36, probabilities=None), "", None, None)
 
 
@@ -93,7 +93,7 @@ def test_cards():
     answers, picture = {36: an_answer("<b>cat</b> & dog")}, Image.new("RGB", (2, 2))
     html = cards_html(rows, answers, {}, {})
     assert html.count("data-level") == 1
-    assert html.count(">…<") == 4 + 3  # empty cards, and times that are not measured
+    assert html.count(">…<") == 4 + 3  # empty cards, and unmeasured times
     assert texts(html)[:4] == ["router", "36", "6 × 6 per crop", "&lt;b&gt;cat&lt;/b&gt; &amp; dog"]
     assert "<img" not in html
     answers[576] = an_answer()

@@ -190,7 +190,7 @@ class TestOpenAIsClient:
     def test_errors_are_its_own(self, client, pictures):
         with pytest.raises(openai.NotFoundError, match="this server has mini"):
             client.chat.completions.create(model="gpt-4o", messages=messages(GROUND, pictures[0]))
-        with pytest.raises(openai.BadRequestError, match="this server gives one answer per request"):
+        with pytest.raises(openai.BadRequestError, match="this server generates one answer per request"):
             client.chat.completions.create(model="mini", messages=messages(GROUND, pictures[0]), n=2)
 
 
@@ -216,43 +216,43 @@ REFUSED = {
     "no UTF-8": (b'{"model": "\xff"}', "parsing the body"),
     "nested": (b"[" * 100_000, "body"),
     "a list": (b"[]", "body"),
-    "half a character": (
-        b'{"model": "mini", "messages": [{"role": "user", "content": "\\ud800"}]}', "half a character",
+    "lone surrogate": (
+        b'{"model": "mini", "messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate",
     ),
-    "an unknown field with half a character": (b'{"\\udc00": 1}', "unicode string"),
+    "an unknown field with lone surrogate": (b'{"\\udc00": 1}', "unicode string"),
     "no messages": ({"model": "mini", "messages": []}, "messages: List should have at least 1 item"),
     "an unknown field": (user("hi") | {"tools": []}, "tools: Extra inputs are not permitted"),
     "an unknown role": ({"model": "mini", "messages": [{"role": "tool", "content": "x"}]}, "role"),
     "the assistant last": (
-        {"model": "mini", "messages": [{"role": "assistant", "content": "x"}]}, "must be the user's",
+        {"model": "mini", "messages": [{"role": "assistant", "content": "x"}]}, "must be a user message",
     ),
     "a late system message": (
         {"model": "mini", "messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]},
-        "can only be the first",
+        "only the first message can be a system message",
     ),
     "a number as text": (user("hi") | {"temperature": "1"}, "temperature: Input should be a valid number"),
     "not a number": (b'{"model": "mini", "messages": [], "token_cost": NaN}', "; and 1 more"),
     "too hot": (user("hi") | {"temperature": 2.5}, "temperature"),
     "a huge number": (b'{"model": "mini", "max_tokens": 1' + b"0" * 5000 + b"}", "parsing the body"),
     "too long an answer": (user("hi") | {"max_tokens": 33}, "above this server's limit of 32"),
-    "two limits": (user("hi") | {"max_completion_tokens": 2}, "give one of the two"),
-    "penalties": (user("hi") | {"presence_penalty": 1.0}, "this server has no penalties"),
+    "two limits": (user("hi") | {"max_completion_tokens": 2}, "give only one of the two"),
+    "penalties": (user("hi") | {"presence_penalty": 1.0}, "this server does not support penalties"),
     "stream options": (user("hi") | {"stream_options": {"include_usage": True}}, "stream is not true"),
-    "a placeholder": (user("what is <image> here?"), "must not hold <image>"),
-    "too long a prompt": (user("word " * 30_000), "more than the model can read"),
+    "a placeholder": (user("what is <image> here?"), "must not contain <image>"),
+    "too long a prompt": (user("word " * 30_000), "exceed the model's context length"),
     "an unknown level": (user("hi") | {"granularity": 5}, "granularity 5 is not one of this model's levels"),
     "level and price": (user("hi") | {"granularity": 4, "token_cost": 1.0}, "give one of the two"),
     "too low a limit": (question("hi", png(Image.new("RGB", (70, 70))), max_visual_tokens=2), "is too low"),
-    "a file": (at("file:///etc/passwd"), "is no data URL"),
+    "a file": (at("file:///etc/passwd"), "is not a data URL"),
     "a remote image": (at("http://127.0.0.1/x.png"), "send a data URL"),
-    "no base64": (at("data:image/png;base64,!!!"), "image 1 is no valid base64"),
-    "no image": (at("data:image/png;base64,aGVsbG8="), "image 1 is damaged, or of none of the formats"),
+    "no base64": (at("data:image/png;base64,!!!"), "image 1 is not valid base64"),
+    "no image": (at("data:image/png;base64,aGVsbG8="), "image 1 is damaged, or its format is not one of"),
     "a truncated image": (at(data_url(TRUNCATED)), "image 1: cannot be read as an image"),
-    "PostScript": (at(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), "of none of the formats"),
+    "PostScript": (at(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), "its format is not one of"),
     "too many pixels": (at(data_url(large_png())), "400000000 pixels|exceeds limit"),
     "too many pixels together": (
         question("hi", *[png(Image.new("1", (400, 400)))] * 2),
-        "320000 pixels together, above this server's limit of 300000",
+        "320000 pixels in total, above this server's limit of 300000",
     ),
     "too many images": (question("hi", *[png(Image.new("1", (9, 9)))] * 4), "4 images are more than"),
     "detail": (user([{"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]), "detail"),
@@ -332,7 +332,7 @@ def test_remote_images(predictor, pictures, monkeypatch):
     with running(predictor, remote_images=True) as server:
         status, told = server.chat(at("http://127.0.0.1:9/x.png"))
         assert (status, told["error"]["message"]) == (400, "image 1 is on a host that is not public")
-        monkeypatch.setattr("avg_llava.serving.prompts.fetch", lambda url, max_bytes, seconds: pictures[0])
+        monkeypatch.setattr("avg_llava.serving.images.fetch", lambda url, max_bytes, seconds: pictures[0])
         status, told = server.chat(at("https://example.org/x.png") | {"granularity": 16})
         (expected,) = predictor.predict(
             [Request([{"role": "user", "content": [{"type": "image"}]}], (pictures[0],))], Budget(16), Decoding(2)
@@ -431,7 +431,7 @@ def test_time_is_limited(talker):
         status, told = server.chat(endless())
         assert (status, told["error"]["code"]) == (504, "timeout")
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
-        with client, pytest.raises(openai.APIError, match="no whole answer within 1 seconds"):
+        with client, pytest.raises(openai.APIError, match="not complete within 1 seconds"):
             for _ in client.chat.completions.create(**endless(stream=True)):
                 pass
         until(lambda: server.metric('avg_llava_requests_total{status="504"}') == 2)
