@@ -17,13 +17,12 @@ from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.losses import answer_log_prob, ranking_loss, router_cross_entropy, settle_ties
-from avg_llava.training.stages import ObjectiveName
 
 Batch = dict[str, Any]
 
 
 def plain_loss(
-    objective: ObjectiveName, model: AvgLlavaForConditionalGeneration, batch: Batch, settings: ObjectiveSettings
+    objective: str, model: AvgLlavaForConditionalGeneration, batch: Batch, settings: ObjectiveSettings
 ) -> Tensor:
     """The scalar that the objective of that name gives for a micro-batch with the arguments of `Objective.forward`.
 

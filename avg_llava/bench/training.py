@@ -32,8 +32,8 @@ from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.flops import SampleShape, StepFlops, step_flops
-from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.levels import TextBatch, score_answers, use_packed_attention
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
 
 Way = Literal["ours", "plain"]
@@ -155,7 +155,8 @@ def bench_train(
         raise ValueError("the preset 7b needs a GPU; on a CPU, --preset proportioned keeps its proportions")
     config = PRESETS[preset].config()
     samples = sample_shapes(stage, config)
-    levels = config.granularities if stage > 2 else config.granularities[-1:]
+    trains, passes = STAGES[stage].trains, STAGES[stage].passes
+    levels = passes.granularities(config.granularities)
     num_tokens = sum(sample.length(level, config) for level in levels for sample in samples)
 
     with (
@@ -168,8 +169,8 @@ def bench_train(
         raise ValueError(f"the two ways disagree about the loss, so their times compare nothing: {losses}")
 
     flops = {
-        "plain": step_flops(stage, samples, config, plain=True),
-        "ours": step_flops(stage, samples, config, plain=False, stored_feedback=stored_feedback),
+        "plain": step_flops(trains, passes, samples, config, reference=True),
+        "ours": step_flops(trains, passes.without_language_model() if stored_feedback else passes, samples, config),
     }
     figures = {way: _figures(measured[way], flops[way], len(samples), num_tokens) for way in WAYS}
     ours, plain = figures["ours"], figures["plain"]
@@ -286,7 +287,7 @@ def prepare_step(stage: int, preset: Preset, way: Way, folder: Path | None = Non
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5)
     name, settings = STAGES[stage].objective, ObjectiveSettings()
-    objective = OBJECTIVES[name](model, settings).train() if way == "ours" else None
+    objective = objective_class(name)(model, settings).train() if way == "ours" else None
     if objective is None:
         model.train(stage != 4)
 
@@ -311,7 +312,7 @@ def _store_feedback(folder: Path, preset: Preset) -> None:
     use_packed_attention(model)
     with torch.inference_mode():
         features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
-        answers = answers_by_level(model, features, Texts(*(batch[name] for name in Texts._fields)))
+        answers = score_answers(model, features, TextBatch(*(batch[name] for name in TextBatch._fields)))
     model.save_pretrained(folder)
     feedback = {"answer_log_probs": answers.log_probs, "num_answer_tokens": answers.num_tokens[:, 0]}
     save_file({name: tensor.contiguous().cpu() for name, tensor in feedback.items()}, folder / _FEEDBACK)

@@ -24,7 +24,7 @@ from avg_llava.training.flops import SampleShape, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape, adapter_shapes
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.stages import STAGES, Part, count_parameters
+from avg_llava.training.stages import OBJECTIVES, STAGES, Part, count_parameters
 
 GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
@@ -111,8 +111,9 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
 
     step_samples = _samples_per_step(config, blueprint.config, samples.shapes)
     flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * step_samples
-    levels = blueprint.config.granularities if config.stage > 2 else blueprint.config.granularities[-1:]
-    share = 1 / len(levels) if config.objective_name == "gumbel" else 1  # of a sample with an image, at each level
+    passes = OBJECTIVES[config.objective_name].passes
+    levels = passes.granularities(blueprint.config.granularities)
+    share = 1 / len(levels) if passes.sampled else 1  # of a sample with an image, at each level
     tokens = sum(
         _length(shape, level, blueprint.config) * (1 if shape.image_size is None else share)
         for shape in samples.shapes
@@ -208,13 +209,12 @@ def _memory(
         size = max(config.optim.max_tokens_per_batch // _length(longest[0], finest, model_config), 1)
     micro_batch = (longest * math.ceil(size / len(longest)))[:size]
     activations = activation_memory(
-        config.stage,
+        STAGES[config.stage].trains,
+        config.passes,
         micro_batch,
         model_config,
         element_size,
         recompute=config.runtime.gradient_checkpointing,
-        stored_feedback=config.objective.feedback_store is not None,
-        draws_level=config.objective_name == "gumbel",
         adapters=adapters,
         adapter_dropout=0.0 if config.lora is None else config.lora.dropout,
     )
@@ -295,15 +295,7 @@ def _mean_flops(
     shapes: Sequence[SampleShape],
     adapters: Mapping[Part, AdapterShape],
 ) -> float:
-    flops = step_flops(
-        config.stage,
-        shapes,
-        model_config,
-        plain=False,
-        stored_feedback=config.objective.feedback_store is not None,
-        draws_level=config.objective_name == "gumbel",
-        adapters=adapters,
-    )
+    flops = step_flops(STAGES[config.stage].trains, config.passes, shapes, model_config, adapters=adapters)
     return flops.total / len(shapes)
 
 

@@ -1,13 +1,13 @@
-"""Memory of a training step on each GPU, by part, worked out from shapes.
+"""Memory of a training step on each GPU, by part, computed from shapes.
 
-Activations are what autograd keeps of a forward pass for the backward pass, layer by layer, as counted from the layers'
-operations; with recomputation, each layer's input, and one layer in full. Small vectors (statistics of norms, masks)
-are left out.
+Activations are the tensors that autograd saves in the forward pass for the backward pass, counted layer by layer from
+the layers' operations. With activation recomputation these are each layer's input, and one layer in full. Small vectors
+(norm statistics, masks) are not counted.
 
-Shapes: C crops, T tokens of all sequences that are in memory together, K supervised ones, D width, V vocabulary.
+Shapes: C crops, T tokens of all sequences in memory at once, K supervised tokens, D width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,19 @@ from avg_llava.model.packing import MAX_LOGITS
 from avg_llava.training.checkpoint import MASTER_WEIGHT_BYTES, MOMENT_BYTES
 from avg_llava.training.flops import SampleShape
 from avg_llava.training.lora import AdapterShape
-from avg_llava.training.stages import STAGES, Part
+from avg_llava.training.stages import Part, Passes
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the state of training is divided among GPUs.
+    """Sharding of parameters, gradients and optimizer states over GPUs.
 
     Attributes:
         zero: ZeRO stage; None without DeepSpeed.
-        offload_optimizer: Optimizer states, and the gradients that go into them, are in host memory.
-        offload_parameters: Parameters are in host memory; those of the layers at work come to the GPU.
+        offload_optimizer: Optimizer states and their gradients are in host memory.
+        offload_parameters: Parameters are in host memory; those of the current layers are copied to the GPU.
     """
 
     zero: int | None
@@ -38,7 +38,7 @@ class Sharding:
 
     @property
     def name(self) -> str:
-        """How tables and the command line call it."""
+        """The name in tables and on the command line."""
         if self.zero is None:
             return "none"
         return f"{self.zero}-offload" if self.offload_optimizer or self.offload_parameters else str(self.zero)
@@ -49,7 +49,7 @@ SHARDINGS = (*(Sharding(zero) for zero in (None, 0, 1, 2, 3)), Sharding(3, True,
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on each GPU of what does not depend on the batch; `host` is in the machine's memory, for each GPU."""
+    """Bytes per GPU that do not depend on the batch; `host` is host memory per GPU."""
 
     parameters: float
     gradients: float
@@ -60,7 +60,7 @@ class StateMemory:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what depends on the micro-batch."""
+    """Bytes per GPU that depend on the micro-batch."""
 
     vision: float
     language: float
@@ -69,12 +69,12 @@ class Activations:
 
     @property
     def kept(self) -> float:
-        """All but the logits."""
+        """Sum without the logits."""
         return self.vision + self.language + self.router
 
 
 def sharding_of(deepspeed: Mapping[str, Any] | None) -> Sharding:
-    """The sharding that a parsed DeepSpeed file asks for."""
+    """The sharding of a parsed DeepSpeed file."""
     if deepspeed is None:
         return Sharding(None)
     zero = deepspeed.get("zero_optimization", {})
@@ -92,21 +92,21 @@ def state_memory(
     zero: Mapping[str, Any] | None = None,
     trained_size: int | None = None,
 ) -> StateMemory:
-    """Parameters, gradients, AdamW's states and DeepSpeed's buffers.
+    """Memory of parameters, gradients, AdamW's states and DeepSpeed's buffers.
 
-    Without DeepSpeed weights are float32 themselves, and autocast keeps a copy of the trained ones in the run's type.
-    With it, the optimizer holds float32 master weights. ZeRO-1 divides the optimizer's states, ZeRO-2 gradients as
-    well, ZeRO-3 parameters as well. What is offloaded is divided in the same way.
+    Without DeepSpeed, weights are float32, and autocast keeps a copy of the trained ones in the run's precision. With
+    DeepSpeed, the optimizer holds float32 master weights. ZeRO-1 shards optimizer states, ZeRO-2 also gradients, ZeRO-3
+    also parameters. Offloaded tensors are sharded in the same way.
 
     Args:
-        sharding: how state is divided.
+        sharding: how state is sharded.
         num_parameters: of the whole model.
-        num_trained: of these, those that are trained.
+        num_trained: trained parameters among these.
         element_size: bytes of a weight in the run's precision.
-        num_gpus: over which state is divided.
-        hidden_size: of the language model; "auto" bucket sizes are its square.
-        zero: the section `zero_optimization` of a DeepSpeed file, for the sizes of buckets.
-        trained_size: bytes of a weight that is trained, and of its gradient; None: as of any other.
+        num_gpus: number of shards.
+        hidden_size: of the language model; bucket sizes "auto" are its square.
+        zero: section `zero_optimization` of the DeepSpeed file, for bucket sizes.
+        trained_size: bytes of a trained weight and of its gradient; None: `element_size`.
     """
     if sharding.zero is None:
         autocast = element_size * num_trained if element_size < FLOAT32 else 0
@@ -125,7 +125,7 @@ def state_memory(
         buffers += element_size * min(_number(settings.get("stage3_max_live_parameters"), 10**9), num_parameters)
     host = 0.0
     if sharding.offload_optimizer:
-        host += optimizer + FLOAT32 * num_trained / parts[1]  # DeepSpeed's own gradients on the host are float32
+        host += optimizer + FLOAT32 * num_trained / parts[1]  # gradients on the host are float32
         optimizer = gradients = 0.0
     if sharding.offload_parameters:
         host += parameters
@@ -134,39 +134,37 @@ def state_memory(
 
 
 def activation_memory(
-    stage: int,
+    trains: Collection[Part],
+    passes: Passes,
     samples: Sequence[SampleShape],
     config: AvgLlavaConfig,
     element_size: int,
     recompute: bool,
-    stored_feedback: bool = False,
-    draws_level: bool = False,
     adapters: Mapping[Part, AdapterShape] | None = None,
     adapter_dropout: float = 0.0,
 ) -> Activations:
-    """What a micro-batch keeps for the backward pass when all levels go through the language model as one packed row.
+    """Activations of a micro-batch whose sequences go through the language model as one packed row.
 
     Args:
-        stage: 1 to 4.
+        trains: parts that are trained.
+        passes: passes of the objective; with `sampled`, the finest level is assumed.
         samples: the micro-batch.
-        config: a model with a CLIP tower and a language model of Llama's shape.
+        config: of a model with a CLIP tower and a Llama-like language model.
         element_size: bytes of an activation in the run's precision.
-        recompute: activations of tower and language model are computed again in the backward pass.
-        stored_feedback: stage 4 reads its feedback from a store.
-        draws_level: stage 4 learns from the loss at one level, here the finest.
-        adapters: of LoRA, in the parts that are trained through them.
-        adapter_dropout: of their inputs.
+        recompute: activations of vision tower and language model are recomputed in the backward pass.
+        adapters: LoRA adapters, by part.
+        adapter_dropout: dropout probability of the adapters' inputs.
     """
-    trains = STAGES[stage].trains
-    levels = config.granularities if stage > 2 and not draws_level else config.granularities[-1:]
+    levels = passes.granularities(config.granularities)
+    levels = levels[-1:] if passes.sampled else levels
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
     tokens = answers = 0
-    for level in () if stored_feedback else levels:
+    for level in levels:
         for sample in samples:
             if sample.image_size is not None or level == levels[-1]:
                 tokens += min(sample.length(level, config), config.max_sequence_length)
                 answers += sample.num_answer_tokens
-    is_learning = stage != 4 or draws_level  # through the language model
+    differentiates_vision = any(part in trains for part in ("vision", "projector", "newline"))
     depths: dict[Part, int] = {
         "vision": config.vision_config.num_hidden_layers,
         "llm": config.text_config.num_hidden_layers,
@@ -175,36 +173,39 @@ def activation_memory(
         part: _adapter(adapters[part], depth, element_size, adapter_dropout) if adapters and part in adapters else 0.0
         for part, depth in depths.items()
     }
+    backward = passes.language_backward
     return Activations(
-        vision=_vision(crops, config, element_size, recompute, "vision" in trains, stage != 4, extra["vision"]),
-        language=_language(tokens, config, element_size, recompute, "llm" in trains, is_learning, extra["llm"]),
-        router=_router(crops, config) if stage == 4 else 0.0,
-        logits=_logits(answers, config, element_size, is_learning),
+        vision=_vision(
+            crops, config, element_size, recompute, "vision" in trains, differentiates_vision, extra["vision"]
+        ),
+        language=_language(tokens, config, element_size, recompute, "llm" in trains, backward, extra["llm"]),
+        router=_router(crops, config) if passes.router else 0.0,
+        logits=_logits(answers, config, element_size, backward),
     )
 
 
 def _adapter(shape: AdapterShape, depth: int, size: int, dropout: float) -> float:
-    """Bytes that the adapters of one of `depth` layers keep of a token, beside what matrices keep that are trained.
+    """Bytes per token that the adapters of one of `depth` layers save, in addition to those of trained matrices.
 
-    With dropout each has an input of its own, and a mask; without, they share what the matrices would keep.
+    With dropout, each adapter saves its input and a mask; without, it shares the input that the matrix would save.
     """
     inputs = shape.inputs * (size + 1) if dropout > 0 else 0
     return (inputs + shape.ranks * size) / depth
 
 
 def _vision(
-    crops: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool, extra: float
+    crops: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, backward: bool, extra: float
 ) -> float:
-    """Pixels, tower (with `extra` bytes a row and layer) and projector.
+    """Pixels, vision tower (with `extra` bytes per token and layer) and projector.
 
-    A frozen tower keeps nothing; its hidden states are all there until it ends.
+    A frozen tower saves nothing, but its hidden states are in memory until it ends.
     """
     tower, width = config.vision_config, config.text_config.hidden_size
     patches = config.num_patches_per_side**2
     rows = crops * (patches + 1)
     pixels = crops * tower.num_channels * tower.image_size**2 * (FLOAT32 + (size if size < FLOAT32 else 0))
-    # Two norms' inputs and outputs, queries, keys, values and attention's result; the feed-forward part's input to its
-    # activation, the activation's factor and its result.
+    # Inputs and outputs of two norms, queries, keys, values and attention output; input, factor and output of the
+    # feed-forward activation.
     layer = rows * (size * (8 * tower.hidden_size + 3 * tower.intermediate_size) + extra)
     hidden = rows * size * tower.hidden_size * (tower.num_hidden_layers + 1)
     if not trained:
@@ -213,28 +214,28 @@ def _vision(
         kept = hidden + layer
     else:
         kept = layer * tower.num_hidden_layers + rows * size * tower.hidden_size
-    projector = crops * patches * size * ((tower.hidden_size + 3 * width) if learning else width)
+    projector = crops * patches * size * ((tower.hidden_size + 3 * width) if backward else width)
     return float(pixels + kept + projector)
 
 
 def _language(
-    tokens: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, learning: bool, extra: float
+    tokens: int, config: AvgLlavaConfig, size: int, recompute: bool, trained: bool, backward: bool, extra: float
 ) -> float:
-    """Embeddings (of the texts, spliced, packed) and layers (with `extra` bytes a token each).
+    """Embeddings (of texts, spliced, packed) and layers (with `extra` bytes per token and layer).
 
-    Frozen matrices do not keep their inputs.
+    Frozen matrices do not save their inputs.
     """
     text = config.text_config
     width, inner = text.hidden_size, text.intermediate_size
     key_value = 2 * text.num_key_value_heads * (width // text.num_attention_heads)
     embeddings = 3 * tokens * size * width
-    # Norms work in float32: their inputs and what they divide by. In float32 training the input is no copy.
+    # Norms compute in float32 and save input and divisor. In float32 training the input is not copied.
     norms = 2 * FLOAT32 * width
     attention = size * (2 * width + key_value)
     feed_forward = size * 3 * inner
-    matrices = size * (4 * width + inner) if trained else 0  # what comes out of the norms, and the product of gates
+    matrices = size * (4 * width + inner) if trained else 0  # outputs of the norms, and the gated product
     layer = tokens * (norms + attention + feed_forward + matrices + extra)
-    if not learning:
+    if not backward:
         return float(embeddings + layer)
     if recompute:
         return float(embeddings + tokens * size * width * text.num_hidden_layers + layer)
@@ -242,7 +243,7 @@ def _language(
 
 
 def _router(crops: int, config: AvgLlavaConfig) -> float:
-    """The fusion layer and the MLP over the tokens of all levels and the text slots of every crop, in float32."""
+    """Fusion layer and MLP over all levels' tokens and the text tokens of every crop, in float32."""
     router, width = config.router_config, config.text_config.hidden_size
     tokens = crops * (sum(config.granularities) + router.num_text_tokens)
     inner = router.intermediate_size or width
@@ -250,18 +251,15 @@ def _router(crops: int, config: AvgLlavaConfig) -> float:
     return float(tokens * FLOAT32 * (12 * width + 2 * inner + dropout))
 
 
-def _logits(answers: int, config: AvgLlavaConfig, size: int, learning: bool) -> float:
-    """One chunk of the head's logits: as computed, in float32, their log-probabilities and, learning, gradients."""
+def _logits(answers: int, config: AvgLlavaConfig, size: int, backward: bool) -> float:
+    """One chunk of logits: as computed, in float32, log-probabilities and, with a backward pass, gradients."""
     vocabulary = config.text_config.vocab_size
     rows = min(answers, max(MAX_LOGITS // vocabulary, 1))
     per_logit = FLOAT32 + FLOAT32 + (size if size < FLOAT32 else 0)
-    if learning:
+    if backward:
         per_logit += FLOAT32 + (size if size < FLOAT32 else 0)
     return float(rows * vocabulary * per_logit)
 
 
 def _number(value: Any, automatic: int) -> int:
     return automatic if value in (None, "auto") else int(value)
-
-
-__all__ = ["SHARDINGS", "Activations", "Sharding", "StateMemory", "activation_memory", "sharding_of", "state_memory"]

@@ -1,11 +1,12 @@
-"""What a training run is told: one frozen dataclass per section of the YAML file.
+"""Configuration of a training run: one frozen dataclass per section of the YAML file.
 
-`load_config("configs/mini/stage1.yaml", ["--optim.lr", "1e-3"])` reads a file, puts command-line overrides over it,
-refuses what it does not know and returns a `TrainConfig`. Relative paths are relative to the working directory; the
-scripts run from the root of the project.
+`load_config("configs/mini/stage1.yaml", ["--optim.lr", "1e-3"])` reads a file, applies command-line overrides, refuses
+unknown keys and returns a `TrainConfig`. Relative paths are relative to the working directory; the scripts run from the
+root of the project. This module imports no torch, so that the command line can read it quickly.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,20 @@ from typing import Any, Literal
 import yaml
 
 from avg_llava.common.settings import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
-from avg_llava.training.stages import STAGES, ObjectiveName
+from avg_llava.training.stages import OBJECTIVES, STAGES, Passes
 
+# The value of `objective.method` that selects the default objective of the stage.
+DEFAULT_METHOD = "rglf"
 RankingVariant = Literal["paper", "released"]
 Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """Shape of the granularity router, where a new one is made: in stage 1, and in stage 4 if it is asked for there."""
+    """Shape of a new granularity router: in stage 1, and in stage 4 if the section is given there."""
 
     num_text_tokens: int = 32
-    """Instruction tokens that the text filter keeps (k of the paper); 0: the router sees the image only."""
+    """Instruction tokens that the text filter keeps (k of the paper); 0: the router reads the image only."""
     num_attention_heads: int = 8
     intermediate_size: int | None = None
     """Width of the fusion layer's feed-forward part; null: the language model's width."""
@@ -34,7 +37,7 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Where the weights come from. Stage 1 joins two backbones; every later stage starts from a checkpoint."""
+    """Start of the run: two backbones in stage 1, a checkpoint of the parent stage later."""
 
     vision: str | None = None
     """Stage 1: CLIP vision tower, a folder or hub id."""
@@ -48,14 +51,14 @@ class ModelSettings:
     """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stages 3 and 4: some of the start's levels,
     the finest among them, and a new router for them; null: the start's. Stage 2: the start's."""
     behavior: Literal["paper", "released"] | None = None
-    """Stage 1: which meaning of the method (see the model's configuration); null: paper. Later: the start's."""
+    """Stage 1: variant of the method (see the model's configuration); null: paper. Later stages: the start's."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
-    """Stage 1: (height, width) resolutions that an image may be tiled into; null: LLaVA-NeXT's, in crops."""
+    """Stage 1: (height, width) resolutions for tiling; null: LLaVA-NeXT's, scaled to the crop size."""
     router: RouterSettings | None = None
     """Stage 1: shape of the router; null: the defaults. Stage 4: a new router of this shape; null: the start's. Other
     stages: the start's."""
     max_length: int | None = None
-    """Longest sequence once visual tokens are spliced in; null: the start's."""
+    """Maximal sequence length in tokens, visual tokens included; null: the start's."""
 
 
 @dataclass(frozen=True)
@@ -68,42 +71,43 @@ class SourceSettings:
     sampling: str | None = None
     """`all`, `first:N`, `end:N` or `random:N` (N records, or a share such as 10%); null: all."""
     weight: float = 1.0
-    """Passes over these records per epoch; 2.3 is two, and a third over 30 % of them, drawn by `seed`."""
+    """Passes over these records per epoch; 2.3: two, and a third over 30 % of them, sampled by `seed`."""
     follow_links: bool = False
     """Accept image paths that leave the root through symbolic links."""
     expected: dict[str, int] | None = None
-    """How many records there should be before `weight`: `total`, and by the first folder of their images' paths, or
-    `(text only)`. What `verify-data` compares with."""
+    """Expected numbers of records before `weight`, which `verify-data` compares with: `total`, and per first folder of
+    the images' paths, or `(text only)`."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is learnt from, and in which order."""
+    """Training data and their order."""
 
     sources: tuple[SourceSettings, ...]
-    """In the YAML file also the path of another YAML file, a mixture, which holds this list for several stages."""
+    """A list, or the path of a YAML file that holds it (a mixture shared by several stages)."""
     template: Literal["plain", "vicuna_v1"]
     """`plain` for captions (stage 1), `vicuna_v1` for instructions."""
     group_by_modality_length: bool = False
-    """Batches of similar length, image and text-only samples apart."""
+    """Batch samples of similar length, with and without images separately."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """An unreadable sample stops the run with its name, or is skipped and counted."""
+    """An unreadable sample stops the run with an error that names it, or is skipped and counted."""
     skip_list: str | None = None
-    """File that `avg-llava verify-data` wrote: records to leave out."""
+    """File written by `avg-llava verify-data`: records to leave out."""
     index_dir: str | None = None
-    """Folder for indices of the sources, a few MB each; null: `.avg-llava-index` beside each source."""
+    """Folder for the sources' indices, a few MB each; null: `.avg-llava-index` beside each source."""
     num_workers: int = 4
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Stage 4 only: how the router learns from the language model."""
+    """The training objective. Without `method`, all fields are for stage 4."""
 
-    method: Literal["rglf", "gumbel"] = "rglf"
-    """`rglf`: from the feedback on every level, the paper's method. `gumbel`: from the instruction-tuning loss at a
-    level drawn by a straight-through Gumbel-softmax; of the fields below it knows `temperature` only."""
+    method: str = DEFAULT_METHOD
+    """`rglf`: the stage's default objective; in stage 4 the paper's, which learns from feedback at every level.
+    `gumbel` (stage 4): the instruction-tuning loss at a level sampled by a straight-through Gumbel-softmax; of the
+    fields below it uses `temperature` only. Or another entry of `training.stages.OBJECTIVES`."""
     temperature: float = 1.0
-    """Of the Gumbel-softmax: the lower, the closer its gradient is to that of the hard choice."""
+    """Temperature of the Gumbel-softmax; the lower, the closer its gradient to that of the argmax."""
     ranking: RankingVariant = "paper"
     rank_loss_weight: float = 1.0
     cross_entropy_weight: float = 0.1
@@ -112,23 +116,23 @@ class ObjectiveSettings:
     tie_tolerance: float = 0.0
     """Levels within this many nats of the best count as equally good; 0 is the paper."""
     feedback_store: str | None = None
-    """Folder that `avg-llava feedback` wrote: read feedback from there, with no language model in memory. null: compute
-    it while training."""
+    """Folder written by `avg-llava feedback`: read feedback from it, without a language model in memory. null: compute
+    feedback while training."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Stages 2 and 3: low-rank adapters in the language model, instead of training it whole. `{}`: the defaults."""
+    """Stages 2 and 3: train low-rank adapters in the language model instead of its weights. `{}`: the defaults."""
 
     rank: int = 128
     alpha: float = 256.0
     """The adapters' product is scaled by alpha / rank."""
     dropout: float = 0.05
-    """Of the adapters' inputs."""
+    """Dropout probability of the adapters' inputs."""
     target_modules: tuple[str, ...] | None = None
-    """Linear layers of the language model by the last part of their names, as `q_proj`; null: all but its head."""
+    """Linear layers of the language model by the last part of their names, such as `q_proj`; null: all but the head."""
     vision: bool = False
-    """Adapters in all linear layers of the vision tower too, instead of training it whole."""
+    """Also train adapters in all linear layers of the vision tower instead of its weights."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +145,15 @@ class OptimSettings:
     micro_batch_size: int
     """Samples per process and forward pass; the number of accumulation steps follows."""
     max_tokens_per_batch: int | None = None
-    """Fill micro-batches with samples up to this many tokens (text, and visual tokens at the finest level; padding is
-    not counted) instead of with `micro_batch_size` samples; a longer sample is alone. An optimizer step then has
-    `global_batch_size` / `micro_batch_size` micro-batches, of however many samples. null: by the number of samples."""
+    """Fill micro-batches up to this many tokens (text, and visual tokens at the finest level, without padding) instead
+    of `micro_batch_size` samples; a longer sample is a micro-batch by itself. An optimizer step has `global_batch_size`
+    / `micro_batch_size` micro-batches, of any number of samples. null: `micro_batch_size` samples."""
     vision_lr: float | None = None
     """Learning rate of the vision tower; null: `lr`."""
     projector_lr: float | None = None
     """Learning rate of the projector; null: `lr`."""
     lora_lr: float | None = None
-    """Learning rate of LoRA's adapters, wherever they are; null: `lr`."""
+    """Learning rate of LoRA adapters in any part; null: `lr`."""
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
@@ -157,14 +161,14 @@ class OptimSettings:
     warmup_ratio: float = 0.03
     epochs: float = 1.0
     max_steps: int | None = None
-    """Stop after this many optimizer steps; the schedule is laid out for them. null: `epochs` decides."""
+    """Number of optimizer steps, which the schedule covers; null: `epochs` determines it."""
     max_grad_norm: float = 0.0
     """Clip gradients to this norm; 0: do not clip, as in the released training."""
 
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """On what, and in which precision, the run computes."""
+    """Device, precision and sharding."""
 
     deepspeed: str | None = None
     """DeepSpeed JSON file; null: plain PyTorch (one process, or data parallel)."""
@@ -172,44 +176,44 @@ class RuntimeSettings:
     tf32: bool = True
     device: Literal["auto", "cpu"] = "auto"
     gradient_checkpointing: bool = True
-    """Recompute activations of tower and language model in the backward pass: less memory, more time."""
+    """Recompute activations of vision tower and language model in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the layers of tower and language model; needs a compiler, and not ZeRO-3."""
+    """Compile the layers of vision tower and language model; needs a compiler, not available under ZeRO-3."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention kernel of the language model; null: what transformers picks."""
+    """Attention kernel of the language model; null: transformers' default."""
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """What is recorded while training; `log_history.jsonl` in the output folder always is."""
+    """Logging, in addition to `log_history.jsonl` in the output folder."""
 
     every: int = 1
     """Optimizer steps between two lines of the log."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     run_name: str | None = None
     peak_tflops: float | None = None
-    """What one device could do in the run's precision, in 10^12 operations per second, for the MFU; null: what is
-    published for the GPU, and no MFU where that is not known."""
+    """Peak of one device in the run's precision, in 10^12 operations per second, for the MFU; null: the published value
+    of the GPU, or no MFU if it is not known."""
     progress_bar: bool = True
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Where the results go."""
+    """Output folder and checkpoints."""
 
     dir: str
     """Folder of the run: checkpoints while it trains, the stage's model at the end."""
     save_every: int = 0
-    """Optimizer steps between two checkpoints that a killed run continues from; 0: none."""
+    """Optimizer steps between two checkpoints, from which a killed run continues; 0: no checkpoints."""
     keep: int = 1
     """Checkpoints to keep while training."""
     overwrite: bool = False
-    """Discard what the folder holds of an earlier run and train from the beginning."""
+    """Discard an earlier run in the folder and train from the beginning."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run of one stage is told."""
+    """Configuration of a run of one stage."""
 
     stage: Literal[1, 2, 3, 4]
     model: ModelSettings
@@ -225,10 +229,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_model(self)
         _check_lora(self)
+        _check_objective(self)
         _check_numbers(self)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step and process, so that the global batch size is what the file says."""
+        """Micro-batches per optimizer step and process that make up the global batch size."""
         per_pass = self.optim.micro_batch_size * world_size
         steps, rest = divmod(self.optim.global_batch_size, per_pass)
         if rest or steps == 0:
@@ -240,7 +245,7 @@ class TrainConfig:
         return steps
 
     def architecture(self) -> dict[str, Any]:
-        """Fields of the model's configuration that stage 1 decides; what is null keeps the model's default."""
+        """Fields of the model's configuration that stage 1 sets; those that are null keep the model's default."""
         model = self.model
         fields = {
             "granularities": None if model.granularities is None else list(model.granularities),
@@ -252,30 +257,37 @@ class TrainConfig:
         return {name: value for name, value in fields.items() if value is not None}
 
     @property
-    def objective_name(self) -> ObjectiveName:
-        """The objective of the stage, or the one that `objective.method` asks for instead."""
-        return "gumbel" if self.objective.method == "gumbel" else STAGES[self.stage].objective
+    def objective_name(self) -> str:
+        """The entry of `OBJECTIVES` that the run trains: `objective.method`, or the stage's default."""
+        method = self.objective.method
+        return STAGES[self.stage].objective if method == DEFAULT_METHOD else method
+
+    @property
+    def passes(self) -> Passes:
+        """Passes of the run's objective; with stored feedback, without the language model."""
+        passes = OBJECTIVES[self.objective_name].passes
+        return passes if self.objective.feedback_store is None else passes.without_language_model()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars, as YAML and JSON hold them."""
+        """Dicts, lists and scalars, as in YAML and JSON."""
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-# What stages after the first may decide anew: both make a new router.
-DECIDED_LATER = {3: ("granularities",), 4: ("granularities", "router")}
+# Architecture fields that later stages may change; both require a new router.
+CHANGEABLE_LATER = {3: ("granularities",), 4: ("granularities", "router")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a stage's YAML file and put `--key.subkey value` overrides over it.
+    """Read a stage's YAML file and apply `--key.subkey value` overrides.
 
     Raises:
         ConfigError: unreadable file, unknown key, value of the wrong type, or values that contradict one another.
     """
-    spelled_out = ["--model.force_start" if argument == "--force-start" else argument for argument in overrides]
-    return build(TrainConfig, with_list_from_file(apply_overrides(read_yaml(path), spelled_out), "data.sources"))
+    overrides = ["--model.force_start" if argument == "--force-start" else argument for argument in overrides]
+    return build(TrainConfig, with_list_from_file(apply_overrides(read_yaml(path), overrides), "data.sources"))
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -290,7 +302,7 @@ def _check_model(config: TrainConfig) -> None:
             "model.vision nor model.language)"
         )
     for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
-        if getattr(model, name) is not None and name not in DECIDED_LATER.get(config.stage, ()):
+        if getattr(model, name) is not None and name not in CHANGEABLE_LATER.get(config.stage, ()):
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
 
 
@@ -307,6 +319,31 @@ def _check_lora(config: TrainConfig) -> None:
             "lora.rank must be at least 1, lora.alpha above 0 and lora.dropout at least 0 and below 1; got "
             f"{lora.rank}, {lora.alpha} and {lora.dropout}"
         )
+
+
+def _check_objective(config: TrainConfig) -> None:
+    method = config.objective.method
+    if method != DEFAULT_METHOD:
+        methods = [DEFAULT_METHOD, *(name for name, spec in OBJECTIVES.items() if spec.stages)]
+        if method not in methods:
+            close = difflib.get_close_matches(method, methods, n=1, cutoff=0.5)
+            hint = f" - did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"objective.method must be one of {', '.join(methods)}; got {method!r}{hint}")
+        stages = OBJECTIVES[method].stages
+        if config.stage not in stages:
+            raise ConfigError(
+                f"objective.method {method} is for stage {', '.join(map(str, stages))}; this is stage {config.stage}"
+            )
+    if config.objective.feedback_store is None or OBJECTIVES[config.objective_name].learns_from_feedback:
+        return
+    if method == DEFAULT_METHOD:
+        raise ConfigError(
+            f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"
+        )
+    raise ConfigError(
+        f"objective.method {method} does not learn from feedback, so there is nothing to store; set "
+        "objective.feedback_store to null"
+    )
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -352,18 +389,6 @@ def _check_numbers(config: TrainConfig) -> None:
     for index, source in enumerate(config.data.sources):
         if not source.weight > 0:
             raise ConfigError(f"data.sources.{index}.weight must be above 0, got {source.weight}")
-    if config.objective.feedback_store is not None and config.stage != 4:
-        raise ConfigError(
-            f"objective.feedback_store is for stage 4, which trains the router; this is stage {config.stage}"
-        )
-    if config.objective.method != "rglf":
-        if config.stage != 4:
-            raise ConfigError(f"objective.method is for stage 4, which trains the router; this is stage {config.stage}")
-        if config.objective.feedback_store is not None:
-            raise ConfigError(
-                f"objective.method {config.objective.method} learns from the language model itself, at a level drawn "
-                "anew at every step, so there is nothing to store; set objective.feedback_store to null"
-            )
     if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
         raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
 

@@ -28,9 +28,10 @@ from avg_llava.training.assembly import build_dataset, build_model, load_process
 from avg_llava.training.checkpoint import describe_start
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, Status, describe
-from avg_llava.training.levels import Texts, answers_by_level, use_packed_attention
+from avg_llava.training.levels import TextBatch, score_answers, use_packed_attention
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.processes import uses_cpu
+from avg_llava.training.stages import OBJECTIVES, STAGES
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
         FeedbackError: A process was killed or ran out of memory, or a log-probability is not finite.
         DataError: A sample is unreadable, and `data.on_bad_sample` is `error`.
     """
-    if config.stage != 4:
+    if not OBJECTIVES[STAGES[config.stage].objective].learns_from_feedback:
         raise ConfigError(f"feedback is what stage 4 learns from; the configuration is of stage {config.stage}")
     config = replace(config, objective=replace(config.objective, feedback_store=None))  # here it is made, not read
     describe_start(config)
@@ -209,8 +210,8 @@ class ShardCollector:
         try:
             with torch.autocast(self.device.type, dtype, enabled=mixed):
                 features = self.model.encode_images(batch["pixel_values"], batch["image_sizes"])
-                texts = Texts(batch["input_ids"], batch["attention_mask"], batch["labels"])
-                answers = answers_by_level(self.model, features, texts)
+                texts = TextBatch(batch["input_ids"], batch["attention_mask"], batch["labels"])
+                answers = score_answers(self.model, features, texts)
         except torch.OutOfMemoryError as error:
             raise FeedbackError(
                 f"out of GPU memory with {len(asked)} samples at a time; lower optim.micro_batch_size "

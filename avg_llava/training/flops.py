@@ -1,27 +1,27 @@
-"""Floating-point operations of a training step, counted from shapes: what a step cannot do without.
+"""Floating-point operations of a training step, counted from shapes.
 
-A multiplication and its addition are two operations. A backward pass counts twice its forward pass, once where a part
-is frozen but gradients pass through it. Norms, activations and softmaxes are left out.
+A multiply-add counts as two operations. A backward pass costs twice its forward pass, or as much as it where a part is
+frozen but gradients flow through it. Norms, activation functions, softmaxes and recomputation are not counted.
 
 Shapes: C crops, T tokens of a sequence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.lora import AdapterShape
-from avg_llava.training.stages import STAGES, Part
+from avg_llava.training.stages import Part, Passes
 
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What a sample costs depends on: its image (or none) and its texts.
+    """The properties of a sample that determine its cost.
 
     Attributes:
-        image_size: (height, width) in pixels, or None.
-        num_prompt_tokens: Text tokens that are not supervised, without the image's placeholder.
+        image_size: (height, width) in pixels, or None without an image.
+        num_prompt_tokens: Text tokens that are not supervised, without the image placeholder.
         num_answer_tokens: Supervised tokens, at the end.
     """
 
@@ -30,7 +30,7 @@ class SampleShape:
     num_answer_tokens: int
 
     def length(self, granularity: int, config: AvgLlavaConfig) -> int:
-        """Tokens that the language model sees with the image at a level."""
+        """Sequence length with the image at a level."""
         visual = 0 if self.image_size is None else num_visual_tokens(self.image_size, granularity, config)
         return visual + self.num_prompt_tokens + self.num_answer_tokens
 
@@ -38,7 +38,7 @@ class SampleShape:
 def shapes_of(
     image_sizes: Sequence[tuple[int, int]], num_prompt_tokens: int, num_answer_tokens: int
 ) -> list[SampleShape]:
-    """A sample with any number of images; those after the first count as samples without text."""
+    """Shapes of a sample with any number of images; images after the first count as samples without text."""
     first = image_sizes[0] if image_sizes else None
     rest = [SampleShape(size, 0, 0) for size in image_sizes[1:]]
     return [SampleShape(first, num_prompt_tokens, num_answer_tokens), *rest]
@@ -55,61 +55,59 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Sum over the parts."""
         return self.vision + self.language + self.head + self.router
 
 
 def step_flops(
-    stage: int,
+    trains: Collection[Part],
+    passes: Passes,
     samples: Sequence[SampleShape],
     config: AvgLlavaConfig,
-    plain: bool,
-    stored_feedback: bool = False,
-    draws_level: bool = False,
+    reference: bool = False,
     adapters: Mapping[Part, AdapterShape] | None = None,
 ) -> StepFlops:
-    """Operations of a step of a stage on a micro-batch.
+    """Operations of a forward and backward pass over a micro-batch.
 
     Args:
-        stage: 1 to 4.
+        trains: parts that are trained.
+        passes: passes of the objective; with `sampled`, all levels are assumed equally probable.
         samples: the micro-batch.
-        config: a model with a language model of Llama's shape.
-        plain: as the plain loop does it: images encoded for every level (and for the router), all samples as long as
-            the longest, attention under a mask, logits of every token.
-        stored_feedback: the language model's answers are known, as they are to stage 4 with a feedback store.
-        draws_level: stage 4 learns from the loss at one level, each of which is drawn as often as any other.
-        adapters: of LoRA, in the parts that are trained through them.
+        config: of a model with a Llama-like language model.
+        reference: count the reference loop (`bench/`), which encodes images anew for every level and for the router,
+            pads all samples to the longest, computes attention under a mask and logits of every token.
+        adapters: LoRA adapters, by part.
     """
-    trains = STAGES[stage].trains
-    levels = config.granularities if stage > 2 else config.granularities[-1:]
-    # Forward passes that a part's forward and backward passes are worth.
     adapters = adapters or {}
-    vision_passes = (2 if "vision" in adapters else 3) if "vision" in trains else 1
+    levels = passes.granularities(config.granularities)
+    # Cost of forward and backward pass together, in forward passes.
+    vision_factor = (2 if "vision" in adapters else 3) if "vision" in trains else 1
     is_whole = "llm" in trains and "llm" not in adapters
-    language_passes = 3 if is_whole else (2 if "projector" in trains or draws_level else 1)
+    language_factor = (3 if is_whole else 2) if passes.language_backward else 1
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
-    encodings = (len(levels) + (1 if stage == 4 else 0)) if plain else 1
+    encodings = len(levels) + passes.router if reference else 1
     language = head = adapted_tokens = 0.0
-    for level in () if stored_feedback else levels:
-        # Texts are the same at all levels and go through the language model once, if not in the plain loop.
-        is_last = draws_level or level == levels[-1]
-        seen = [each for each in samples if plain or each.image_size is not None or is_last]
-        lengths = [sample.length(level, config) for sample in seen]
-        if plain:
+    for level in levels:
+        # The reference loop repeats samples without images at every level.
+        is_last = passes.sampled or level == levels[-1]
+        batch = [sample for sample in samples if reference or sample.image_size is not None or is_last]
+        lengths = [sample.length(level, config) for sample in batch]
+        if reference:
             lengths = [max(lengths)] * len(lengths)
         adapted_tokens += sum(lengths)
-        language += language_flops(lengths, config, masked=plain and len(samples) > 1)
-        answers = sum(sample.num_answer_tokens for sample in seen)
-        head += head_flops(sum(lengths) if plain else answers, config)
-    if draws_level:
+        language += language_flops(lengths, config, masked=reference and len(samples) > 1)
+        answers = sum(sample.num_answer_tokens for sample in batch)
+        head += head_flops(sum(lengths) if reference else answers, config)
+    if passes.sampled:
         language, head = language / len(levels), head / len(levels)
     used = config.num_vision_layers / config.vision_config.num_hidden_layers
-    rows = encodings * crops * (config.num_patches_per_side**2 + 1) * used
+    vision_tokens = encodings * crops * (config.num_patches_per_side**2 + 1) * used
     return StepFlops(
-        vision=vision_passes * encodings * vision_flops(crops, config) + _adapter_flops(rows, adapters.get("vision")),
-        language=language_passes * language + _adapter_flops(adapted_tokens, adapters.get("llm")),
-        head=language_passes * head,
-        router=3 * router_flops(crops, config) if "router" in trains else 0.0,
+        vision=vision_factor * encodings * vision_flops(crops, config)
+        + _adapter_flops(vision_tokens, adapters.get("vision")),
+        language=language_factor * language + _adapter_flops(adapted_tokens, adapters.get("llm")),
+        head=language_factor * head,
+        router=(3 if "router" in trains else 1) * router_flops(crops, config) if passes.router else 0.0,
     )
 
 
@@ -118,38 +116,42 @@ def _adapter_flops(tokens: float, shape: AdapterShape | None) -> float:
     return 0.0 if shape is None else 3 * 2.0 * tokens * shape.parameters
 
 
-def sequence_lengths(stage: int, samples: Sequence[SampleShape], config: AvgLlavaConfig) -> list[int]:
-    """Tokens, text and visual, of every sequence that a stage sends through the language model at all its levels."""
-    finest = config.granularities[-1]
+def sequence_lengths(passes: Passes, samples: Sequence[SampleShape], config: AvgLlavaConfig) -> list[int]:
+    """Lengths in tokens of all sequences that go through the language model, over all levels of `passes`."""
+    levels = passes.granularities(config.granularities)
     return [
         min(sample.length(level, config), config.max_sequence_length)
-        for level in (config.granularities if stage > 2 else [finest])
+        for level in levels
         for sample in samples
-        if sample.image_size is not None or level == finest
+        if sample.image_size is not None or level == levels[-1]
     ]
 
 
 def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) -> float:
-    """Forward pass of C crops through the tower, up to the layer that is used or as a whole, and the projector."""
+    """Forward pass of C crops through vision tower and projector.
+
+    Args:
+        crops: C.
+        config: the model.
+        whole_tower: count the layers after the one whose features are used, too.
+    """
     vision, width = config.vision_config, config.text_config.hidden_size
-    patches, own = config.num_patches_per_side**2, vision.hidden_size
-    embedding = patches * vision.num_channels * vision.patch_size**2 * own
-    layer = (patches + 1) * (4 * own**2 + 2 * own * vision.intermediate_size) + 2 * (patches + 1) ** 2 * own
-    projector = patches * (own * width + width**2)
-    return (
-        2.0
-        * crops
-        * (embedding + (vision.num_hidden_layers if whole_tower else config.num_vision_layers) * layer + projector)
-    )
+    patches, vision_width = config.num_patches_per_side**2, vision.hidden_size
+    embedding = patches * vision.num_channels * vision.patch_size**2 * vision_width
+    matrices = 4 * vision_width**2 + 2 * vision_width * vision.intermediate_size
+    layer = (patches + 1) * matrices + 2 * (patches + 1) ** 2 * vision_width
+    num_layers = vision.num_hidden_layers if whole_tower else config.num_vision_layers
+    projector = patches * (vision_width * width + width**2)
+    return 2.0 * crops * (embedding + num_layers * layer + projector)
 
 
 def language_flops(lengths: Sequence[int], config: AvgLlavaConfig, masked: bool = False) -> float:
     """Forward pass of sequences of T tokens each through the layers of the language model, without its head.
 
     Args:
-        lengths: tokens of each sequence.
+        lengths: T of each sequence.
         config: the model.
-        masked: attention computes every pair of tokens and masks half of them, as under a padding mask.
+        masked: attention computes all pairs of tokens and masks half of them, as under a padding mask.
     """
     text = config.text_config
     head_width = text.hidden_size // text.num_attention_heads
@@ -160,12 +162,12 @@ def language_flops(lengths: Sequence[int], config: AvgLlavaConfig, masked: bool 
 
 
 def head_flops(tokens: int, config: AvgLlavaConfig) -> float:
-    """Forward pass of the language model's head."""
+    """Forward pass of tokens through the language model's head."""
     return 2.0 * tokens * config.text_config.hidden_size * config.text_config.vocab_size
 
 
 def router_flops(crops: int, config: AvgLlavaConfig) -> float:
-    """Forward pass of C crops through the router, which attends over the tokens of a crop."""
+    """Forward pass of C crops through the router, which attends over the tokens of one crop."""
     router, width = config.router_config, config.text_config.hidden_size
     tokens = sum(config.granularities) + router.num_text_tokens
     feed_forward = 2 * width * (router.intermediate_size or width)

@@ -22,7 +22,7 @@ from avg_llava.training.flops import SampleShape, sequence_lengths, shapes_of, s
 from avg_llava.training.lora import AdapterShape
 from avg_llava.training.losses import num_supervised
 from avg_llava.training.objectives import ObjectiveOutput
-from avg_llava.training.stages import Part
+from avg_llava.training.stages import STAGES, Part
 
 # Figures of a line that are the machine's: those that a repeated run does not repeat.
 MACHINE_METRICS = ("samples_per_second", "tokens_per_second", "tflops", "mfu", "data_wait_share", "memory_gib")
@@ -187,17 +187,15 @@ class Monitor:
         return shapes
 
     def _work(self, shapes: list[SampleShape]) -> tuple[list[int], float]:
-        """Tokens of each sequence through the language model, and operations of all passes; neither where the step's
-        draws decided how many there are.
+        """Lengths of all sequences through the language model, and operations of all passes.
+
+        Both are unknown, hence empty and 0, if the objective samples levels.
         """
-        stage, stored = self.config.stage, self.config.objective.feedback_store is not None
-        if self.config.objective_name == "gumbel":
+        passes = self.config.passes
+        if passes.sampled:
             return [], 0.0
-        lengths = [] if stored else sequence_lengths(stage, shapes, self.model_config)
-        flops = step_flops(
-            stage, shapes, self.model_config, plain=False, stored_feedback=stored, adapters=self.adapters
-        )
-        return lengths, flops.total
+        flops = step_flops(STAGES[self.config.stage].trains, passes, shapes, self.model_config, adapters=self.adapters)
+        return sequence_lengths(passes, shapes, self.model_config), flops.total
 
     def line(self, records: Sequence[Record], grad_norm: float | None) -> dict[str, float]:
         """What the records of all processes say together.

@@ -1,14 +1,16 @@
-"""Model and loss in one module, one class per objective, so that a sharded engine sees a single forward.
+"""Training objectives: model and loss in one module each, so that a sharded engine runs a single forward.
 
-Under ZeRO every rank must run the same modules in the same order at every step. Hence a micro-batch without images
-encodes one blank crop, whose tokens count with weight 0, and all levels go through the language model together.
+Under ZeRO-3 every rank must run the same modules in the same order at every step. Hence a micro-batch without images
+encodes one blank crop, whose tokens have weight 0, and all levels go through the language model together.
 
-Every supervised token of an optimizer step weighs the same, as does, for the router, every image; what the maximal
-length cuts off counts as well, so that the weights are known before the first forward pass.
+Losses are means over the whole optimizer step: every supervised token (for the router: every image) has the same
+weight. Tokens beyond the maximal length count too, so that the weights are known before the first forward pass.
 
-Shapes: B samples, L positions, N images of the batch (sample after sample), P crops, G levels coarse to fine.
+Shapes: B samples, L positions, N images of the batch in order of samples, P crops per image, G levels coarse to fine, K
+images that take part in the router's loss.
 """
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import NotRequired, TypedDict
@@ -24,7 +26,7 @@ from avg_llava.model.packing import pack
 from avg_llava.model.scaler import pool_tokens, spread_tokens
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
-from avg_llava.training.levels import Answers, Texts, answers_by_level, total_log_prob, use_packed_attention
+from avg_llava.training.levels import AnswerLogProbs, TextBatch, score_answers, total_log_prob, use_packed_attention
 from avg_llava.training.losses import (
     answer_log_prob,
     best_level,
@@ -33,18 +35,18 @@ from avg_llava.training.losses import (
     router_cross_entropy,
     settle_ties,
 )
-from avg_llava.training.stages import ObjectiveName
+from avg_llava.training.stages import OBJECTIVES
 
 
 class ObjectiveOutput(TypedDict):
-    """What one forward pass of an objective gives: a dict, because ZeRO-3 looks for the tensors of a module's output.
+    """Output of an objective; a dict, because ZeRO-3 searches a module's output for tensors.
 
     Attributes:
-        loss: Scalar to differentiate; the mean over the micro-batch's supervised tokens (or, for the router, images).
+        loss: Scalar to differentiate: mean over the micro-batch's `num_items`.
         metrics: Scalars for the log, each a mean over `num_items`.
-        num_items: Weight of the loss and the metrics: supervised tokens, or images that took part.
-        chosen: (K,) number of the level that the router prefers for each of K images.
-        owners: (K,) number of the sample that each of these images belongs to.
+        num_items: Weight of loss and metrics: supervised tokens, or images that take part.
+        chosen: (K,) index of the router's preferred level for each image.
+        owners: (K,) index of each image's sample.
     """
 
     loss: Tensor
@@ -55,7 +57,7 @@ class ObjectiveOutput(TypedDict):
 
 
 class Objective(nn.Module, ABC):
-    """Common part: encodes a micro-batch once."""
+    """Base class: encodes the images of a micro-batch once, then calls `loss`."""
 
     def __init__(self, model: AvgLlavaForConditionalGeneration, settings: ObjectiveSettings):
         super().__init__()
@@ -65,7 +67,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def config(self) -> AvgLlavaConfig:
-        """The model's configuration: DeepSpeed's and the trackers' integrations look for it here."""
+        """The model's configuration; integrations of DeepSpeed and trackers read it here."""
         return self.model.config
 
     def forward(
@@ -85,42 +87,42 @@ class Objective(nn.Module, ABC):
             pixel_values: (N, P, 3, S, S), or None for a micro-batch without images.
             image_sizes: (N, 2) as (height, width), or None.
         """
-        return self.loss(self.encode(pixel_values, image_sizes), Texts(input_ids, attention_mask, labels))
+        return self.loss(self.encode(pixel_values, image_sizes), TextBatch(input_ids, attention_mask, labels))
 
     def encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None) -> ImageFeatures:
-        """One encoding of the images of a micro-batch; of a blank crop where it has none."""
+        """Features of the micro-batch's images, or of a blank crop if there are none."""
         if pixel_values is None:
             return self.model.encode_blank_image()
         return self.model.encode_images(pixel_values, image_sizes)
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
-        """What a micro-batch weighs in its optimizer step: supervised tokens, before any is cut off; both (B, L)."""
+        """Weight of a micro-batch in its optimizer step: supervised tokens before truncation; both are (B, L)."""
         return int(num_supervised(labels).sum())
 
-    def owners(self, texts: Texts) -> Tensor:
-        """(N,) sample that each image belongs to."""
+    def owners(self, texts: TextBatch) -> Tensor:
+        """(N,) index of each image's sample."""
         is_image = (texts.input_ids == self.config.image_token_id) & texts.attention_mask.bool()
         return torch.nonzero(is_image)[:, 0]
 
     @abstractmethod
-    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
-        """The objective, of a micro-batch whose images are encoded."""
+    def loss(self, features: ImageFeatures, texts: TextBatch) -> ObjectiveOutput:
+        """Loss of a micro-batch from its encoded images and its texts."""
 
 
 class InstructionObjective(Objective):
     """Stages 1 and 2: next-token loss on supervised tokens, images at the finest level."""
 
-    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
+    def loss(self, features: ImageFeatures, texts: TextBatch) -> ObjectiveOutput:
         total, _ = total_log_prob(self.model, features, texts, self.config.granularities[-1:])
         num_items = self.num_items(texts.input_ids, texts.labels)
         return {"loss": -total / max(num_items, 1), "metrics": {}, "num_items": num_items}
 
 
 class MultiGranularityObjective(Objective):
-    """Stage 3: the mean, over the levels, of stage 2's loss, all from one encoding of the images (paper equation 3)."""
+    """Stage 3: mean of stage 2's loss over the levels, from one encoding of the images (paper equation 3)."""
 
-    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
-        """The metrics are the loss of each level."""
+    def loss(self, features: ImageFeatures, texts: TextBatch) -> ObjectiveOutput:
+        """The metrics are the losses of the levels."""
         levels = self.config.granularities
         total, answers = total_log_prob(self.model, features, texts, levels)
         num_items = self.num_items(texts.input_ids, texts.labels)
@@ -132,13 +134,13 @@ class MultiGranularityObjective(Objective):
 class RouterObjective(Objective):
     """Stage 4: the router learns from the frozen language model's feedback (RGLF; paper equations 4 to 9).
 
-    Every image is one item. Its feedback is its sample's: the log-probability of the sample's answer with all of the
-    sample's images at a level. Samples without images take no part; nor do samples whose supervised tokens are none, or
-    are cut off by the maximal length at some level, because log-probabilities of different tokens cannot be compared.
+    Every image is one item. Its feedback is that of its sample: the log-probability of the answer with all images of
+    the sample at one level. Samples without images, without supervised tokens, or whose supervised tokens are truncated
+    at some level take no part: log-probabilities of different tokens cannot be compared.
     """
 
     def train(self, mode: bool = True) -> "RouterObjective":
-        """Training mode for the router only, so that the feedback is a function of the sample."""
+        """Set training mode for the router only, so that the feedback is a function of the sample."""
         super().train(mode)
         self.model.eval()
         self.model.model.router.train(mode)
@@ -154,7 +156,7 @@ class RouterObjective(Objective):
         answer_log_probs: Tensor | None = None,
         num_answer_tokens: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """As of every objective, but from stored feedback where the batch brings it along.
+        """Loss of one micro-batch, from stored feedback if the batch has any.
 
         Args:
             input_ids: (B, L).
@@ -163,24 +165,24 @@ class RouterObjective(Objective):
             pixel_values: (N, P, 3, S, S) or None.
             image_sizes: (N, 2) or None.
             answer_log_probs: (B, G) sums over the answers' tokens, or None.
-            num_answer_tokens: (B,) how many these are, 0 for a sample that takes no part; or None.
+            num_answer_tokens: (B,) tokens of each answer, 0 for a sample that takes no part; or None.
         """
-        features, texts = self.encode(pixel_values, image_sizes), Texts(input_ids, attention_mask, labels)
+        features, texts = self.encode(pixel_values, image_sizes), TextBatch(input_ids, attention_mask, labels)
         if answer_log_probs is None or num_answer_tokens is None:
             return self.loss(features, texts)
-        stored = Answers(answer_log_probs, num_answer_tokens[:, None].expand_as(answer_log_probs))
+        stored = AnswerLogProbs(answer_log_probs, num_answer_tokens[:, None].expand_as(answer_log_probs))
         return self.loss(features, texts, stored)
 
-    def loss(self, features: ImageFeatures, texts: Texts, stored: Answers | None = None) -> ObjectiveOutput:
-        """The loss, from `stored` feedback or from what the language model makes of the answers now."""
+    def loss(self, features: ImageFeatures, texts: TextBatch, stored: AnswerLogProbs | None = None) -> ObjectiveOutput:
+        """Ranking and cross-entropy loss, from `stored` feedback or from feedback computed now."""
         with torch.no_grad():
-            answers = stored or answers_by_level(self.model, features, texts)
+            answers = stored or score_answers(self.model, features, texts)
             log_probs, comparable = self.feedback(answers)
         router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
-        # A blank crop's logits are selected by no index: they stay in the graph without a say in the loss.
+        # No index selects the logits of a blank crop: they stay in the graph with weight 0.
         owners = self.owners(texts)  # (N,)
-        items = torch.nonzero(comparable[owners])[:, 0]
-        item_logits, item_log_probs = router_logits[items], log_probs[owners[items]]
+        items = torch.nonzero(comparable[owners])[:, 0]  # (K,)
+        item_logits, item_log_probs = router_logits[items], log_probs[owners[items]]  # (K, G)
         ranking = ranking_loss(item_logits, item_log_probs, self.settings.ranking)
         cross_entropy = router_cross_entropy(item_logits, item_log_probs)
         loss = self.settings.rank_loss_weight * ranking + self.settings.cross_entropy_weight * cross_entropy
@@ -200,12 +202,12 @@ class RouterObjective(Objective):
         }
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
-        """The images of samples with supervised tokens; `loss` may find that some of these take no part."""
+        """Images of samples with supervised tokens; `loss` may exclude some of them."""
         num_images = (input_ids == self.config.image_token_id).sum(dim=1)
         return int(num_images[num_supervised(labels) > 0].sum())
 
-    def feedback(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """What the router is to learn from the language model's answers under each level.
+    def feedback(self, answers: AnswerLogProbs) -> tuple[Tensor, Tensor]:
+        """The router's targets, from the answers' log-probabilities at every level.
 
         Returns:
             Log-probabilities of the answers (B, G), and (B,) bool, True where they can be compared across levels.
@@ -217,20 +219,20 @@ class RouterObjective(Objective):
 
 
 class GumbelObjective(Objective):
-    """Stage 4 without feedback: stage 2's loss at a level that the router draws (paper, Table 4, e).
+    """Stage 4 without feedback: stage 2's loss at a level sampled by the router (paper, Table 4, row e).
 
-    The draw is a straight-through Gumbel-softmax: weights (G,) of an image's levels that are 0 and 1, with the gradient
-    of a softmax. The language model sees the image's tokens at the level of weight 1. As in the released code, they
-    stand for the sum of all levels' tokens, each times its weight, where the tokens of a shorter level are followed by
-    zeros and those of a longer one are cut off: so the gradient of a weight is the product of its level's tokens with
-    the loss's gradient at the tokens seen, token number by token number, wherever in the image these are.
+    The level is sampled by a straight-through Gumbel-softmax: one-hot weights (G,) of an image's levels, with the
+    gradient of a softmax. The language model reads the tokens of the level with weight 1. As in the released code, they
+    stand for the sum of all levels' tokens times their weights, where shorter levels are padded with zeros and longer
+    ones truncated. The gradient of a weight is therefore the product of its level's tokens with the loss's gradient at
+    the input tokens, index by index, regardless of their positions in the image.
 
-    Supervised tokens of samples without images do not count. The metrics, of images, weigh as their micro-batch's
-    tokens.
+    Supervised tokens of samples without images do not count. The metrics, which are means over images, have the weight
+    of the micro-batch's tokens.
     """
 
-    def loss(self, features: ImageFeatures, texts: Texts) -> ObjectiveOutput:
-        """The loss at levels drawn now; its gradient reaches the router through the crops."""
+    def loss(self, features: ImageFeatures, texts: TextBatch) -> ObjectiveOutput:
+        """Loss at newly sampled levels; its gradient reaches the router through the crops."""
         router_logits = self.model.route(features, *texts)  # (N, G), or (1, G) if blank
         weights = F.gumbel_softmax(router_logits.float(), tau=self.settings.temperature, hard=True)
         levels = [self.config.granularities[level] for level in weights.argmax(dim=-1).tolist()]
@@ -256,28 +258,28 @@ class GumbelObjective(Objective):
         return (input_ids == self.config.image_token_id).any(dim=1)
 
     def _weighted(self, features: ImageFeatures, weights: Tensor, levels: list[int]) -> ImageFeatures:
-        """The same features, connected to the weights (N, G) of their levels.
+        """The same features, connected in the graph to the weights (N, G) of their levels.
 
-        To the finest tokens something is added that is 0, and whose pooling to the drawn level has the gradient of the
-        sum described above. The level of weight 1 is that sum's value, so only the weights' gradients are needed.
+        Adds zeros to the finest tokens whose pooling to the sampled level has the gradient of the weighted sum in the
+        class's docstring. The value of that sum is the sampled level itself, so only its gradient has to be added.
         """
         side = self.config.num_patches_per_side
         connected = []
         zeros = weights - weights.detach()
         counts = features.num_crops or [len(features.crops)]
-        for crops, image_zeros, drawn in zip(
+        for crops, image_zeros, sampled in zip(
             features.crops.split(counts), zeros.to(features.crops), levels, strict=True
         ):
-            total = crops.new_zeros(len(crops), drawn, crops.shape[-1])
+            total = crops.new_zeros(len(crops), sampled, crops.shape[-1])
             for zero, level in zip(image_zeros, self.config.granularities, strict=True):
-                tokens = pool_tokens(crops, side, level)[:, :drawn]
-                total = total + F.pad(zero * tokens, (0, 0, 0, drawn - tokens.shape[1]))
+                tokens = pool_tokens(crops, side, level)[:, :sampled]
+                total = total + F.pad(zero * tokens, (0, 0, 0, sampled - tokens.shape[1]))
             connected.append(crops + spread_tokens(total, side))
         return replace(features, crops=torch.cat(connected))
 
 
 def routing_metrics(router_logits: Tensor, preferred: Tensor, granularities: list[int]) -> dict[str, Tensor]:
-    """Entropy of a router's (K, G) logits, and how often each level is the preferred one, of (K,) numbers."""
+    """Entropy of a router's logits (K, G) in nats, and the share of images for which each level is preferred (K,)."""
     log_shares = router_logits.log_softmax(dim=-1)
     metrics = {"router_entropy": -(log_shares.exp() * log_shares).sum(dim=-1).mean()}
     for level, granularity in enumerate(granularities):
@@ -285,9 +287,12 @@ def routing_metrics(router_logits: Tensor, preferred: Tensor, granularities: lis
     return metrics
 
 
-OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
-    "instruction": InstructionObjective,
-    "multi_granularity": MultiGranularityObjective,
-    "router": RouterObjective,
-    "gumbel": GumbelObjective,
-}
+def objective_class(name: str) -> type[Objective]:
+    """The class that implements an entry of `OBJECTIVES`."""
+    implementation = OBJECTIVES[name].implementation
+    if isinstance(implementation, str):
+        module, _, attribute = implementation.partition(":")
+        implementation = getattr(importlib.import_module(module), attribute)
+    assert isinstance(implementation, type), f"{name} names no class"
+    assert issubclass(implementation, Objective), f"{name} is not an Objective"
+    return implementation

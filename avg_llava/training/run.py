@@ -32,7 +32,7 @@ from avg_llava.training.checkpoint import (
 )
 from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import TrainConfig, load_config
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.processes import (
     leave,
     prepare_deepspeed,
@@ -91,13 +91,13 @@ def run_stage(config: TrainConfig) -> Path:
         # DeepSpeed itself gives the small parameters that ZeRO-3 keeps whole their values only after the next step.
         load_weights(model, earlier.folder)
     set_trainable(model, stage)
-    if config.runtime.gradient_checkpointing and config.objective_name != "router":
+    if config.runtime.gradient_checkpointing and config.passes.language_backward:
         # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
         # ZeRO-3 takes and gets wrong.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.runtime.compile:
         compile_layers(model)
-    objective = OBJECTIVES[config.objective_name](model, config.objective)
+    objective = objective_class(config.objective_name)(model, config.objective)
 
     dataset = build_dataset(config, processor, model.config)
     manifest = StageManifest(

@@ -1,17 +1,21 @@
-"""The four stages: what each one trains, towards which objective, and which stage it starts from."""
+"""The four stages (trained parts, objective, start) and the objectives (passes that each one makes).
+
+A new objective is a subclass of `training.objectives.Objective` and an entry in `OBJECTIVES`: configuration, trainer,
+estimates, FLOP counts and the log read the entry. This module imports no torch, so that a configuration can be read and
+checked without it.
+"""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-if TYPE_CHECKING:  # a configuration can be read without torch
+if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["vision", "projector", "newline", "llm", "router"]
-ObjectiveName = Literal["instruction", "multi_granularity", "router", "gumbel"]
 
 # Parameter names of a part start with one of these.
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
@@ -24,15 +28,86 @@ PART_PREFIXES: dict[Part, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Forward and backward passes of an objective over a micro-batch, whose images are encoded once.
+
+    Attributes:
+        levels: Levels at which the language model reads a sample with images, as indices into the model's granularities
+            (0 is the coarsest, -1 the finest); None: all levels. It reads samples without images once.
+        sampled: It reads each image at only one of `levels`, sampled anew at every step.
+        language_backward: Gradients flow back through the language model.
+        router: The router runs.
+    """
+
+    levels: tuple[int, ...] | None = (-1,)
+    sampled: bool = False
+    language_backward: bool = True
+    router: bool = False
+
+    def granularities(self, granularities: Sequence[int]) -> list[int]:
+        """The granularities that `levels` selects, coarse to fine."""
+        if self.levels is None:
+            return list(granularities)
+        selected = {granularities[index] for index in self.levels}
+        return [granularity for granularity in granularities if granularity in selected]
+
+    def without_language_model(self) -> "Passes":
+        """The same with feedback read from a store."""
+        return replace(self, levels=())
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """An objective as configuration and planning see it.
+
+    Attributes:
+        implementation: The subclass of `Objective`, or its import path as `module:name`.
+        passes: Its passes.
+        learns_from_feedback: It takes the answers' log-probabilities at all levels, which a feedback store can provide.
+        stages: Stages in which `objective.method` may select it instead of the stage's default.
+    """
+
+    implementation: str | Callable[..., Any]
+    passes: Passes
+    learns_from_feedback: bool = False
+    stages: tuple[int, ...] = ()
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "instruction": ObjectiveSpec("avg_llava.training.objectives:InstructionObjective", Passes()),
+    "multi_granularity": ObjectiveSpec(
+        "avg_llava.training.objectives:MultiGranularityObjective",
+        Passes(levels=None),
+    ),
+    "router": ObjectiveSpec(
+        "avg_llava.training.objectives:RouterObjective",
+        Passes(levels=None, language_backward=False, router=True),
+        learns_from_feedback=True,
+    ),
+    "gumbel": ObjectiveSpec(
+        "avg_llava.training.objectives:GumbelObjective",
+        Passes(levels=None, sampled=True, router=True),
+        stages=(4,),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Stage:
     """One row of the training table."""
 
     number: int
     purpose: str
     trains: tuple[Part, ...]
-    objective: ObjectiveName
+    objective: str
+    """Default objective, a key of `OBJECTIVES`."""
     parent: int | None
     """Stage whose checkpoint this one starts from; None: the pretrained backbones."""
+
+    @property
+    def passes(self) -> Passes:
+        """Passes of the default objective."""
+        return OBJECTIVES[self.objective].passes
 
 
 STAGES: dict[int, Stage] = {
@@ -47,17 +122,17 @@ STAGES: dict[int, Stage] = {
 
 @dataclass(frozen=True)
 class PartCount:
-    """Parameters of one part."""
+    """Numbers of parameters of one part."""
 
     total: int
     trainable: int
 
 
 def part_of(parameter_name: str) -> Part:
-    """The part that a parameter of the model belongs to.
+    """The part that a parameter belongs to.
 
     Raises:
-        ValueError: a name of no part, so that no parameter is ever frozen or trained by accident.
+        ValueError: the name matches no part, so that no parameter is frozen or trained by accident.
     """
     for part in get_args(Part):
         if parameter_name.startswith(PART_PREFIXES[part]):
@@ -66,17 +141,17 @@ def part_of(parameter_name: str) -> Part:
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter belongs to an adapter of LoRA, as peft names them."""
+    """True for parameters of LoRA adapters, as peft names them."""
     return ".lora_A." in parameter_name or ".lora_B." in parameter_name
 
 
 def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
-    """Let exactly the stage's parts require gradients, and log how many parameters that is.
+    """Set `requires_grad` for exactly the stage's parts, and log their sizes.
 
-    Of a part with adapters, only these do.
+    In a part with adapters, only the adapters are trained.
 
     Args:
-        model: the whole model, not yet partitioned.
+        model: the whole model, not yet sharded.
         stage: the row of the table.
 
     Returns:
@@ -96,7 +171,7 @@ def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
 
 
 def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
-    """Parameters of every part, in the order of the table."""
+    """Numbers of parameters of every part, in the order of `Part`."""
     totals = dict.fromkeys(get_args(Part), 0)
     trainable = dict.fromkeys(get_args(Part), 0)
     for name, parameter in model.named_parameters():
@@ -106,7 +181,7 @@ def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
 
 
 def trainable_parameters(model: "nn.Module") -> "Iterator[tuple[Part, str, nn.Parameter]]":
-    """(part, name, parameter) of everything that requires gradients."""
+    """Yield (part, name, parameter) of every parameter that requires gradients."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield part_of(name), name, parameter

@@ -21,9 +21,9 @@ from avg_llava.training import levels
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import ObjectiveSettings, load_config
 from avg_llava.training.flops import SampleShape, step_flops
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.processes import read_deepspeed_file
-from avg_llava.training.stages import STAGES, set_trainable
+from avg_llava.training.stages import OBJECTIVES, STAGES, set_trainable
 from tests.parity.golden import GOLDEN
 from tests.tiny import stage_values, write_backbones, write_data
 
@@ -53,7 +53,7 @@ def test_the_7b_model_is_counted_without_a_checkpoint(capsys):
     model_config = find_blueprint(
         load_config("configs/vicuna-7b/stage3.yaml"), Path("configs/vicuna-7b/stage3.yaml")
     ).config
-    flops = step_flops(3, [shape] * 128, model_config, plain=False).total
+    flops = step_flops(STAGES[3].trains, STAGES[3].passes, [shape] * 128, model_config).total
     assert result["step"]["flops"] == pytest.approx(flops)
     assert result["hours"] == pytest.approx(7969 * flops / (8 * 989e12 * 0.4) / 3600)
 
@@ -202,10 +202,10 @@ def _step_memory(stage: int, recompute: bool, monkeypatch) -> tuple[int, Activat
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     samples = sample_shapes(stage, config)
-    objective = OBJECTIVES[STAGES[stage].objective](model, ObjectiveSettings()).train()
+    objective = objective_class(STAGES[stage].objective)(model, ObjectiveSettings()).train()
     batch = make_batch(samples, config, torch.device("cpu"))
     measured = _kept_bytes(model, lambda: objective(**batch)["loss"])
-    return measured, activation_memory(stage, samples, config, 4, recompute)
+    return measured, activation_memory(STAGES[stage].trains, STAGES[stage].passes, samples, config, 4, recompute)
 
 
 @pytest.mark.parametrize("stage", [2, 3, 4])
@@ -224,10 +224,11 @@ def test_activations_of_a_drawn_level(monkeypatch):
     model = AvgLlavaForConditionalGeneration(config)
     set_trainable(model, STAGES[4])
     samples = sample_shapes(4, config)
-    objective = OBJECTIVES["gumbel"](model, ObjectiveSettings()).train()
+    objective = objective_class("gumbel")(model, ObjectiveSettings()).train()
     batch = make_batch(samples, config, torch.device("cpu"))
     measured = _kept_bytes(model, lambda: objective(**batch)["loss"])
-    assert activation_memory(4, samples, config, 4, False, draws_level=True).kept == pytest.approx(measured, rel=0.25)
+    estimated = activation_memory(STAGES[4].trains, OBJECTIVES["gumbel"].passes, samples, config, 4, False)
+    assert estimated.kept == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

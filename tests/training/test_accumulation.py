@@ -9,7 +9,7 @@ import yaml
 from avg_llava.training import run
 from avg_llava.training.config import load_config
 from avg_llava.training.monitor import MACHINE_METRICS
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES
 from tests.tiny import stage_values, write_backbones, write_data
 
@@ -67,13 +67,13 @@ def test_a_token_budget_changes_no_gradient(world, tmp_path, stage, monkeypatch)
     """All samples in one step, as one micro-batch and as micro-batches of a few tokens, fewer than a step may have."""
     samples = 9 if stage == 1 else 12
     sizes: list[list[int]] = []
-    forward = OBJECTIVES[STAGES[stage].objective].forward
+    forward = objective_class(STAGES[stage].objective).forward
 
     def count(objective, *arguments, **inputs):
         sizes[-1].append(len(inputs["input_ids"]))
         return forward(objective, *arguments, **inputs)
 
-    monkeypatch.setattr(OBJECTIVES[STAGES[stage].objective], "forward", count)
+    monkeypatch.setattr(objective_class(STAGES[stage].objective), "forward", count)
     runs = []
     for micro_batch_size, budget in ((samples, None), (1, 700)):
         sizes.append([])

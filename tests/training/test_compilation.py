@@ -10,7 +10,7 @@ from avg_llava.planning import dry_run
 from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import add_adapters
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.tiny import images, pad, prompt, tiny_model
 
@@ -25,7 +25,7 @@ def losses_and_gradients(compiled: bool) -> tuple[list[float], dict[str, torch.T
     if compiled:
         compile_layers(model)
     assert list(model.state_dict()) == names
-    objective = OBJECTIVES["instruction"](model, ObjectiveSettings()).train()
+    objective = objective_class("instruction")(model, ObjectiveSettings()).train()
     losses = []
     for length in (20, 31, 27):
         ids = [prompt(length, 3, seed=length), prompt(14, seed=3)]

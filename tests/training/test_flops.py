@@ -11,8 +11,8 @@ from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
 from avg_llava.training import flops
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import adapter_shapes, add_adapters
-from avg_llava.training.objectives import OBJECTIVES
-from avg_llava.training.stages import STAGES, set_trainable
+from avg_llava.training.objectives import objective_class
+from avg_llava.training.stages import OBJECTIVES, STAGES, set_trainable
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_steps_at_a_drawn_level(model, monkeypatch):
     set_trainable(model, STAGES[4])
     samples = sample_shapes(4, config)
     batch = make_batch(samples, config, torch.device("cpu"))
-    objective = OBJECTIVES["gumbel"](model, ObjectiveSettings()).train()
+    objective = objective_class("gumbel")(model, ObjectiveSettings()).train()
     counted = causal = 0.0
     for level in range(len(config.granularities)):
 
@@ -76,9 +76,9 @@ def test_steps_at_a_drawn_level(model, monkeypatch):
         lengths = [sample.length(config.granularities[level], config) for sample in samples]
         masked, unmasked = (flops.language_flops(lengths, config, masked) for masked in (True, False))
         causal += 2 * (masked - unmasked) / len(config.granularities)
-    expected = flops.step_flops(4, samples, config, plain=False, draws_level=True)
+    expected = flops.step_flops(STAGES[4].trains, OBJECTIVES["gumbel"].passes, samples, config)
     assert expected.total + causal == pytest.approx(counted, rel=0.1)
-    assert expected.language < flops.step_flops(4, samples, config, plain=False).language
+    assert expected.language < flops.step_flops(STAGES[4].trains, STAGES[4].passes, samples, config).language
 
 
 @pytest.mark.parametrize("way", ["plain", "ours"])
@@ -91,13 +91,15 @@ def test_steps(model, stage, way):
     samples = sample_shapes(stage, config)
     batch = make_batch(samples, config, torch.device("cpu"))
     name, settings = STAGES[stage].objective, ObjectiveSettings()
-    objective = OBJECTIVES[name](model, settings).train()
+    objective = objective_class(name)(model, settings).train()
 
     def run():
         loss = plain_loss(name, model, batch, settings) if way == "plain" else objective(**batch)["loss"]
         loss.backward()
 
-    expected = flops.step_flops(stage, samples, config, plain=way == "plain").total
+    expected = flops.step_flops(
+        STAGES[stage].trains, STAGES[stage].passes, samples, config, reference=way == "plain"
+    ).total
     if way == "ours":  # here it runs without the kernel that leaves out the masked half of all pairs of tokens
         for level in config.granularities if stage > 2 else config.granularities[-1:]:
             seen = [each for each in samples if each.image_size is not None or level == config.granularities[-1]]
@@ -117,9 +119,11 @@ def test_steps_with_adapters(vision):
     set_trainable(model, STAGES[3])
     samples = sample_shapes(3, config)
     batch = make_batch(samples, config, torch.device("cpu"))
-    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings()).train()
+    objective = objective_class("multi_granularity")(model, ObjectiveSettings()).train()
     counted = _counted(lambda: objective(**batch)["loss"].backward())
-    expected = flops.step_flops(3, samples, config, plain=False, adapters=adapter_shapes(model)).total
+    expected = flops.step_flops(
+        STAGES[3].trains, STAGES[3].passes, samples, config, adapters=adapter_shapes(model)
+    ).total
     for level in config.granularities:
         seen = [each for each in samples if each.image_size is not None or level == config.granularities[-1]]
         lengths = [sample.length(level, config) for sample in seen]

@@ -13,8 +13,8 @@ from avg_llava.model.attention import packed_attention
 from avg_llava.model.packing import LanguageHead, PackedInputs
 from avg_llava.training import levels
 from avg_llava.training.config import ObjectiveSettings
-from avg_llava.training.levels import Texts, answers_by_level, total_log_prob
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.levels import TextBatch, score_answers, total_log_prob
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.tiny import images, pad, prompt, tiny_config, tiny_model
 
@@ -42,12 +42,12 @@ def model():
 
 
 def _texts(batch):
-    return Texts(*(batch[name] for name in Texts._fields))
+    return TextBatch(*(batch[name] for name in TextBatch._fields))
 
 
 def _loss_and_gradients(model, stage, batch, plain=False):
     set_trainable(model, STAGES[stage])
-    objective = OBJECTIVES[STAGES[stage].objective](model, ObjectiveSettings())
+    objective = objective_class(STAGES[stage].objective)(model, ObjectiveSettings())
     model.zero_grad()
     loss = (
         plain_loss(STAGES[stage].objective, model, batch, objective.settings) if plain else objective(**batch)["loss"]
@@ -83,7 +83,7 @@ def test_objectives_are_the_plain_loop(model, batch, stage, way):
 def test_router_objective_is_the_plain_loop(model, batch, feedback, way):
     """On the samples with images; dropout is off because the model is in evaluation."""
     with_images = [0, 2]
-    batch |= {name: batch[name][with_images] for name in Texts._fields}
+    batch |= {name: batch[name][with_images] for name in TextBatch._fields}
     _assert_same(_loss_and_gradients(model, 4, batch), _loss_and_gradients(model, 4, batch, plain=True))
 
 
@@ -99,7 +99,7 @@ def test_in_mixed_precision(batch, way):
     """Autocast to bfloat16, whose rounding is all that differs; gradients stay in float32."""
     model = tiny_model()
     expected = torch.cat([gradient.flatten() for gradient in _loss_and_gradients(model, 3, batch)[1].values()])
-    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
+    objective = objective_class("multi_granularity")(model, ObjectiveSettings())
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = objective(**batch)["loss"]
@@ -117,7 +117,7 @@ def test_every_attention_keeps_packed_sequences_apart(batch, attention, num_key_
     torch.manual_seed(0)
     model = AvgLlavaForConditionalGeneration(config).eval().double()
     expected = _loss_and_gradients(model, 3, batch, plain=True)
-    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
+    objective = objective_class("multi_granularity")(model, ObjectiveSettings())
     model.set_attn_implementation({"text_config": attention})
     model.zero_grad()
     loss = objective(**batch)["loss"]
@@ -128,7 +128,7 @@ def test_every_attention_keeps_packed_sequences_apart(batch, attention, num_key_
 
 def test_the_attention_is_chosen_unless_one_was_asked_for(model):
     def chosen():
-        OBJECTIVES["instruction"](model, ObjectiveSettings())
+        objective_class("instruction")(model, ObjectiveSettings())
         return model.model.language_model.config._attn_implementation
 
     assert chosen() == "packed"
@@ -148,9 +148,9 @@ def test_head_tied_to_the_embeddings(model, batch, way):
 
 
 def test_a_second_micro_batch_adds_its_gradients(model, batch, way):
-    text = {name: batch[name][1:2] for name in Texts._fields}
+    text = {name: batch[name][1:2] for name in TextBatch._fields}
     first, second = (_loss_and_gradients(model, 3, each)[1] for each in (batch, text))
-    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
+    objective = objective_class("multi_granularity")(model, ObjectiveSettings())
     model.zero_grad()
     for each in (batch, text):
         objective(**each)["loss"].backward()
@@ -161,7 +161,7 @@ def test_a_second_micro_batch_adds_its_gradients(model, batch, way):
 def test_answers_are_the_same_without_gradients(model, batch, way):
     features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
     with torch.no_grad():
-        found = answers_by_level(model, features, _texts(batch))
+        found = score_answers(model, features, _texts(batch))
     total, expected = total_log_prob(model, features, _texts(batch), model.config.granularities)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     torch.testing.assert_close(found.log_probs.sum(), total.detach())
@@ -174,14 +174,14 @@ def test_cut_samples_are_the_plain_loop_s(model, batch, longest, way):
     model.config.max_sequence_length = longest
     features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
     with torch.no_grad():
-        found = answers_by_level(model, features, _texts(batch))
+        found = score_answers(model, features, _texts(batch))
         for column, level in enumerate(model.config.granularities):
             output = model(**batch, granularity=level)
             log_probs, num_tokens = sums_over_logits(output.logits, output.labels)
             torch.testing.assert_close(found.log_probs[:, column], log_probs, check_dtype=False)
             assert torch.equal(found.num_tokens[:, column], num_tokens)
     assert (found.num_tokens[:, 0] > found.num_tokens[:, -1]).any()
-    loss = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())(**batch)["loss"]
+    loss = objective_class("multi_granularity")(model, ObjectiveSettings())(**batch)["loss"]
     torch.testing.assert_close(loss, -found.log_probs.sum() / (5 * 17), check_dtype=False)
 
 
@@ -190,7 +190,7 @@ def test_no_padding_and_text_goes_once(model, batch, way):
     seen = []
     layer = model.model.language_model.layers[0]
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    objective = OBJECTIVES["multi_granularity"](model, ObjectiveSettings())
+    objective = objective_class("multi_granularity")(model, ObjectiveSettings())
     objective(**batch)
     expected = []
     for level in model.config.granularities:
@@ -239,7 +239,7 @@ def test_logits_exist_for_a_few_supervised_tokens_at_a_time(batch, stage, way, m
     torch.manual_seed(0)
     model = AvgLlavaForConditionalGeneration(config).eval().double()
     if stage == 4:
-        batch |= {name: batch[name][[0, 2]] for name in Texts._fields}
+        batch |= {name: batch[name][[0, 2]] for name in TextBatch._fields}
     expected = _loss_and_gradients(model, stage, batch, plain=True)
     for rows, most in ((3, 3), (1000, 13 * 5 + 4)):
         monkeypatch.setattr(packing, "MAX_LOGITS", rows * vocabulary + 1)

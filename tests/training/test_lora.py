@@ -17,7 +17,7 @@ from avg_llava.training.assembly import build_model
 from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, LoraSettings, ObjectiveSettings, TrainConfig, load_config
 from avg_llava.training.lora import add_adapters, merge_adapters
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.optim import parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, is_adapter, part_of, set_trainable
 from tests.tiny import images, pad, prompt, stage_values, tiny_model, write_backbones, write_data
@@ -62,7 +62,7 @@ def gradients(model, stage: int, checkpointing: bool = False) -> dict[str, torch
     set_trainable(model, STAGES[stage])
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = OBJECTIVES[STAGES[stage].objective](model, ObjectiveSettings()).train()
+    objective = objective_class(STAGES[stage].objective)(model, ObjectiveSettings()).train()
     torch.manual_seed(5)  # of dropout
     objective(**batch_of(model))["loss"].backward()
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

@@ -125,7 +125,9 @@ def test_operations_and_what_a_device_could_do(world, tmp_path):
     list(watched.waiting_for(iter([{}])))
     watched.count([make_batch(samples, model_config, torch.device("cpu"))] * 2)
     record = watched.take()
-    assert record.flops == pytest.approx(2 * step_flops(2, samples, model_config, plain=False).total)
+    assert record.flops == pytest.approx(
+        2 * step_flops(STAGES[2].trains, STAGES[2].passes, samples, model_config).total
+    )
     assert record.samples == 2 * len(samples)
     line = watched.line([record._replace(seconds=2.0), record._replace(seconds=1.5)], grad_norm=None)
     assert line["tflops"] == pytest.approx(record.flops / 2 / 1e12), "of one of two devices"

@@ -8,10 +8,10 @@ from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.losses import ranking_loss
 from avg_llava.training.objectives import (
-    OBJECTIVES,
     InstructionObjective,
     MultiGranularityObjective,
     RouterObjective,
+    objective_class,
 )
 from avg_llava.training.stages import STAGES, set_trainable
 from tests.parity.golden import golden
@@ -58,7 +58,7 @@ def _objective(model, stage, **settings):
     """The objective of a stage's number, or stage 4's "gumbel"."""
     name = stage if stage == "gumbel" else STAGES[stage].objective
     set_trainable(model, STAGES[4 if stage == "gumbel" else stage])
-    objective = OBJECTIVES[name](model, ObjectiveSettings(**settings))
+    objective = objective_class(name)(model, ObjectiveSettings(**settings))
     objective.train()
     return objective
 

@@ -13,7 +13,7 @@ from avg_llava.training import run
 from avg_llava.training.assembly import build_model
 from avg_llava.training.config import ObjectiveSettings, load_config
 from avg_llava.training.losses import ranking_loss, router_cross_entropy
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
 from avg_llava.training.trainer import load_weights, training_arguments
 from tests.tiny import images, pad, prompt, stage_values, tiny_model, write_backbones, write_data
@@ -81,7 +81,7 @@ def test_the_loss_of_a_model_in_bfloat16_is_close():
     losses = []
     for model in (wide, narrow):
         set_trainable(model, STAGES[4])
-        objective = OBJECTIVES["router"](model, ObjectiveSettings()).train()
+        objective = objective_class("router")(model, ObjectiveSettings()).train()
         output = objective(**inputs)
         output["loss"].backward()
         assert output["loss"].dtype == torch.float32

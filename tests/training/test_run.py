@@ -237,12 +237,12 @@ def test_overwrite_starts_anew(stages, world, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_its_samples(stages, world, tmp_path, monkeypatch):
     config = _config(2, stages, world, ("--output.dir", str(tmp_path / "run")))
-    forward = run.OBJECTIVES["instruction"].forward
+    forward = run.objective_class("instruction").forward
 
     def broken(*arguments, **inputs):
         return {**forward(*arguments, **inputs), "loss": torch.tensor(float("nan"), requires_grad=True)}
 
-    monkeypatch.setattr(run.OBJECTIVES["instruction"], "forward", broken)
+    monkeypatch.setattr(run.objective_class("instruction"), "forward", broken)
     with pytest.raises(TrainingError, match=r"loss is nan at step 1 on sample '.*instruct\.json"):
         run.run_stage(config)
 
