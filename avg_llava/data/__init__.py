@@ -1,9 +1,8 @@
-"""From LLaVA records to batches: records, conversation templates, data sets, collator and micro-batches."""
+"""From files of LLaVA records to batches: records, templates, data sets, collator and batch samplers."""
 
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
-from avg_llava.data.record_files import read_records
-from avg_llava.data.records import DataError, Sample, Turn, parse_record
+from avg_llava.data.records import DataError, Sample, Turn, parse_record, read_records
 from avg_llava.data.sampler import ModalityBatches, ShuffledBatches
 from avg_llava.data.templates import TEMPLATES, encode_conversation
 from avg_llava.model.images import load_image

@@ -1,4 +1,4 @@
-"""Samples of a data set into a padded batch.
+"""Collates samples of a data set into a padded batch.
 
 Shapes: B samples, L length, N images of the batch (sample after sample), P crops of one image, S crop side.
 """
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from avg_llava.data.templates import IGNORE_INDEX
+from avg_llava.model.splice import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads on the right: ids with `pad_token_id`, labels with -100, images with zero crops at the end.
+    """Pads on the right: ids with `pad_token_id`, labels with -100, images with zero crops.
 
-    Gives `input_ids`, `attention_mask`, `labels` (B, L), `index` (B,), the positions in the data set, and, unless no
-    sample of the batch has an image, `pixel_values` (N, P_max, 3, S, S) and `image_sizes` (N, 2) as (height, width).
-    The mask follows the lengths, so an id equal to `pad_token_id` inside a text stays visible.
+    Returns `input_ids`, `attention_mask`, `labels` (B, L), `index` (B,), the samples' indices in the data set, and, if
+    the batch has images, `pixel_values` (N, P_max, 3, S, S) and `image_sizes` (N, 2) as (height, width). The mask
+    follows the lengths, so a text token equal to `pad_token_id` stays visible.
     """
 
     pad_token_id: int
@@ -37,6 +37,3 @@ class Collator:
             batch["pixel_values"] = pad_sequence(crops, True, 0.0)
             batch["image_sizes"] = torch.cat([item["image_sizes"] for item in items])
         return batch
-
-
-__all__ = ["Collator"]

@@ -1,12 +1,14 @@
-"""The training data set: LLaVA records from several files, encoded one at a time.
+"""The training data set: records of several files as token ids, labels and image crops, one sample at a time.
 
-Which records are samples is known from their files' indices when the data set is made; records are parsed and images
-opened when a sample is asked for. What is wrong with a sample is an error that names it, or, with
-`on_bad_sample="skip"`, a logged and counted omission: a malformed record is left out from the start, and a sample whose
-image cannot be read becomes a masked row, so that batches keep their size and every rank takes the same steps.
+The files' indices tell which records are samples; records are parsed and images opened when a sample is requested. An
+invalid sample is an error that names it or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed
+record is left out from the start, and a sample with an unreadable image becomes a masked row, so that batches keep
+their size and every rank takes the same steps.
 """
 
 import logging
+import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +24,17 @@ from torch.utils.data import Dataset
 from avg_llava.common.files import hash_json
 from avg_llava.data.index import RecordIndex, open_index
 from avg_llava.data.records import DataError, Sample
-from avg_llava.data.sampling import select
 from avg_llava.data.skip_list import SkipList
-from avg_llava.data.templates import IGNORE_INDEX, TEMPLATES, encode_conversation
+from avg_llava.data.templates import TEMPLATES, encode_conversation
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import MAX_IMAGE_PIXELS, load_image
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.splice import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-NAMED_IN_LOG = 10  # samples of one kind of trouble that are logged by name before only their number is
+MAX_LOGGED = 10  # samples per kind of problem that are logged at level WARNING; later ones at INFO
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class DataSource:
 
     Attributes:
         path: A `.json` list, a `.jsonl` file or a `.parquet` file.
-        image_root: Folder that image paths are relative to; None means the file's own folder.
+        image_root: Folder that image paths are relative to; None means the file's folder.
         sampling: `all`, `first:N`, `end:N` or `random:N` (N records or a share such as `10%`), in the file's order.
             None means all.
-        weight: How often these records are passed over in an epoch; of a fraction, so many of them are drawn.
+        weight: Passes over the selected records per epoch; of a fraction, a random subset of that share is used.
         follow_links: Accept image paths that leave the root through symbolic links.
     """
 
@@ -61,18 +63,18 @@ class DataSource:
 
 
 class OutsideRootError(DataError):
-    """An image lies outside of its root."""
+    """An image lies outside its root."""
 
 
 class Origin(NamedTuple):
-    """Where a sample comes from: number of its source, and position of its record in the source's file."""
+    """Origin of a sample: index of its source, and position of its record in the source's file."""
 
     source: int
     position: int
 
 
 class SourceFile(NamedTuple):
-    """A source's file as it was read. `sha256` is of its bytes."""
+    """A source's file as it was indexed; `sha256` is the hash of its bytes."""
 
     path: str
     sha256: str
@@ -82,21 +84,21 @@ class SourceFile(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A record that is no sample, and why."""
+    """An invalid record and the reason."""
 
     origin: Origin
     message: str
 
 
 class EncodedText(NamedTuple):
-    """Token ids and labels (L,) of a sample, cut to the longest sequence.
+    """Token ids and labels (L,) of a sample, truncated to the maximal length.
 
     Attributes:
-        input_ids: One placeholder per image that is kept.
-        labels: Ids, or -100 where not supervised.
-        num_images: Images whose placeholders are kept.
-        cut: What was cut off, in words; None where everything fits.
-        masked: Why nothing is supervised; None where something is.
+        input_ids: One placeholder id per remaining image.
+        labels: Ids, or -100 for unsupervised tokens.
+        num_images: Number of remaining images.
+        cut: Description of the truncation; None if everything fits.
+        masked: Reason why no token is supervised; None if one is.
     """
 
     input_ids: Tensor
@@ -106,38 +108,77 @@ class EncodedText(NamedTuple):
     masked: str | None
 
 
+def select_records(num_records: int, sampling: str, weight: float, path: Path, seed: str) -> np.ndarray:
+    """Indices of a file's records that are used in an epoch, in the file's order, once per pass.
+
+    Args:
+        num_records: Records of the file.
+        sampling: `all`, `first:N`, `end:N` or `random:N` (N records, or a share such as `10%`).
+        weight: Passes over the selected records: 2.3 is two passes and a random 30 % of the records.
+        path: The file, for messages.
+        seed: Seed of random selections.
+
+    Raises:
+        DataError: `sampling` has another form or asks for more records than there are, or `weight` is not positive.
+    """
+    if not weight > 0:
+        raise DataError(f"weight {weight} of {path}: it is the number of passes over the file, and above 0")
+    selected = _apply_sampling(num_records, sampling, path, seed)
+    passes = int(weight)
+    extra = random.Random(f"{seed}/weight").sample(range(len(selected)), round((weight - passes) * len(selected)))
+    return np.concatenate([np.tile(selected, passes), selected[np.sort(np.array(extra, dtype=np.int64))]])
+
+
+def _apply_sampling(num_records: int, sampling: str, path: Path, seed: str) -> np.ndarray:
+    if sampling == "all":
+        return np.arange(num_records)
+    match = re.fullmatch(r"(first|end|random):(\d+(?:\.\d+)?%|\d+)", sampling)
+    if match is None:
+        raise DataError(
+            f"sampling {sampling!r} of {path}: use all, first:N, end:N or random:N (N records, or a share such as "
+            "10%); to repeat records, set the source's weight"
+        )
+    kind, amount = match[1], match[2]
+    count = round(num_records * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+    if count > num_records:
+        raise DataError(f"sampling {sampling!r} of {path}: the file holds only {num_records} records")
+    if kind == "first":
+        return np.arange(count)
+    if kind == "end":
+        return np.arange(num_records - count, num_records)
+    return np.array(sorted(random.Random(seed).sample(range(num_records), count)), dtype=np.int64)
+
+
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Encoded samples of one or more files of LLaVA records, in their order.
+    """Encoded samples of one or more files of LLaVA records, in the files' order.
 
     An item holds `input_ids` and `labels` (L,) with one placeholder id per image, `pixel_values`, a list with one
-    (P, 3, S, S) tensor per image, `image_sizes` (images, 2) as (height, width), `index`, `id`, `source`, and whether it
-    is `over_long` or `unreadable`.
+    (P, 3, S, S) tensor per image, `image_sizes` (images, 2) as (height, width), the sample's `index`, `id` and
+    `source`, and the flags `over_long` and `unreadable`.
 
-    A sample longer than `max_length`, counted at the finest level, loses text at its end, the same at every level, so
-    that levels can be compared.
+    A sample longer than `max_length`, counted at the finest level, is truncated at its end. The truncation is the same
+    at every level, so that levels can be compared.
 
     Args:
         sources: The files.
         processor: Tokenizer and image processor.
         template: A key of `TEMPLATES`.
-        config: The model's configuration, which says how many visual tokens an image becomes.
-        max_length: Longest sequence, visual tokens included; None means `config.max_sequence_length`.
+        config: The model's configuration, which determines the number of visual tokens of an image.
+        max_length: Maximal sequence length including visual tokens; None means `config.max_sequence_length`.
         on_bad_sample: "error" or "skip".
         max_image_pixels: Larger images count as unreadable.
-        seed: Seed of what is drawn from the sources.
-        skip_list: Records to leave out, after sampling.
+        seed: Seed of random selections of records.
+        skip_list: Records to leave out after sampling.
         index_dir: Folder of the files' indices; None means one beside each file.
 
     Attributes:
-        files: The files of the sources, in their order.
-        origins: (samples, 2) number of the source and position of the record.
-        modality_lengths: (samples,) words, negative for a sample without image; what `ModalityBatches` groups by.
-        malformed: Records that are no samples.
-        skipped: Records that the skip list names.
-        troubles: How many samples had which trouble, as far as this process has seen.
+        files: The files of the sources, in order.
+        malformed: Invalid records.
+        skipped: Origins of the records that the skip list names.
+        problem_counts: Number of samples per kind of problem, counted in this process.
 
     Raises:
-        DataError: A file cannot be read, nothing is left, or, unless skipping, records are malformed.
+        DataError: A file cannot be read, no sample is left, or, with `on_bad_sample="error"`, records are malformed.
     """
 
     def __init__(
@@ -168,20 +209,21 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.files: list[SourceFile] = []
         self.malformed: list[Malformed] = []
         self.skipped: list[Origin] = []
-        self.troubles: Counter[str] = Counter()
+        self.problem_counts: Counter[str] = Counter()
         self._sources = list(sources)
         self._linked_roots = {source.root for source in sources if source.follow_links}
         self._indices: list[RecordIndex] = []
-        used = [self._add(source, number, index_dir) for number, source in enumerate(sources)]
-        self._rows = np.concatenate([np.zeros(0, np.int64), *used])  # of a sample, in its file's index
-        self._source_numbers = np.repeat(np.arange(len(used), dtype=np.int32), [len(rows) for rows in used])
+        rows = [self._add_source(source, number, index_dir) for number, source in enumerate(sources)]
+        # Of each sample: the row of its file's index, and the number of its source.
+        self._rows = np.concatenate([np.zeros(0, np.int64), *rows])
+        self._source_numbers = np.repeat(np.arange(len(rows), dtype=np.int32), list(map(len, rows)))
         if self.malformed and on_bad_sample == "error":
-            listed = "\n  ".join(record.message for record in self.malformed[:NAMED_IN_LOG])
+            listed = "\n  ".join(record.message for record in self.malformed[:MAX_LOGGED])
             raise DataError(
                 f"{len(self.malformed)} malformed records; correct them or set on_bad_sample to skip:\n  {listed}"
             )
         for record in self.malformed:
-            self._note("malformed record left out", record.message)
+            self._report("malformed record left out", record.message)
         if self.skipped:
             logger.info("%d records are left out by the skip list", len(self.skipped))
         if not len(self):
@@ -197,33 +239,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         except DataError as error:
             if self.on_bad_sample == "error":
                 raise DataError(f"{sample.name}: {error}; correct it or set on_bad_sample to skip") from error
-            self._note("unreadable sample masked", f"{sample.name}: {error}")
-            return self._masked_row(index, sample)
+            self._report("unreadable sample masked", f"{sample.name}: {error}")
+            return self._item(index, sample, self._masked_text(), [], unreadable=True)
         text = self.encode_text(sample, [(image.height, image.width) for image in images])
         if text.cut is not None:
-            self._note("over-long sample cut", f"{sample.name}: {text.cut}")
+            self._report("over-long sample cut", f"{sample.name}: {text.cut}")
         if text.masked is not None:
-            self._note("sample without supervised tokens", f"{sample.name}: {text.masked}")
-        crops = [
-            self.processor.image_processor([image], return_tensors="pt") for image in images[: text.num_images]
-        ]  # of each image: pixel_values (1, P, 3, S, S) and image_sizes (1, 2)
-        return {
-            "input_ids": text.input_ids,
-            "labels": text.labels,
-            "pixel_values": [features["pixel_values"][0] for features in crops],
-            "image_sizes": torch.cat([torch.zeros(0, 2, dtype=torch.long), *(row["image_sizes"] for row in crops)]),
-            "index": index,
-            "id": sample.id,
-            "source": sample.source,
-            "over_long": text.cut is not None,
-            "unreadable": False,
-        }
+            self._report("sample without supervised tokens", f"{sample.name}: {text.masked}")
+        return self._item(index, sample, text, images[: text.num_images])
 
     def sample(self, index: int) -> Sample:
-        """Reads the record of a sample.
+        """Reads and validates the record of a sample.
 
         Raises:
-            DataError: Its file was changed since the data set was made.
+            DataError: The file has changed since the data set was created.
         """
         number = self.source_number(index)
         return self._indices[number].sample(int(self._rows[index]), self._sources[number].root)
@@ -232,7 +261,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """The decoded images of a sample.
 
         Raises:
-            DataError: An image is missing, leads out of its root, is damaged or too large; the message names the file.
+            DataError: An image is missing, lies outside its root, is damaged or too large; the message names the file.
         """
         images = []
         for path in sample.images:
@@ -242,9 +271,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return images
 
     def encode_text(self, sample: Sample, image_sizes: Sequence[tuple[int, int]]) -> EncodedText:
-        """Ids and labels of a sample whose images have these (height, width), cut to the longest sequence.
+        """Token ids and labels of a sample whose images have these (height, width), truncated to the maximal length.
 
-        What fits is counted with every image at the finest level.
+        Every image is counted at the finest level.
         """
         encoded = encode_conversation(
             sample.turns, self.processor.tokenizer, self.template, self.processor.image_token_id
@@ -271,48 +300,48 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     @property
     def source_names(self) -> list[str]:
-        """Short names of the sources: their files' names without ending, or their paths where these are not unique."""
+        """Names of the sources: the files' names without suffix, or their paths if these names are not unique."""
         names = [Path(file.path).stem for file in self.files]
         return [name if names.count(name) == 1 else file.path for name, file in zip(names, self.files, strict=True)]
 
     def source_number(self, index: int) -> int:
-        """Number of the source that a sample comes from."""
+        """Index of a sample's source."""
         return int(self._source_numbers[index])
 
     @property
     def origins(self) -> np.ndarray:
-        """(samples, 2) number of the source, and position of the record in the source's file."""
-        return np.stack([self._source_numbers, self._of_samples("position")], axis=1)
+        """Origins of all samples (samples, 2): index of the source, position of the record in the source's file."""
+        return np.stack([self._source_numbers, self._index_field("position")], axis=1)
 
     @property
     def modality_lengths(self) -> np.ndarray:
-        """(samples,) words, negative for a sample without image."""
-        return self._of_samples("length")
+        """Numbers of words (samples,), negative for samples without images; `ModalityBatches` groups by them."""
+        return self._index_field("length")
 
     def origin(self, index: int) -> Origin:
-        """Where a sample comes from."""
+        """Origin of a sample."""
         number = self.source_number(index)
         return Origin(number, int(self._indices[number].rows["position"][self._rows[index]]))
 
     def unique(self) -> np.ndarray:
-        """Positions of the samples, each record once, also where a weight or several sources repeat it."""
+        """Indices of samples (unique records,) that hold each record once, even if weights or sources repeat it."""
         files: dict[tuple[str, str], int] = {}
         numbers = [files.setdefault((file.sha256, file.image_root), number) for number, file in enumerate(self.files)]
         files_of_samples = np.array(numbers, dtype=np.int64)[self._source_numbers]
-        records = files_of_samples << 40 | self._of_samples("position")  # no file has 2^40 records
+        records = files_of_samples << 40 | self._index_field("position")  # no file has 2^40 records
         return np.sort(np.unique(records, return_index=True)[1])
 
     def fingerprint(self) -> str:
-        """A hash of what the records are and how they are read: files' bytes, sampling, template and length.
+        """SHA-256 of the files' bytes and of the options that select and encode records.
 
-        Where the files lie does not matter, nor do the images' bytes, which would have to be read.
+        Neither the files' paths nor the bytes of images count.
         """
-        is_drawn = any("random" in file.sampling or file.weight % 1 for file in self.files)
+        is_random = any("random" in file.sampling or file.weight % 1 for file in self.files)
         parts: dict[str, Any] = {
             "sources": [
                 (file.sha256, file.sampling, *([] if file.weight == 1 else [file.weight])) for file in self.files
             ],
-            "seed": self.seed if is_drawn else None,
+            "seed": self.seed if is_random else None,
             "template": self.template,
             "max_length": self.max_length,
             "num_samples": len(self),
@@ -321,8 +350,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             parts["skipped"] = self.skipped
         return hash_json(parts)
 
-    def _add(self, source: DataSource, number: int, index_dir: str | Path | None) -> np.ndarray:
-        """Takes in a source; gives the rows of its file's index that are its samples, in their order."""
+    def _add_source(self, source: DataSource, number: int, index_dir: str | Path | None) -> np.ndarray:
+        """Indexes a source's file and returns the rows of the index that hold the source's samples, in order."""
         path = Path(source.path)
         if not source.root.is_dir():
             raise DataError(f"image root {source.root} of {path} is no folder; check data.sources")
@@ -330,12 +359,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         sampling = source.sampling or "all"
         self._indices.append(index)
         self.files.append(SourceFile(str(path), index.sha256, sampling, str(source.root), source.weight))
-        rows = select(len(index.rows), sampling, source.weight, path, f"{self.seed}/{number}")
+        rows = select_records(len(index.rows), sampling, source.weight, path, f"{self.seed}/{number}")
         if self.skip_list is not None:
-            named = np.array(sorted(self.skip_list.positions(path, index.sha256)), dtype=np.int64)
-            is_named = np.isin(index.rows["position"][rows], named)
-            self.skipped += [Origin(number, int(position)) for position in index.rows["position"][rows[is_named]]]
-            rows = rows[~is_named]
+            listed = np.array(sorted(self.skip_list.positions(path, index.sha256)), dtype=np.int64)
+            is_listed = np.isin(index.rows["position"][rows], listed)
+            self.skipped += [Origin(number, int(position)) for position in index.rows["position"][rows[is_listed]]]
+            rows = rows[~is_listed]
         is_sample = index.rows["length"][rows] != 0
         for row in dict.fromkeys(rows[~is_sample].tolist()):  # each once
             try:
@@ -343,46 +372,52 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             except DataError as error:
                 self.malformed.append(Malformed(Origin(number, int(index.rows["position"][row])), str(error)))
             else:
-                raise AssertionError(f"{path}: row {row} of the index is a sample")
+                raise AssertionError(f"{path}: row {row} is a sample, but the index marks it as malformed")
         return rows[is_sample]
 
-    def _of_samples(self, field: str) -> np.ndarray:
-        """(samples,) a field of the indices."""
-        values = np.zeros(len(self), dtype=np.int64)
-        for number, index in enumerate(self._indices):
-            is_of_source = self._source_numbers == number
-            values[is_of_source] = index.rows[field][self._rows[is_of_source]]
-        return values
+    def _index_field(self, field: str) -> np.ndarray:
+        """Values (samples,) of a field of the files' indices."""
+        values = [
+            index.rows[field][self._rows[self._source_numbers == number]] for number, index in enumerate(self._indices)
+        ]
+        return np.concatenate(values, dtype=np.int64)  # samples are ordered by source
 
-    def _masked_row(self, index: int, sample: Sample) -> dict[str, Any]:
-        """Stands for a sample that cannot be read: one token that no loss looks at."""
-        tokenizer = self.processor.tokenizer
-        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    def _item(
+        self, index: int, sample: Sample, text: EncodedText, images: Sequence[Image.Image], unreadable: bool = False
+    ) -> dict[str, Any]:
+        # Of each image: pixel_values (1, P, 3, S, S) and image_sizes (1, 2).
+        crops = [self.processor.image_processor([image], return_tensors="pt") for image in images]
         return {
-            "input_ids": torch.tensor([token]),
-            "labels": torch.tensor([IGNORE_INDEX]),
-            "pixel_values": [],
-            "image_sizes": torch.zeros(0, 2, dtype=torch.long),
+            "input_ids": text.input_ids,
+            "labels": text.labels,
+            "pixel_values": [features["pixel_values"][0] for features in crops],
+            "image_sizes": torch.cat([torch.zeros(0, 2, dtype=torch.long), *(row["image_sizes"] for row in crops)]),
             "index": index,
             "id": sample.id,
             "source": sample.source,
-            "over_long": False,
-            "unreadable": True,
+            "over_long": text.cut is not None,
+            "unreadable": unreadable,
         }
 
-    def _note(self, trouble: str, message: str) -> None:
-        """Counts a trouble and logs it: by name at first, then as a running number.
+    def _masked_text(self) -> EncodedText:
+        """One unsupervised token, which replaces the text of an unreadable sample."""
+        tokenizer = self.processor.tokenizer
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return EncodedText(torch.tensor([token]), torch.tensor([IGNORE_INDEX]), 0, cut=None, masked="unreadable")
 
-        Counts are per process: loader workers keep and log their own.
+    def _report(self, problem: str, message: str) -> None:
+        """Counts a problem and logs it: by name at first, then every thousandth time by its count.
+
+        Counts are per process: each loader worker counts and logs for itself.
         """
-        self.troubles[trouble] += 1
-        count = self.troubles[trouble]
-        if count <= NAMED_IN_LOG:
-            logger.warning("%s: %s", trouble, message)
+        self.problem_counts[problem] += 1
+        count = self.problem_counts[problem]
+        if count <= MAX_LOGGED:
+            logger.warning("%s: %s", problem, message)
         else:
-            logger.info("%s: %s", trouble, message)
+            logger.info("%s: %s", problem, message)
             if count % 1000 == 0:
-                logger.warning("%s: %d samples so far (names at log level INFO)", trouble, count)
+                logger.warning("%s: %d samples so far (names at log level INFO)", problem, count)
 
 
 def _check_inside(path: Path, root: Path) -> None:
@@ -391,6 +426,3 @@ def _check_inside(path: Path, root: Path) -> None:
             f"{path} leads out of the image root {root} through a link; copy the image, or set follow_links for the "
             "source"
         )
-
-
-__all__ = ["ConversationDataset", "DataSource", "OutsideRootError"]

@@ -1,9 +1,9 @@
-"""Where the records of a file lie, so that a start-up need not parse them.
+"""Indices of record files: the byte range and length of every record, so that a start-up need not parse the files.
 
-The first process that needs a file's index parses and checks every record once and keeps, in a folder beside the file,
-one row of 24 bytes for each: its position, the place of its text, and its length. All later ones map these rows into
-memory and parse a record when its sample is asked for. The index of a Parquet file holds a copy of its records as well,
-as JSON lines, because a row of Parquet cannot be read alone.
+The first process that needs the index of a file parses and validates every record once and stores, in a folder beside
+the file, one row of 24 bytes per record. Later processes map these rows into memory and parse a record when its sample
+is requested. The index of a Parquet file also holds a copy of its records as JSON lines, because Parquet cannot be read
+row by row.
 """
 
 import contextlib
@@ -22,22 +22,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avg_llava.common.files import hash_json
-from avg_llava.data.record_files import parse_text, read_text, scan
-from avg_llava.data.records import DataError, RawRecord, Sample, dialogue, parse_record
+from avg_llava.data.records import (
+    DataError,
+    RawRecord,
+    Sample,
+    decode_record,
+    dialogue,
+    parse_record,
+    read_file,
+    scan_records,
+)
 from avg_llava.data.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when other records are valid, or when their lengths are counted otherwise
-FOLDER = ".avg-llava-index"
+FORMAT = 1  # increase when other records become valid, or when lengths are counted differently
+INDEX_DIR_NAME = ".avg-llava-index"
 ROW = np.dtype([("position", "<i8"), ("begin", "<i8"), ("size", "<i4"), ("length", "<i4")])
-"""`length` is the words of all turns, negative for a record without image, 0 for one that is no sample."""
+"""`begin` and `size` are in bytes. `length` counts the words of all turns; it is negative for a record without images
+and 0 for a malformed record."""
 _ROWS, _FACTS, _COPY = "rows.npy", "facts.json", "records.jsonl"
-_SETTLED = 2.0  # seconds after which a file that is changed again has another time of change
+_CLOCK_TICK = 2.0  # seconds; two changes of a file within this time may have the same time stamp
 
 
-class Stamp(NamedTuple):
-    """What tells a file from what it was before."""
+class FileStamp(NamedTuple):
+    """Size and modification time of a file, which change when the file changes."""
 
     size: int
     mtime_ns: int
@@ -49,49 +58,49 @@ class RecordIndex:
 
     Attributes:
         path: The file.
-        template: The key of `TEMPLATES` that records were checked with.
-        sha256: Of the file's bytes.
-        stamp: Of the file that holds the records' text, when it was indexed.
-        rows: (records,) of type `ROW`.
-        home: Folder that the index is kept in; None where it is only in memory.
-        copy: The records' text, where it is neither the file itself nor kept.
+        template: The key of `TEMPLATES` that records were validated with.
+        sha256: Hash of the file's bytes.
+        stamp: Stamp of the file that holds the records' text, at the time of indexing.
+        rows: Array (records,) of type `ROW`.
+        folder: Folder that the index is stored in; None if it is only in memory.
+        copy: The records' text if it is neither in the file itself nor in `folder`.
     """
 
     path: Path
     template: str
     sha256: str
-    stamp: Stamp
+    stamp: FileStamp
     rows: np.ndarray
-    home: Path | None = None
+    folder: Path | None = None
     copy: bytes | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A process that gets a kept index opens it again, rather than taking a copy of its rows along."""
-        if self.home is not None:
-            return _load, (self.path, self.template, self.home)
-        return RecordIndex, (self.path, self.template, self.sha256, self.stamp, self.rows, self.home, self.copy)
+        """Pickles a stored index as its path, so that worker processes map its rows instead of copying them."""
+        if self.folder is not None:
+            return _load, (self.path, self.template, self.folder)
+        return RecordIndex, (self.path, self.template, self.sha256, self.stamp, self.rows, self.folder, self.copy)
 
     def record(self, row: int) -> RawRecord:
         """Reads a record.
 
         Raises:
-            DataError: The file was changed since it was indexed.
+            DataError: The file has changed since it was indexed.
         """
         begin, size = int(self.rows["begin"][row]), int(self.rows["size"][row])
-        return parse_text(self.path, int(self.rows["position"][row]), self._text(begin, size))
+        return decode_record(self.path, int(self.rows["position"][row]), self._read_text(begin, size))
 
     def sample(self, row: int, image_root: Path) -> Sample:
-        """Reads a record that is a sample.
+        """Reads and validates a record.
 
         Raises:
-            DataError: It is none; or the file was changed since it was indexed.
+            DataError: The record is malformed, or the file has changed since it was indexed.
         """
-        return _sample(self.record(row), image_root, self.template)
+        return _validate(self.record(row), image_root, self.template)
 
-    def _text(self, begin: int, size: int) -> bytes:
+    def _read_text(self, begin: int, size: int) -> bytes:
         if self.copy is not None:
             return self.copy[begin : begin + size]
-        path = self.path if self.home is None or self.path.suffix != ".parquet" else self.home / _COPY
+        path = self.path if self.folder is None or self.path.suffix != ".parquet" else self.folder / _COPY
         try:
             with path.open("rb") as file:
                 if _stamp(os.fstat(file.fileno())) != self.stamp:
@@ -102,56 +111,55 @@ class RecordIndex:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def open_index(path: str | Path, template: str, folder: str | Path | None = None) -> RecordIndex:
-    """The index of a file: as it was kept, or built now and kept for others.
+def open_index(path: str | Path, template: str, index_dir: str | Path | None = None) -> RecordIndex:
+    """Loads the stored index of a file, or builds and stores it.
 
-    Of processes that need the same index at the same time, one builds it and the others wait. Where the index cannot be
-    kept, the process goes on with one of its own in memory.
+    Of several processes that need the same index at the same time, one builds it and the others wait. If the index
+    cannot be stored, it is kept in this process's memory.
 
     Args:
         path: The file.
-        template: A key of `TEMPLATES`; records that it cannot hold are no samples.
-        folder: Where indices are kept; None means `FOLDER` beside the file.
+        template: A key of `TEMPLATES`; records that it cannot hold are malformed.
+        index_dir: Folder of stored indices; None means `INDEX_DIR_NAME` beside the file.
 
     Raises:
-        DataError: The file cannot be read, or is no file of records.
+        DataError: The file cannot be read or is not a file of records.
     """
     path = Path(path)
     try:
         stamp = _stamp(path.stat())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check data.sources") from error
-    key = hash_json([FORMAT, str(path.resolve()), stamp, template])
-    folder = path.parent / FOLDER if folder is None else Path(folder)
-    home = folder / f"{path.name}-{key[:16]}"
-    if (index := _kept(path, template, home)) is not None:
+    index_dir = path.parent / INDEX_DIR_NAME if index_dir is None else Path(index_dir)
+    folder = index_dir / f"{path.name}-{hash_json([FORMAT, str(path.resolve()), stamp, template])[:16]}"
+    if (index := _load_if_intact(path, template, folder)) is not None:
         return index
-    with _locked(folder, path):
-        if (index := _kept(path, template, home)) is not None:
+    with _locked(index_dir, path):
+        if (index := _load_if_intact(path, template, folder)) is not None:
             return index
         index = _build(path, template, stamp)
-        # A file that was written just now could be written again without a trace in its stamp.
-        return index if abs(time.time() - stamp.mtime_ns / 1e9) < _SETTLED else _keep(index, home)
+        # A file written just now could be written again without a change of its stamp.
+        return index if abs(time.time() - stamp.mtime_ns / 1e9) < _CLOCK_TICK else _store(index, folder)
 
 
-def _build(path: Path, template: str, stamp: Stamp) -> RecordIndex:
-    text = read_text(path)
+def _build(path: Path, template: str, stamp: FileStamp) -> RecordIndex:
+    file = read_file(path)
 
     def rows() -> Iterator[tuple[int, int, int, int]]:
-        for record, begin, size in scan(text):
+        for record, begin, size in scan_records(file):
             try:
-                length = _length(_sample(record, path.parent, template))
+                length = _count_words(_validate(record, path.parent, template))
             except DataError:
-                length = 0  # what is wrong with it is told when it is read again, by whoever uses it
+                length = 0  # the data set that uses the record validates it again and reports the error
             yield record.position, begin, size, length
 
-    index = RecordIndex(path, template, text.sha256, stamp, np.fromiter(rows(), ROW))
+    index = RecordIndex(path, template, file.sha256, stamp, np.fromiter(rows(), ROW))
     if _stamp(path.stat()) != stamp:
         raise DataError(f"{path} was changed while it was read; start again when it is complete")
-    return replace(index, copy=text.content) if path.suffix == ".parquet" else index
+    return replace(index, copy=file.text) if path.suffix == ".parquet" else index
 
 
-def _sample(record: RawRecord, image_root: Path, template: str) -> Sample:
+def _validate(record: RawRecord, image_root: Path, template: str) -> Sample:
     if record.error is not None:
         raise DataError(f"{record.source}: {record.error}")
     sample = parse_record(record.value, image_root, record.source)
@@ -162,78 +170,78 @@ def _sample(record: RawRecord, image_root: Path, template: str) -> Sample:
     return sample
 
 
-def _length(sample: Sample) -> int:
+def _count_words(sample: Sample) -> int:
+    """Words of all turns, at least 1; negative for a sample without images."""
     words = max(sum(len(turn.value.split()) for turn in sample.turns), 1)
     return words if sample.images else -words
 
 
-def _stamp(status: os.stat_result) -> Stamp:
-    return Stamp(status.st_size, status.st_mtime_ns)
+def _stamp(status: os.stat_result) -> FileStamp:
+    return FileStamp(status.st_size, status.st_mtime_ns)
 
 
-def _keep(index: RecordIndex, home: Path) -> RecordIndex:
-    """Writes an index, whole or not at all; gives it as others will open it, or as it is where it cannot be kept."""
+def _store(index: RecordIndex, folder: Path) -> RecordIndex:
+    """Stores an index atomically; returns the stored index, or the given one if it cannot be stored."""
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=home.parent, ignore_cleanup_errors=True) as name:
-            made = Path(name) / "index"
-            made.mkdir()
-            np.save(made / _ROWS, index.rows)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+            temporary = Path(name) / "index"
+            temporary.mkdir()
+            np.save(temporary / _ROWS, index.rows)
             stamp = index.stamp
             if index.copy is not None:
-                (made / _COPY).write_bytes(index.copy)
-                stamp = _stamp((made / _COPY).stat())
-            (made / _FACTS).write_text(json.dumps({"sha256": index.sha256, "stamp": stamp, "num": len(index.rows)}))
-            if home.exists():
-                shutil.rmtree(home)  # damaged, or it would have been opened
-            made.rename(home)
-        return _load(index.path, index.template, home)
+                (temporary / _COPY).write_bytes(index.copy)
+                stamp = _stamp((temporary / _COPY).stat())
+            facts = {"sha256": index.sha256, "stamp": stamp, "num": len(index.rows)}
+            (temporary / _FACTS).write_text(json.dumps(facts))
+            if folder.exists():
+                shutil.rmtree(folder)  # damaged, or it would have been loaded
+            temporary.rename(folder)
+        return _load(index.path, index.template, folder)
     except OSError as error:
         logger.warning(
             "the index of %s cannot be kept in %s (%s), so every process reads the whole file; name a folder with room "
             "in data.index_dir",
             index.path,
-            home.parent,
+            folder.parent,
             error.strerror,
         )
         return index
 
 
-def _kept(path: Path, template: str, home: Path) -> RecordIndex | None:
-    if not home.is_dir():
+def _load_if_intact(path: Path, template: str, folder: Path) -> RecordIndex | None:
+    if not folder.is_dir():
         return None
     try:
-        return _load(path, template, home)
+        return _load(path, template, folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        logger.warning("the index %s is damaged (%s); it is built again", home, error)
+        logger.warning("the index %s is damaged (%s); it is built again", folder, error)
         return None
 
 
-def _load(path: Path, template: str, home: Path) -> RecordIndex:
-    facts = json.loads((home / _FACTS).read_text())
-    rows = np.asarray(np.load(home / _ROWS, mmap_mode="r"))
+def _load(path: Path, template: str, folder: Path) -> RecordIndex:
+    facts = json.loads((folder / _FACTS).read_text())
+    rows = np.asarray(np.load(folder / _ROWS, mmap_mode="r"))
     if rows.dtype != ROW or len(rows) != facts["num"]:
         raise ValueError(f"{len(rows)} rows of type {rows.dtype}")
-    return RecordIndex(path, template, facts["sha256"], Stamp(*facts["stamp"]), rows, home)
+    return RecordIndex(path, template, facts["sha256"], FileStamp(*facts["stamp"]), rows, folder)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, path: Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that is killed. Where there can be no lock, all go on:
-    an index is then built more than once, and the same.
+def _locked(index_dir: Path, path: Path) -> Iterator[None]:
+    """Lets one process at a time build an index; the system releases the lock of a killed process.
+
+    Without a lock, e.g. in a read-only folder, all processes continue and build the same index.
     """
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / "lock").open("w"))
+            index_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((index_dir / "lock").open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 logger.info("waiting for another process that builds the index of %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            logger.debug("no lock in %s: %s", folder, error)
+            logger.debug("no lock in %s: %s", index_dir, error)
         yield
-
-
-__all__ = ["FOLDER", "RecordIndex", "open_index"]

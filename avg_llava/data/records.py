@@ -1,20 +1,30 @@
-"""LLaVA's records: turning each into a validated sample or an error that names it."""
+"""LLaVA records: reading files of them, and turning each record into a validated sample or an error that names it."""
 
+import json
 import ntpath
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avg_llava.common.files import hash_bytes
 from avg_llava.model.images import DataError
 from avg_llava.model.processing import IMAGE_PLACEHOLDER
 
 HUMAN, ASSISTANT = "human", "gpt"
 
+_COLUMNS = ("id", "image", "conversations")
+_RECORD_NOUNS = {".jsonl": "line", ".parquet": "row"}  # what messages call a record; in other files "record"
+_FIRST_POSITION = {".jsonl": 1, ".parquet": 0}
+_UTF8_MARK = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance: `role` is "human" or "gpt"."""
+    """One utterance of a conversation: `role` is "human" or "gpt"."""
 
     role: str
     value: str
@@ -22,13 +32,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One validated record.
+    """A validated record.
 
     Attributes:
-        id: The record's id as text, or its position where it has none.
+        id: The record's id as text, or `source` if it has none.
         images: Paths below `image_root`, in the order of the placeholders.
-        turns: Every turn of the record, also a leading one of the model that templates leave out.
-        image_root: Folder that image paths must stay inside of.
+        turns: All turns of the record, including a leading one of the model, which templates leave out.
+        image_root: Folder that contains all images.
         source: File and position, for messages.
     """
 
@@ -40,14 +50,18 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """How messages call the sample."""
+        """Id and source, for messages."""
         return f"sample {self.id!r} ({self.source})"
 
 
 class RawRecord(NamedTuple):
-    """One entry of a file before validation; `error` instead of `value` where the line is not JSON.
+    """One entry of a file before validation.
 
-    `position` is its index in a list or its row in a Parquet file, or its line in a `.jsonl` file, counted from 1.
+    Attributes:
+        value: The parsed JSON value; None if the text is not JSON.
+        source: File and position, for messages.
+        position: Index in a JSON list (from 0), row of a Parquet file (from 0) or line of a `.jsonl` file (from 1).
+        error: Reason why the text is not JSON; None if it is.
     """
 
     value: Any
@@ -56,20 +70,207 @@ class RawRecord(NamedTuple):
     error: str | None = None
 
 
+class RecordFile(NamedTuple):
+    """Content of a file of records.
+
+    Attributes:
+        path: The file.
+        sha256: Hash of the file's bytes.
+        text: UTF-8 text of the records: the file's bytes or, for Parquet, one JSON object per line.
+    """
+
+    path: Path
+    sha256: str
+    text: bytes
+
+
+class LocatedRecord(NamedTuple):
+    """A record and the byte range of its text: `size` bytes from `begin`."""
+
+    record: RawRecord
+    begin: int
+    size: int
+
+
+# ---- files of records ---------------------------------------------------------------------------------------------
+
+
+def read_records(path: str | Path) -> list[RawRecord]:
+    """Reads all records of a `.jsonl` file, a `.parquet` file or, with any other suffix, a JSON list.
+
+    Raises:
+        DataError: The file is missing, is not UTF-8, is not JSON, or is not a list.
+    """
+    return [located.record for located in scan_records(read_file(path))]
+
+
+def read_file(path: str | Path) -> RecordFile:
+    """Reads a file of records, and converts the columns `id`, `image` and `conversations` of Parquet to JSON lines.
+
+    Raises:
+        DataError: The file is missing, or is not a Parquet file with these columns.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check data.sources") from error
+    text = _parquet_to_lines(path, content) if path.suffix == ".parquet" else content
+    return RecordFile(path, hash_bytes(content), text)
+
+
+def scan_records(file: RecordFile) -> Iterator[LocatedRecord]:
+    """Yields the records of a file in order. A line that is not JSON becomes a record with an error.
+
+    Raises:
+        DataError: A list is not UTF-8, is not JSON, or is not a list.
+    """
+    return _scan_lines(file) if file.path.suffix in _FIRST_POSITION else _scan_list(file)
+
+
+def decode_record(path: Path, position: int, text: bytes) -> RawRecord:
+    """Parses the text of one record of a file."""
+    try:
+        return RawRecord(json.loads(text.decode()), _source(path, position), position)
+    except (ValueError, RecursionError) as error:
+        return RawRecord(None, _source(path, position), position, f"not JSON: {error}")
+
+
+def _source(path: Path, position: int) -> str:
+    return f"{path}, {_RECORD_NOUNS.get(path.suffix, 'record')} {position}"
+
+
+def _scan_lines(file: RecordFile) -> Iterator[LocatedRecord]:
+    """Yields the records of JSON lines. Blank lines count as positions but are no records."""
+    text, position = file.text, _FIRST_POSITION[file.path.suffix]
+    begin = len(_UTF8_MARK) if text.startswith(_UTF8_MARK) else 0
+    while begin < len(text):
+        end = text.find(b"\n", begin)
+        end = len(text) if end < 0 else end
+        line = text[begin:end]
+        if line.strip():
+            yield LocatedRecord(decode_record(file.path, position, line), begin, len(line))
+        begin, position = end + 1, position + 1
+
+
+def _scan_list(file: RecordFile) -> Iterator[LocatedRecord]:
+    """Yields the elements of a JSON list.
+
+    The bytes are scanned as Latin-1, where one byte is one character, so that offsets in the text are offsets in the
+    file. Elements that are not ASCII are then parsed again as UTF-8.
+    """
+    path = file.path
+    text = str(file.text, "latin-1")
+    decode = json.JSONDecoder().raw_decode
+
+    def skip_space(offset: int) -> int:
+        match = _SPACE.match(text, offset)
+        assert match is not None, "the pattern matches the empty string"
+        return match.end()
+
+    try:
+        offset = skip_space(len(_UTF8_MARK) if file.text.startswith(_UTF8_MARK) else 0)
+        if text[offset : offset + 1] != "[":
+            value = json.loads(text[offset:])
+            raise DataError(f"{path} holds a {type(value).__name__}, but a list of records is expected")
+        offset, position = skip_space(offset + 1), 0
+        has_next = text[offset : offset + 1] != "]"
+        while has_next:
+            value, end = decode(text, offset)
+            element = file.text[offset:end]
+            if not element.isascii():
+                value = json.loads(element.decode())
+            yield LocatedRecord(RawRecord(value, _source(path, position), position), offset, end - offset)
+            position += 1
+            offset = skip_space(end)
+            has_next = text[offset : offset + 1] == ","
+            if has_next:
+                offset = skip_space(offset + 1)
+        if text[offset : offset + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, offset)
+        if skip_space(offset + 1) != len(text):
+            raise json.JSONDecodeError("Extra data", text, skip_space(offset + 1))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(_describe_bad_list(file, error)) from error
+
+
+def _describe_bad_list(file: RecordFile, error: Exception) -> str:
+    """Reason why a file is not a JSON list: its encoding, or the JSON error."""
+    try:
+        file.text.decode()
+    except UnicodeDecodeError as wrong:
+        return f"{file.path} is not UTF-8 text (byte {wrong.start}); re-save it as UTF-8"
+    return f"{file.path} is not JSON: {error}; a file with one record per line must end in .jsonl"
+
+
+def _parquet_to_lines(path: Path, content: bytes) -> bytes:
+    """Converts the rows of a Parquet file to JSON lines."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
+    lines = BytesIO()
+    try:
+        file = pq.ParquetFile(BytesIO(content))
+        schema = file.schema_arrow
+        if "conversations" not in schema.names:
+            raise DataError(f"{path} has no column 'conversations', only {', '.join(schema.names) or 'none'}")
+        for name in {"id", "image"} & set(schema.names):
+            _check_column(path, name, schema.field(name).type)
+        for batch in file.iter_batches(columns=[name for name in _COLUMNS if name in schema.names]):
+            for row in batch.to_pylist():
+                if isinstance(row["conversations"], str):
+                    row["conversations"] = _parse_or_keep(row["conversations"])
+                # Values that JSON cannot hold become their repr, which validation refuses by the record's name.
+                lines.write(json.dumps(row, default=repr).encode() + b"\n")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no Parquet file that can be read: {error}") from error
+    return lines.getvalue()
+
+
+def _check_column(path: Path, name: str, kind: Any) -> None:
+    """Refuses a column whose type no JSON record has, such as images embedded in the file."""
+    from pyarrow import types
+
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+    if name == "id":
+        if not (is_text or types.is_integer(kind)):
+            raise DataError(f"{path}: the column 'id' holds {kind}, where text or whole numbers are expected")
+    elif not (is_text or ((types.is_list(kind) or types.is_large_list(kind)) and types.is_string(kind.value_type))):
+        raise DataError(
+            f"{path}: the column 'image' holds {kind}, where paths or lists of paths are expected; write images that "
+            "are in the file to files of their own"
+        )
+
+
+def _parse_or_keep(text: str) -> Any:
+    """Turns given as JSON text; other text is returned unchanged, and validation refuses it by name."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+# ---- one record ---------------------------------------------------------------------------------------------------
+
+
 def parse_record(record: Any, image_root: str | Path, source: str = "record") -> Sample:
     """Validates one record.
 
-    A record with exactly one image and no `<image>` in its text is taken to mean the image before the first question;
+    The image of a record with exactly one image and no `<image>` in its text is put before the first question;
     otherwise there must be as many placeholders as images, all in human turns.
 
     Args:
         record: `{"id": ..., "image": str | list (absent for text), "conversations": [{"from": ..., "value": ...}]}`.
             Other keys are ignored.
         image_root: Folder that image paths are relative to.
-        source: Where the record stands, for messages.
+        source: File and position of the record, for messages.
 
     Raises:
-        DataError: Names the record and what is wrong with it.
+        DataError: The record is invalid; the message names it and the reason.
     """
     if not isinstance(record, dict):
         raise DataError(f"{source}: a record is a JSON object, got {type(record).__name__}")
@@ -80,7 +281,7 @@ def parse_record(record: Any, image_root: str | Path, source: str = "record") ->
     root = Path(image_root)
     try:
         images = tuple(root / relative for relative in image_paths(record.get("image")))
-        turns = _with_placeholder(_turns(record.get("conversations")), len(images))
+        turns = _add_placeholder(_parse_turns(record.get("conversations")), len(images))
         _check_placeholders(turns, len(images))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -88,12 +289,12 @@ def parse_record(record: Any, image_root: str | Path, source: str = "record") ->
 
 
 def dialogue(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns that are learnt from: human first, then alternating.
+    """The turns used for training: human first, then alternating.
 
     As in the original code, a leading turn of the model is dropped, and roles must alternate from there on.
 
     Raises:
-        DataError: Nothing is left, or roles do not alternate.
+        DataError: There is no human turn, or roles do not alternate.
     """
     if turns and turns[0].role != HUMAN:
         turns = turns[1:]
@@ -106,7 +307,24 @@ def dialogue(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return turns
 
 
-def _turns(conversations: Any) -> tuple[Turn, ...]:
+def image_paths(image: Any) -> list[str]:
+    """Relative image paths of a record, given the value of its key `image`.
+
+    Raises:
+        DataError: The value is neither a path nor a list of paths, or a path leaves the image root.
+    """
+    if image is None:
+        return []
+    entries = image if isinstance(image, list) else [image]
+    for entry in entries:
+        if not isinstance(entry, str) or not entry.strip() or "\0" in entry:
+            raise DataError(f"'image' must be a path or a list of paths (absent for a text-only record), got {entry!r}")
+        if entry.startswith(("/", "\\")) or ntpath.splitdrive(entry)[0] or ".." in re.split(r"[/\\]", entry):
+            raise DataError(f"image path {entry!r} leaves the image root; write it relative to the root, without '..'")
+    return entries
+
+
+def _parse_turns(conversations: Any) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
         raise DataError("conversations must be a list of at least one turn")
     turns = []
@@ -127,24 +345,8 @@ def _turns(conversations: Any) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def image_paths(image: Any) -> list[str]:
-    """A record's image paths, which stay below their root.
-
-    Raises:
-        DataError: They are no path and no list of paths, or one leaves the root.
-    """
-    if image is None:
-        return []
-    entries = image if isinstance(image, list) else [image]
-    for entry in entries:
-        if not isinstance(entry, str) or not entry.strip() or "\0" in entry:
-            raise DataError(f"'image' must be a path or a list of paths (absent for a text-only record), got {entry!r}")
-        if entry.startswith(("/", "\\")) or ntpath.splitdrive(entry)[0] or ".." in re.split(r"[/\\]", entry):
-            raise DataError(f"image path {entry!r} leaves the image root; write it relative to the root, without '..'")
-    return entries
-
-
-def _with_placeholder(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
+def _add_placeholder(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
+    """Puts a placeholder before the first question if there is one image and no placeholder."""
     if num_images != 1 or any(IMAGE_PLACEHOLDER in turn.value for turn in turns):
         return turns
     first = next(index for index, turn in enumerate(turns) if turn.role == HUMAN)
@@ -160,14 +362,3 @@ def _check_placeholders(turns: tuple[Turn, ...], num_images: int) -> None:
         raise DataError(
             f"{num_images} images but {num_placeholders} {IMAGE_PLACEHOLDER} placeholders; write one per image"
         )
-
-
-__all__ = [
-    "DataError",
-    "RawRecord",
-    "Sample",
-    "Turn",
-    "dialogue",
-    "image_paths",
-    "parse_record",
-]

@@ -1,8 +1,8 @@
-"""Which samples make a micro-batch, and in which order micro-batches come.
+"""Batch samplers: the samples of each micro-batch, and the order of micro-batches.
 
-A micro-batch is filled up to a capacity: a number of samples, or of tokens. Either way the order is a function of
-(seed, epoch) alone, the same on every rank and after a restart. Micro-batch i of the order goes to rank i % processes,
-as accelerate deals them, and an epoch has the same number of them whatever its permutation.
+A micro-batch is filled up to a capacity, in samples or in tokens. The order is a function of (seed, epoch) alone, the
+same on every rank and after a restart. Micro-batch i goes to rank i % world_size, as accelerate distributes them, and
+every epoch has the same number of micro-batches.
 """
 
 from abc import ABC, abstractmethod
@@ -12,18 +12,23 @@ from functools import cached_property
 import torch
 from torch.utils.data import Sampler
 
+MicroBatch = list[int]
+"""Indices of samples."""
+Step = list[MicroBatch]
+"""Micro-batches of one optimizer step, over all ranks."""
 
-def fill(order: Sequence[int], costs: Sequence[int] | None, capacity: int) -> list[list[int]]:
-    """Cuts an order into micro-batches: each takes samples until the next would be too much.
+
+def fill(order: Sequence[int], costs: Sequence[int] | None, capacity: int) -> list[MicroBatch]:
+    """Cuts an order of samples into micro-batches, each filled until the next sample would exceed the capacity.
 
     Args:
-        order: Positions of samples.
-        costs: What each sample of the data set costs; None: one each.
-        capacity: What a micro-batch may cost. A sample that costs more is alone.
+        order: Indices of samples.
+        costs: Cost of each sample of the data set; None means 1 each.
+        capacity: Maximal cost of a micro-batch. A sample that costs more is a micro-batch by itself.
     """
     if costs is None:
         return [list(order[start : start + capacity]) for start in range(0, len(order), capacity)]
-    batches: list[list[int]] = []
+    batches: list[MicroBatch] = []
     room = 0
     for index in order:
         if not batches or costs[index] > room:
@@ -34,12 +39,12 @@ def fill(order: Sequence[int], costs: Sequence[int] | None, capacity: int) -> li
     return batches
 
 
-class MicroBatches(Sampler[list[int]], ABC):
+class MicroBatches(Sampler[MicroBatch], ABC):
     """Micro-batches of an epoch.
 
-    With `tokens`, the same micro-batches come in every epoch, in another order: an epoch must have as many optimizer
-    steps as any other. Their number is made a multiple of the processes by halving some of the last; only where hardly
-    two samples fit into the budget together may that be impossible, and accelerate repeats the first.
+    With `tokens`, every epoch has the same micro-batches in another order, because every epoch needs the same number of
+    optimizer steps. Their number is made a multiple of `world_size` by halving some of the last ones. If the budget
+    holds hardly two samples, that may be impossible, and accelerate repeats the first micro-batch.
 
     Args:
         num_samples: Samples of the data set.
@@ -47,11 +52,11 @@ class MicroBatches(Sampler[list[int]], ABC):
         world_size: Processes.
         accumulation_steps: Micro-batches per process and optimizer step.
         seed: Seed of the permutations.
-        tokens: Tokens of each sample.
+        tokens: Token count of each sample.
 
     Attributes:
-        batch_size: Samples of a micro-batch, where all have as many: accelerate then completes the last with the first
-            samples.
+        batch_size: Samples per micro-batch, None with `tokens`. accelerate completes the last micro-batch to this size
+            with the first samples.
     """
 
     def __init__(
@@ -75,33 +80,34 @@ class MicroBatches(Sampler[list[int]], ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of an epoch."""
+        """Selects the permutation of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         if self.tokens is None:
             return -(-self.num_samples // self.capacity)
-        steps, rest = self._contents
+        steps, rest = self._fixed_batches
         return sum(map(len, steps)) + len(rest)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.tokens is None:
-            steps, rest = self._drawn(generator)
+            steps, rest = self._make_batches(generator)
         else:
-            steps, rest = self._contents
-        for position in torch.randperm(len(steps), generator=generator).tolist():
-            yield from steps[position]
+            steps, rest = self._fixed_batches
+        for number in torch.randperm(len(steps), generator=generator).tolist():
+            yield from steps[number]
         yield from rest
 
     @abstractmethod
-    def _drawn(self, generator: torch.Generator) -> tuple[list[list[list[int]]], list[list[int]]]:
-        """Groups of micro-batches, to be shuffled, and those that come last."""
+    def _make_batches(self, generator: torch.Generator) -> tuple[list[Step], list[MicroBatch]]:
+        """Steps, which are shuffled afterwards, and the remaining micro-batches, which come last."""
 
     @cached_property
-    def _contents(self) -> tuple[list[list[list[int]]], list[list[int]]]:
-        steps, rest = self._drawn(torch.Generator().manual_seed(self.seed))
-        # By what any number of processes may need, so that a run can go on with another number of them.
+    def _fixed_batches(self) -> tuple[list[Step], list[MicroBatch]]:
+        """The micro-batches of every epoch with `tokens`."""
+        steps, rest = self._make_batches(torch.Generator().manual_seed(self.seed))
+        # Enough samples to halve for any world size, so that a run can continue with another one.
         while steps and sum(len(batch) - 1 for batch in rest) < self.num_chunks - 1:
             rest = steps.pop() + rest
         while len(rest) % self.world_size and any(len(batch) > 1 for batch in rest):
@@ -110,36 +116,37 @@ class MicroBatches(Sampler[list[int]], ABC):
             del largest[len(largest) // 2 :]
         return steps, rest
 
-    def _filled(self, order: Sequence[int]) -> list[list[int]]:
+    def _fill(self, order: Sequence[int]) -> list[MicroBatch]:
         return fill(order, self.tokens, self.capacity)
 
-    def _cut_into_steps(self, batches: list[list[int]]) -> tuple[list[list[list[int]]], list[list[int]]]:
-        """The micro-batches of each optimizer step, and those that fill none."""
+    def _split_into_steps(self, batches: list[MicroBatch]) -> tuple[list[Step], list[MicroBatch]]:
+        """Complete optimizer steps, and the micro-batches that are left over."""
         num_full = len(batches) // self.num_chunks * self.num_chunks
-        return [batches[at : at + self.num_chunks] for at in range(0, num_full, self.num_chunks)], batches[num_full:]
+        steps = [batches[start : start + self.num_chunks] for start in range(0, num_full, self.num_chunks)]
+        return steps, batches[num_full:]
 
 
 class ShuffledBatches(MicroBatches):
-    """Samples in a random order."""
+    """Samples in random order."""
 
-    def _drawn(self, generator: torch.Generator) -> tuple[list[list[list[int]]], list[list[int]]]:
-        batches = self._filled(torch.randperm(self.num_samples, generator=generator).tolist())
+    def _make_batches(self, generator: torch.Generator) -> tuple[list[Step], list[MicroBatch]]:
+        batches = self._fill(torch.randperm(self.num_samples, generator=generator).tolist())
         if self.tokens is None:
             return [], batches
-        return self._cut_into_steps(batches)
+        return self._split_into_steps(batches)
 
 
 class ModalityBatches(MicroBatches):
-    """Groups samples so that one optimizer step sees one modality and its micro-batches are of similar length.
+    """Groups samples so that an optimizer step has one modality and micro-batches of similar length.
 
-    Behaves as `group_by_modality_length` of the released trainer. Samples with and without images are permuted apart
-    and cut into megabatches, each the samples of one optimizer step; a megabatch is sorted by length and dealt out to
-    its micro-batches so that their sums of lengths are near each other. Megabatches of both kinds are then shuffled.
-    What does not fill a megabatch comes last, both kinds joined.
+    Matches `group_by_modality_length` of the released trainer. Samples with and without images are permuted separately
+    and cut into megabatches, the samples of one optimizer step. A megabatch is sorted by length and distributed to its
+    micro-batches such that their total lengths are similar. Megabatches of both modalities are then shuffled. Samples
+    that do not fill a megabatch come last, both modalities together.
 
     Args:
-        lengths: One number per sample; negative for a sample without image. Zero is refused.
-        capacity: As in `MicroBatches`, like the arguments after it.
+        lengths: Length of each sample, negative for a sample without images; 0 is refused.
+        capacity: As in `MicroBatches`, like the following arguments.
     """
 
     def __init__(
@@ -157,42 +164,38 @@ class ModalityBatches(MicroBatches):
         if 0 in self.lengths:
             raise ValueError(f"sample {self.lengths.index(0)} has length 0, which says nothing about its modality")
 
-    def _drawn(self, generator: torch.Generator) -> tuple[list[list[list[int]]], list[list[int]]]:
+    def _make_batches(self, generator: torch.Generator) -> tuple[list[Step], list[MicroBatch]]:
         with_image = [index for index, length in enumerate(self.lengths) if length > 0]
         text_only = [index for index, length in enumerate(self.lengths) if length < 0]
-        steps: list[list[list[int]]] = []
+        steps: list[Step] = []
         rest: list[int] = []
         for indices in (with_image, text_only):
             order = torch.randperm(len(indices), generator=generator).tolist()
-            batches = self._filled([indices[position] for position in order])
+            batches = self._fill([indices[number] for number in order])
             if batches and self.tokens is None and len(batches[-1]) < self.capacity:
                 rest += batches.pop()
-            full, left = self._cut_into_steps(batches)
-            steps += map(self._balanced, full)
-            rest += [index for batch in left for index in batch]
-        return steps, self._filled(sorted(rest))
+            full, left_over = self._split_into_steps(batches)
+            steps += map(self._balance, full)
+            rest += [index for batch in left_over for index in batch]
+        return steps, self._fill(sorted(rest))
 
-    def _balanced(self, batches: list[list[int]]) -> list[list[int]]:
-        """Deals the samples of an optimizer step to its micro-batches anew, longest first, each to the lightest that
-        has room; where one finds no room, as may happen with tokens, they stay as they were.
+    def _balance(self, step: Step) -> Step:
+        """Redistributes the samples of a step, longest first, each to the lightest micro-batch that has room.
+
+        With `tokens`, a sample may find no room; the step is then returned unchanged.
         """
-        chunks: list[list[int]] = [[] for _ in batches]
-        totals = [0] * len(batches)
-        for index in sorted(
-            (index for batch in batches for index in batch), key=self._weights.__getitem__, reverse=True
-        ):
+        chunks: list[MicroBatch] = [[] for _ in step]
+        totals = [0] * len(step)
+        for index in sorted((index for batch in step for index in batch), key=self._weights.__getitem__, reverse=True):
             fitting = [number for number, chunk in enumerate(chunks) if self._has_room(chunk, totals[number], index)]
             if not fitting:
-                return batches
+                return step
             lightest = min(fitting, key=totals.__getitem__)
             chunks[lightest].append(index)
             totals[lightest] += self._weights[index]
         return chunks
 
-    def _has_room(self, chunk: list[int], total: int, index: int) -> bool:
+    def _has_room(self, chunk: MicroBatch, total: int, index: int) -> bool:
         if self.tokens is None:
             return len(chunk) < self.capacity
         return not chunk or total + self.tokens[index] <= self.capacity
-
-
-__all__ = ["MicroBatches", "ModalityBatches", "ShuffledBatches", "fill"]

@@ -1,11 +1,11 @@
-"""Skip lists: records that `avg-llava verify-data` found unusable, and that a data set leaves out.
+"""Skip lists: records that `avg-llava verify-data` found unusable, which a data set leaves out.
 
-A JSON file that names data files by the SHA-256 of their bytes, so that a list is never applied to other records than
-those it was made of:
+A skip list is a JSON file that identifies data files by the SHA-256 of their bytes, so that it is never applied to
+other records than those it was made from:
 
     {"format": 1, "files": {"<sha256>": {"path": "data.json", "skip": {"17": "missing: images/17.png: ..."}}}}
 
-Records are known by their position: the index in a list, or the line of a `.jsonl` file, counted from 1.
+Records are identified by their position: the index in a list, or the line of a `.jsonl` file, counted from 1.
 """
 
 import json
@@ -20,18 +20,18 @@ FORMAT = 1
 
 
 class SkippedRecords(NamedTuple):
-    """What is skipped of one file: for each position, why."""
+    """The skipped records of one file: position -> reason."""
 
     path: str
     skip: dict[int, str]
 
 
 class SkipList:
-    """The records to leave out.
+    """Records to leave out.
 
     Args:
-        files: By the SHA-256 of the file.
-        name: What messages call the list.
+        files: SHA-256 of a file -> its skipped records.
+        name: Name of the list, for messages.
     """
 
     def __init__(self, files: Mapping[str, SkippedRecords], name: str = "the skip list"):
@@ -39,7 +39,7 @@ class SkipList:
         self.name = name
 
     def positions(self, path: str | Path, sha256: str) -> frozenset[int]:
-        """Positions to leave out of a file.
+        """Positions of the skipped records of a file.
 
         Raises:
             DataError: The file was not verified, or has changed since.
@@ -52,9 +52,9 @@ class SkipList:
         return frozenset(self.files[sha256].skip)
 
     def write(self, path: Path) -> None:
-        """Writes the list in one step."""
+        """Writes the list atomically."""
         files = {
-            sha256: {"path": records.path, "skip": {str(place): records.skip[place] for place in sorted(records.skip)}}
+            sha256: {"path": records.path, "skip": {str(key): reason for key, reason in sorted(records.skip.items())}}
             for sha256, records in self.files.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +65,14 @@ def read_skip_list(path: str | Path) -> SkipList:
     """Reads a skip list.
 
     Raises:
-        DataError: The file is missing, or no skip list.
+        DataError: The file is missing or not a skip list.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise DataError(f"{path} is a skip list of format {content['format']}; this program reads {FORMAT}")
         files = {
-            sha256: SkippedRecords(records["path"], {int(place): reason for place, reason in records["skip"].items()})
+            sha256: SkippedRecords(records["path"], {int(key): reason for key, reason in records["skip"].items()})
             for sha256, records in content["files"].items()
         }
     except OSError as error:
@@ -82,6 +82,3 @@ def read_skip_list(path: str | Path) -> SkipList:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no skip list of `avg-llava verify-data` ({error!r})") from error
     return SkipList(files, str(path))
-
-
-__all__ = ["SkipList", "SkippedRecords", "read_skip_list"]

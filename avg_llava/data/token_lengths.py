@@ -1,4 +1,4 @@
-"""Tokens of every sample, counted once and kept in a file: what micro-batches with a token budget are filled by."""
+"""Token counts of all samples, computed once and stored, for micro-batches with a token budget."""
 
 import time
 from pathlib import Path
@@ -12,15 +12,15 @@ from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import DataError, read_image_size
 
-BATCH_SIZE = 64  # samples that a process measures before it reports
+BATCH_SIZE = 64  # samples that a worker counts before it reports
 _POLL_SECONDS = 0.2
 
 
 class SampleLengths(Dataset[int]):
-    """Tokens of each sample: text and, at the finest level, visual tokens, cut to the longest sequence.
+    """Token count of each sample: text and, at the finest level, visual tokens, truncated to the maximal length.
 
-    Of images only the headers are read. A sample whose images cannot be opened counts one token, the one that stands
-    for it where bad samples are skipped.
+    Only the headers of images are read. A sample whose images cannot be opened counts one token, the masked token that
+    replaces it if bad samples are skipped.
     """
 
     def __init__(self, dataset: ConversationDataset):
@@ -42,13 +42,13 @@ class SampleLengths(Dataset[int]):
 
 
 def token_lengths(dataset: ConversationDataset, folder: Path, rank: int, num_workers: int) -> np.ndarray:
-    """Tokens of each sample (samples,), from a file in `folder`, which the first process writes if there is none.
+    """Loads the token counts (samples,) from a file in `folder`; rank 0 computes and stores them if it is missing.
 
     Args:
         dataset: The samples.
-        folder: Where the file is or will be; all processes must see it.
-        rank: Number of this process. All but the first wait.
-        num_workers: Processes that count.
+        folder: Folder of the file, visible to all processes.
+        rank: Rank of this process; all but rank 0 wait.
+        num_workers: Loader processes that count.
     """
     path = folder / f"lengths-{_identity(dataset)[:16]}.npy"
     if rank == 0 and not path.is_file():
@@ -61,13 +61,13 @@ def token_lengths(dataset: ConversationDataset, folder: Path, rank: int, num_wor
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(lengths, dtype=np.int32))
-    while not path.is_file():  # should the first process fail, the launcher ends this one
+    while not path.is_file():  # if rank 0 fails, the launcher ends this process
         time.sleep(_POLL_SECONDS)
     return np.load(path)
 
 
 def _identity(dataset: ConversationDataset) -> str:
-    """What lengths depend on. Images are taken to stay as they are."""
+    """Hash of everything that the counts depend on, except for the bytes of images."""
     processor, config = dataset.processor, dataset.config
     parts = [
         dataset.fingerprint(),
@@ -77,6 +77,3 @@ def _identity(dataset: ConversationDataset) -> str:
         [config.image_grid_pinpoints, config.granularities[-1], config.behavior, config.vision_config.image_size],
     ]
     return hash_json(parts)
-
-
-__all__ = ["SampleLengths", "token_lengths"]

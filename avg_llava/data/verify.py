@@ -1,12 +1,11 @@
-"""Looking at every sample before training does: what is missing, unreadable, malformed, too long or without answer.
+"""Checks every sample before training: missing, unreadable, malformed, over-long or without supervised tokens.
 
-Images are decoded, texts are encoded, nothing else is computed. Done by any number of processes; a run that was killed
-goes on from where it was, by notes beside its skip list.
+Images are decoded and texts are encoded, by any number of processes; no model is run. A killed check continues from the
+findings stored beside its skip list.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,22 +14,23 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from avg_llava.common.files import hash_json
+from avg_llava.common.jsonl import JsonLines
 from avg_llava.data.dataset import ConversationDataset, OutsideRootError
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList, SkippedRecords
 from avg_llava.model.images import MissingImageError, OversizedImageError
 
 Problem = Literal["malformed", "missing", "outside root", "oversized", "unreadable", "masked", "over-long"]
-"""`masked`: nothing is supervised. `over-long`: text is cut off at the end, which training does too, so these samples
-are counted and used."""
+"""`masked`: no token is supervised. `over-long`: truncated at the end, as in training, so the sample is counted and
+used."""
 
-BATCH_SIZE = 32  # samples that a process looks at before it reports
+BATCH_SIZE = 32  # samples that a process checks before it reports
 TOTAL = "total"
-TEXT_ONLY, MALFORMED = "(text only)", "(malformed)"  # groups of samples without an image's path
+TEXT_ONLY, MALFORMED = "(text only)", "(malformed)"  # groups of samples without an image path
 
 
 class Finding(NamedTuple):
-    """What is wrong with a sample, if anything. `position` is its record's, `source` the source's number."""
+    """Problems of one sample, if any: `source` is the index of its source, `position` that of its record."""
 
     source: int
     position: int
@@ -43,10 +43,10 @@ class SourceReport:
     """Counts of one source.
 
     Attributes:
-        path: Its file.
-        num_records: Records that are used of it.
-        groups: Records by the first folder of their image's path, or `TEXT_ONLY` or `MALFORMED`.
-        problems: Samples by what is wrong with them; one may have several problems.
+        path: The source's file.
+        num_records: Records that are used.
+        groups: Records by the first folder of their image path, or `TEXT_ONLY` or `MALFORMED`.
+        problems: Samples by problem; a sample may have several.
     """
 
     path: str
@@ -55,21 +55,21 @@ class SourceReport:
     problems: Counter[Problem] = field(default_factory=Counter)
 
     def unexpected(self, expected: Mapping[str, int]) -> dict[str, int]:
-        """The counts, by group and `TOTAL`, that are more than 1 % from what is expected."""
+        """The counts, by group or `TOTAL`, that differ by more than 1 % from the expected ones."""
         found = {name: self.num_records if name == TOTAL else self.groups[name] for name in expected}
         return {name: found[name] for name in expected if abs(found[name] - expected[name]) > 0.01 * expected[name]}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
-    """Counts of every source, and what training should skip."""
+    """Counts of every source, and the records that training should skip."""
 
     sources: list[SourceReport]
     skip_list: SkipList
 
     @property
     def num_skipped(self) -> int:
-        """Records that training should skip."""
+        """Number of records that training should skip."""
         return sum(len(records.skip) for records in self.skip_list.files.values())
 
 
@@ -77,16 +77,16 @@ def verify(
     dataset: ConversationDataset,
     num_processes: int,
     output: Path | None = None,
-    show: Callable[[int, int], None] = lambda done, total: None,
+    callback: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Looks at all samples of a data set.
+    """Checks all samples of a data set.
 
     Args:
-        dataset: Made with `on_bad_sample="skip"`, so that it holds its malformed records, and without skip list.
-        num_processes: Processes that look.
-        output: The skip list to write. Notes of what was seen are kept beside it until it is written; without it, a run
-            that was killed begins anew.
-        show: Told how many of all samples are done.
+        dataset: Made with `on_bad_sample="skip"`, so that it lists its malformed records, and without a skip list.
+        num_processes: Number of processes.
+        output: The skip list to write. Findings are stored beside it until it is complete; without it, a killed check
+            starts again.
+        callback: Called with the numbers of checked samples and of all samples.
 
     Raises:
         DataError: A process was killed.
@@ -94,7 +94,7 @@ def verify(
     sources = [SourceReport(file.path) for file in dataset.files]
     skip_list = SkipList({file.sha256: SkippedRecords(file.path, {}) for file in dataset.files})
 
-    def enter(finding: Finding) -> None:
+    def record(finding: Finding) -> None:
         report = sources[finding.source]
         report.num_records += 1
         report.groups[finding.group] += 1
@@ -103,94 +103,73 @@ def verify(
         if reasons:
             skip_list.files[dataset.files[finding.source].sha256].skip[finding.position] = "; ".join(reasons)
 
-    for record in dataset.malformed:
-        enter(Finding(*record.origin, MALFORMED, (("malformed", record.message),)))
-    total = len(dataset.unique())
-    notes = None if output is None else Notes(output.with_name(f".{output.name}.partial"), _identity(dataset))
-    done = 0
-    for findings in _findings(dataset, num_processes, notes):
+    for malformed in dataset.malformed:
+        record(Finding(*malformed.origin, MALFORMED, (("malformed", malformed.message),)))
+    indices = dataset.unique()
+    store = None if output is None else JsonLines(output.with_name(f".{output.name}.partial"))
+    num_done = 0
+    for findings in _check_samples(dataset, indices, num_processes, store):
         for finding in findings:
-            enter(finding)
-        done += len(findings)
-        show(done, total)
-    if output is not None and notes is not None:
+            record(finding)
+        num_done += len(findings)
+        callback(num_done, len(indices))
+    if output is not None and store is not None:
         skip_list.write(output)
-        notes.path.unlink(missing_ok=True)
+        store.path.unlink(missing_ok=True)
     return Verification(sources, skip_list)
 
 
-class Notes:
-    """What was seen so far, in a file of JSON lines: first what the notes are of, then one line per batch.
-
-    Args:
-        path: The file.
-        identity: What the notes are of; notes of anything else are dropped.
-    """
-
-    def __init__(self, path: Path, identity: str):
-        self.path = path
-        self.identity = identity
-
-    def read(self) -> list[Finding]:
-        """All findings so far; a last line that was cut short by a kill is removed from the file."""
-        if not self.path.is_file():
-            return self._begin()
-        first, *lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
-        if first != self._head():
-            return self._begin()
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            self.path.write_text(first + "".join(whole), encoding="utf-8")
-        return [
-            Finding(source, position, group, tuple((problem, message) for problem, message in problems))
-            for line in whole
-            for source, position, group, problems in json.loads(line)
-        ]
-
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Notes a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(findings) + "\n")
-
-    def _begin(self) -> list[Finding]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(self._head(), encoding="utf-8")
-        return []
-
-    def _head(self) -> str:
-        return json.dumps(self.identity) + "\n"
-
-
-def _findings(dataset: ConversationDataset, num_processes: int, notes: Notes | None) -> Iterator[list[Finding]]:
-    """Findings of all samples: first those noted, then the others as they come, in the data set's order."""
-    known = [] if notes is None else notes.read()
+def _check_samples(
+    dataset: ConversationDataset, indices: np.ndarray, num_processes: int, store: JsonLines | None
+) -> Iterator[list[Finding]]:
+    """Yields the stored findings, then those of the remaining samples batch by batch, in the order of `indices`."""
+    known = [] if store is None else _read_findings(store, _identity(dataset))
     yield known
     loader = DataLoader(
-        VerifiedSamples(dataset, dataset.unique()[len(known) :]),
+        SampleChecks(dataset, indices[len(known) :]),
         BATCH_SIZE,
         collate_fn=list,
         num_workers=num_processes if num_processes > 1 else 0,
     )
     try:
         for findings in loader:
-            if notes is not None:
-                notes.add(findings)
+            if store is not None:
+                store.append([findings])
             yield findings
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a process that looks at samples ended ({error}), perhaps for want of memory; run again with fewer "
-            "processes, which goes on from here if there is an --output"
+            f"a process that checks samples ended ({error}), perhaps because memory ran out; run again with fewer "
+            "processes, which continues from here if there is an --output"
         ) from error
 
 
-class VerifiedSamples(Dataset[Finding]):
-    """What is wrong with samples of a data set.
+def _read_findings(store: JsonLines, identity: str) -> list[Finding]:
+    """Reads the findings of a store, whose first line is its identity; a store of another identity is emptied."""
+    lines = store.read()
+    if lines[:1] != [identity]:
+        store.path.parent.mkdir(parents=True, exist_ok=True)
+        store.write([identity])
+        return []
+    return [
+        Finding(source, position, group, tuple((problem, message) for problem, message in problems))
+        for line in lines[1:]
+        for source, position, group, problems in line
+    ]
+
+
+def _identity(dataset: ConversationDataset) -> str:
+    """Hash of everything that the findings depend on, except for the bytes of images."""
+    return hash_json([dataset.fingerprint(), [file.image_root for file in dataset.files], dataset.max_image_pixels])
+
+
+class SampleChecks(Dataset[Finding]):
+    """Findings of samples of a data set.
 
     Args:
         dataset: The data set.
-        indices: Positions of the samples.
+        indices: Indices of the samples.
     """
 
     def __init__(self, dataset: ConversationDataset, indices: np.ndarray):
@@ -200,8 +179,8 @@ class VerifiedSamples(Dataset[Finding]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> Finding:
-        index = int(self.indices[place])
+    def __getitem__(self, number: int) -> Finding:
+        index = int(self.indices[number])
         sample, origin = self.dataset.sample(index), self.dataset.origin(index)
         group = TEXT_ONLY
         if sample.images:
@@ -226,11 +205,3 @@ class VerifiedSamples(Dataset[Finding]):
                 yield "over-long", text.cut
             if text.masked is not None:
                 yield "masked", text.masked
-
-
-def _identity(dataset: ConversationDataset) -> str:
-    parts = [dataset.fingerprint(), [file.image_root for file in dataset.files], dataset.max_image_pixels]
-    return hash_json(parts)
-
-
-__all__ = ["TOTAL", "Problem", "SourceReport", "Verification", "verify"]

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from avg_llava.common.jsonl import JsonLines
-from avg_llava.data.record_files import read_records
-from avg_llava.data.records import DataError, RawRecord, image_paths
+from avg_llava.data.records import DataError, RawRecord, image_paths, read_records
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Predictor

@@ -107,7 +107,7 @@ def test_malformed_records_stop_or_are_left_out(folder, make, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = make(path, on_bad_sample="skip")
     assert [dataset.sample(index).id for index in range(len(dataset))] == ["good", "also good"]
-    assert dataset.troubles["malformed record left out"] == 3
+    assert dataset.problem_counts["malformed record left out"] == 3
     assert "sample 'a'" in caplog.text
 
 
@@ -129,7 +129,7 @@ def test_unreadable_images_stop_or_are_masked(folder, make, caplog, image, proce
     assert "sample 'bad'" in caplog.text
     assert image in caplog.text
     assert len(dataset) == 2  # its place in the order stays, so that ranks take the same steps
-    assert dataset.troubles == {"unreadable sample masked": 1}
+    assert dataset.problem_counts == {"unreadable sample masked": 1}
     batch = Collator(processor.tokenizer.pad_token_id)([item, item])
     assert "pixel_values" not in batch
     assert batch["index"].tolist() == [0, 0]
@@ -216,7 +216,7 @@ def test_troubles_are_named_at_first_and_then_counted(folder, make, caplog):
     path = write_records(folder, *[record(n, "Hi", 3) for n in range(30)], record("good", "Hi", "Yes"))
     with caplog.at_level(logging.WARNING):
         dataset = make(path, on_bad_sample="skip")
-    assert dataset.troubles["malformed record left out"] == 30
+    assert dataset.problem_counts["malformed record left out"] == 30
     assert len(caplog.records) == 10
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from avg_llava.data import ConversationDataset, DataError, DataSource
 from avg_llava.data import index as indexing
-from avg_llava.data.index import FOLDER, open_index
+from avg_llava.data.index import INDEX_DIR_NAME, open_index
 from tests.tiny import record, write_records
 
 FORK = multiprocessing.get_context("fork")
@@ -71,18 +71,18 @@ def test_records_are_what_json_reads(tmp_path, form, mark, ascii_only):
         assert [index.record(row).value for row in range(len(index.rows))] == RECORDS
         assert index.rows["position"].tolist() == list(positions)
         assert index.rows["length"].tolist() == [-6, -4, -3, 0, 0, 0, 0, 0]
-    assert index.home is not None
+    assert index.folder is not None
 
 
 def test_the_first_process_reads_the_file_and_others_its_index(path, monkeypatch):
     first = open_index(path, "vicuna_v1")
-    assert first.home.parent == path.parent / FOLDER
+    assert first.folder.parent == path.parent / INDEX_DIR_NAME
     assert first.rows["length"].tolist() == [6] * 5 + [-2, 0]
 
     def never(path):
         raise AssertionError("the file is parsed again")
 
-    monkeypatch.setattr(indexing, "read_text", never)
+    monkeypatch.setattr(indexing, "read_file", never)
     again = open_index(path, "vicuna_v1")
     assert again.sha256 == first.sha256
     assert np.array_equal(again.rows, first.rows)
@@ -97,7 +97,7 @@ def test_what_depends_on_an_index_is_the_same_with_a_kept_one(folder, path, proc
         return ConversationDataset([source], processor, "vicuna_v1", config, on_bad_sample="skip")
 
     new = make()
-    assert len(kept(folder / FOLDER)) == 1
+    assert len(kept(folder / INDEX_DIR_NAME)) == 1
     old = make()
     assert len(new) == len(old) == 9
     assert new.fingerprint() == old.fingerprint()
@@ -121,14 +121,14 @@ def test_a_changed_file_has_a_new_index(path):
 def test_templates_have_indices_of_their_own(path):
     assert open_index(path, "vicuna_v1").rows["length"].tolist() == [6] * 5 + [-2, 0]
     assert open_index(path, "plain").rows["length"].tolist() == [6] * 5 + [0, 0]
-    assert len(kept(path.parent / FOLDER)) == 2
+    assert len(kept(path.parent / INDEX_DIR_NAME)) == 2
 
 
 def test_a_file_of_this_moment_is_not_relied_upon(path):
     """Written twice within the clock's tick, it has the same size and time, and other records."""
     path.write_text(path.read_text())
     status = path.stat()
-    assert open_index(path, "vicuna_v1").home is None
+    assert open_index(path, "vicuna_v1").folder is None
     path.write_text(path.read_text().replace("car", "bus"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
@@ -139,14 +139,14 @@ def test_a_file_of_this_moment_is_not_relied_upon(path):
 def test_a_damaged_index_is_built_again(path, damage, caplog):
     whole = open_index(path, "vicuna_v1")
     if damage == "cut":
-        (whole.home / "rows.npy").write_bytes((whole.home / "rows.npy").read_bytes()[:150])
+        (whole.folder / "rows.npy").write_bytes((whole.folder / "rows.npy").read_bytes()[:150])
     elif damage == "other":
-        np.save(whole.home / "rows.npy", np.zeros(7))
+        np.save(whole.folder / "rows.npy", np.zeros(7))
     else:
-        (whole.home / damage).write_bytes(b"")
+        (whole.folder / damage).write_bytes(b"")
     again = open_index(path, "vicuna_v1")
     assert "is damaged" in caplog.text
-    assert again.home == whole.home
+    assert again.folder == whole.folder
     assert again.sample(4, path.parent).id == "4"
 
 
@@ -154,10 +154,10 @@ def test_a_folder_that_cannot_be_written_to(path, tmp_path, caplog):
     (tmp_path / "file").write_text("no folder")
     index = open_index(path, "vicuna_v1", tmp_path / "file" / "indices")
     assert "name a folder with room in data.index_dir" in caplog.text
-    assert index.home is None
+    assert index.folder is None
     assert index.sample(4, path.parent).id == "4"
     elsewhere = open_index(path, "vicuna_v1", tmp_path / "elsewhere")
-    assert elsewhere.home.parent == tmp_path / "elsewhere"
+    assert elsewhere.folder.parent == tmp_path / "elsewhere"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
@@ -176,11 +176,11 @@ def test_no_room_for_an_index(folder, caplog, suffix):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be kept" in caplog.text
-    assert kept(path.parent / FOLDER) == []
+    assert kept(path.parent / INDEX_DIR_NAME) == []
     assert index.sample(199, folder).id == "199"
     copy = pickle.loads(pickle.dumps(index))
     assert copy.sample(199, folder) == index.sample(199, folder)
-    assert open_index(path, "vicuna_v1").home is not None, "there is room again"
+    assert open_index(path, "vicuna_v1").folder is not None, "there is room again"
 
 
 def _open(path: Path, start, marks: Path) -> None:
@@ -194,7 +194,7 @@ def _open(path: Path, start, marks: Path) -> None:
     indexing._build = noted
     start.wait()
     index = open_index(path, "vicuna_v1")
-    os._exit(0 if index.sample(4, path.parent).id == "4" and index.home is not None else 1)
+    os._exit(0 if index.sample(4, path.parent).id == "4" and index.folder is not None else 1)
 
 
 def test_of_processes_that_start_together_one_builds(path, tmp_path):
@@ -208,11 +208,11 @@ def test_of_processes_that_start_together_one_builds(path, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
     assert len(list(marks.iterdir())) == 1
-    assert len(kept(path.parent / FOLDER)) == 1
+    assert len(kept(path.parent / INDEX_DIR_NAME)) == 1
 
 
 def _hold(path: Path, held) -> None:
-    with indexing._locked(path.parent / FOLDER, path):
+    with indexing._locked(path.parent / INDEX_DIR_NAME, path):
         held.set()
         time.sleep(600)
 
@@ -224,7 +224,7 @@ def test_a_killed_builder_holds_nobody_up(path):
     assert held.wait(60)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join(60)
-    assert open_index(path, "vicuna_v1").home is not None
+    assert open_index(path, "vicuna_v1").folder is not None
 
 
 def test_processes_do_not_copy_rows(folder):

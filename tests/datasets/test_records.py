@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from avg_llava.data.record_files import read_records
-from avg_llava.data.records import DataError, Turn, dialogue, parse_record
+from avg_llava.data.records import DataError, Turn, dialogue, parse_record, read_records
 from tests.tiny import record
 
 ROOT = Path("root")

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from avg_llava import cli
-from avg_llava.data.index import FOLDER
+from avg_llava.data.index import INDEX_DIR_NAME
 from avg_llava.planning import dry_run
 from avg_llava.training import run
 from avg_llava.training.assembly import load_processor
@@ -44,7 +44,7 @@ def _write(world: Path, stage: int, **sections) -> Path:
 
 def _files(folder: Path) -> set[Path]:
     """What there is, but for indices of data."""
-    return {path.relative_to(folder) for path in folder.rglob("*") if FOLDER not in path.parts}
+    return {path.relative_to(folder) for path in folder.rglob("*") if INDEX_DIR_NAME not in path.parts}
 
 
 def test_a_run_that_is_right(world, capsys):
