@@ -22,7 +22,7 @@ from PIL import Image
 
 from avg_llava.data.records import DataError
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Benchmark, Protocol
-from avg_llava.evaluation.protocols import PAPER_TASKS
+from avg_llava.evaluation.benchmarks.mmmu import PAPER_TASKS
 from avg_llava.inference.answers import Request
 from avg_llava.model.images import decode_image, load_image
 
