@@ -16,14 +16,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from avg_llava.evaluation.answering import Setting
     from avg_llava.evaluation.benchmarks import BENCHMARKS
     from avg_llava.evaluation.evaluate import evaluate as evaluate_benchmark
-    from avg_llava.evaluation.published import compare_with_expected, read_expected
+    from avg_llava.evaluation.published import compare_with_expected, load_expected
 
     hide_bars_from_files()
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no benchmark; there are {', '.join(BENCHMARKS)}, and all")
-    expected = read_expected(arguments.check) if arguments.check else []
+    expected = load_expected(arguments.check, names) if arguments.check else []
     results, lines, differences, failures = [], [], [], []
     for name in names:
         setting = Setting(
@@ -145,7 +145,14 @@ def add_evaluation(commands: Any) -> None:
                 ("--dtype",),
                 {"choices": ["float32", "bfloat16", "float16"], "default": "float32", "help": "of weights (float32)"},
             ),
-            (("--check",), {"type": Path, "metavar": "FILE", "help": "expected figures; fail where one differs"}),
+            (
+                ("--check",),
+                {
+                    "type": Path,
+                    "metavar": "FILE",
+                    "help": "expected figures, or `published` for the paper's; fail if a measured one differs",
+                },
+            ),
             JSON,
         ],
     )

@@ -7,7 +7,7 @@ Batches are made once, of all questions, so that a killed run that goes on makes
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from avg_llava.common.jsonl import JsonLines, open_folder
 from avg_llava.common.workers import default_workers, map_batches
-from avg_llava.data.records import DataError
-from avg_llava.evaluation.benchmarks import Protocol
+from avg_llava.evaluation.benchmarks import BENCHMARKS, HarnessTask, Protocol
+from avg_llava.evaluation.questions import LocalQuestions, Questions
 from avg_llava.evaluation.results import Failure, Granularity
-from avg_llava.evaluation.tasks import BenchmarkQuestions
-from avg_llava.inference.answers import Answer, Decoding, Request, cut_at
+from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Choice, Encoded, Predictor
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 
 AUTO, RANDOM, ALL = "auto", "random", "all"
@@ -61,15 +61,27 @@ class Setting:
     dtype: torch.dtype
 
 
+def open_questions(setting: Setting) -> Questions:
+    """Opens the questions of the setting's benchmark.
+
+    Raises:
+        BenchmarkError: The data set cannot be opened.
+    """
+    if isinstance(BENCHMARKS[setting.benchmark].source, HarnessTask):
+        from avg_llava.evaluation.tasks import HarnessQuestions  # lmms-eval, which other benchmarks do without
+
+        return HarnessQuestions(setting.benchmark, setting.protocol, setting.data)
+    return LocalQuestions(setting.benchmark, setting.protocol, setting.data)
+
+
 # ---- in a worker --------------------------------------------------------------------------------------------------
 
-_worker: "tuple[Setting, BenchmarkQuestions, Predictor] | None" = None
+_worker: "tuple[Setting, Questions, Predictor] | None" = None
 
 
 def _start_worker(setting: Setting, device: str) -> None:
     global _worker
-    questions = BenchmarkQuestions(setting.benchmark, setting.protocol, setting.data)
-    _worker = (setting, questions, load_predictor(setting, device))
+    _worker = (setting, open_questions(setting), load_predictor(setting, device))
 
 
 def load_predictor(setting: Setting, device: str) -> Predictor:
@@ -101,7 +113,7 @@ def _answer_group(
     indices: list[int],
     requests: Mapping[int, Request],
     setting: Setting,
-    questions: BenchmarkQuestions,
+    questions: Questions,
     predictor: Predictor,
 ) -> Iterator[dict[str, Any] | Failure]:
     if not indices:
@@ -122,7 +134,7 @@ def _answer_group(
     for row, index in enumerate(indices):
         yield {
             "id": str(index),
-            "answers": {key: _told(predictions[row], len(indices)) for key, predictions in answers.items()},
+            "answers": {key: _to_json(predictions[row], len(indices)) for key, predictions in answers.items()},
             "router_log_probs": log_probs[row] if log_probs else None,
             "finest_visual_tokens": finest[row],
         }
@@ -132,14 +144,13 @@ def _answer_keys(
     encoded: Encoded,
     indices: list[int],
     setting: Setting,
-    questions: BenchmarkQuestions,
+    questions: Questions,
     predictor: Predictor,
 ) -> tuple[dict[str, list[Answer]], list[Any] | None]:
     """Key -> predictions, and each question's router log-probabilities, image by image."""
 
     def answer(granularity: int | Sequence[int] | Choice | None) -> list[Answer]:
-        predictions = predictor.answer(encoded, granularity, Decoding(questions.max_new_tokens))
-        return [replace(prediction, text=cut_at(prediction.text, questions.stops)) for prediction in predictions]
+        return predictor.answer(encoded, granularity, Decoding(questions.max_new_tokens, stop=questions.stop))
 
     if encoded.features is None:
         return {AUTO: answer(None)}, None
@@ -165,7 +176,7 @@ def _by_request(rows: list[Any], encoded: Encoded) -> list[Any]:
     return [[next(remaining) for _ in range(count)] for count in encoded.images_of_request]
 
 
-def _told(prediction: Answer, num_questions: int) -> dict[str, Any]:
+def _to_json(prediction: Answer, num_questions: int) -> dict[str, Any]:
     """A prediction as the store keeps it; of a batch's time, the question's share."""
     return {
         "prediction": prediction.text,
@@ -179,7 +190,7 @@ def _told(prediction: Answer, num_questions: int) -> dict[str, Any]:
 
 
 def collect_answers(
-    setting: Setting, questions: BenchmarkQuestions, folder: Path, identity: Mapping[str, Any], num_workers: int | None
+    setting: Setting, questions: Questions, folder: Path, identity: Mapping[str, Any], num_workers: int | None
 ) -> tuple[dict[int, dict[str, Any]], list[Failure]]:
     """Answers whatever is not answered yet.
 

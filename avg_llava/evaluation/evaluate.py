@@ -4,10 +4,8 @@ Everything in the result but times and machine is a function of model, questions
 processes, nor of how often the run was killed.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -19,14 +17,13 @@ from avg_llava.checkpoints.loading import resolve_folder
 from avg_llava.common.files import hash_file, hash_json
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
-from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor
+from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor, open_questions
+from avg_llava.evaluation.questions import Questions
 from avg_llava.evaluation.results import (
     FORMAT,
     CurvePoint,
-    DatasetFacts,
     Efficiency,
     GenerationFacts,
-    HarnessFacts,
     ModelFacts,
     Oracle,
     Result,
@@ -35,9 +32,8 @@ from avg_llava.evaluation.results import (
     Spread,
     write_result,
 )
-from avg_llava.evaluation.scoring import compute_metrics, judge, question_score
+from avg_llava.evaluation.scoring import compute_metrics, score_answers
 from avg_llava.evaluation.speed import measure_speed
-from avg_llava.evaluation.tasks import BenchmarkQuestions
 from avg_llava.model.configuration import AvgLlavaConfig
 
 Line = Mapping[str, Any]
@@ -63,14 +59,14 @@ def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed:
     levels = list(config.granularities or ())
     if isinstance(setting.granularity, int) and setting.granularity not in levels:
         raise ValueError(f"granularity {setting.granularity} is none of the model's levels {levels}")
-    questions = BenchmarkQuestions(setting.benchmark, setting.protocol, setting.data)
+    questions = open_questions(setting)
     facts = _facts(setting, questions, levels)
     identity = _identity(setting, questions, facts)
     folder = output / "store" / setting.benchmark
     lines, failures = collect_answers(setting, questions, folder, identity, num_workers)
 
     chosen = {index: _chosen(line, setting) for index, line in lines.items()}
-    outcomes = judge(questions, {index: answer["prediction"] for index, answer in chosen.items()})
+    outcomes = score_answers(questions, {index: answer["prediction"] for index, answer in chosen.items()})
     metrics = compute_metrics(questions, outcomes)
     answers = output / f"{setting.benchmark}.answers.jsonl"
     JsonLines(answers).write(
@@ -80,7 +76,7 @@ def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed:
             "reference": questions.reference(index),
             **answer,
             "router_log_probs": lines[index]["router_log_probs"],
-            "score": question_score(questions, outcomes[index]),
+            "score": questions.benchmark.question_score(outcomes[index]),
         }
         for index, answer in chosen.items()
     )
@@ -89,7 +85,7 @@ def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed:
         speed = measure_speed(load_predictor(setting, _device()), questions, list(lines)[:num_timed], setting)
     result = Result(
         format=FORMAT,
-        benchmark=setting.benchmark,  # type: ignore[arg-type]  # checked by the result
+        benchmark=setting.benchmark,
         protocol=setting.protocol,
         granularity=setting.granularity,
         token_cost=setting.token_cost,
@@ -115,8 +111,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _facts(setting: Setting, questions: BenchmarkQuestions, levels: list[int]) -> dict[str, Any]:
-    config = questions.task.config
+def _facts(setting: Setting, questions: Questions, levels: list[int]) -> dict[str, Any]:
     return {
         "model": ModelFacts(
             str(setting.model),
@@ -124,10 +119,8 @@ def _facts(setting: Setting, questions: BenchmarkQuestions, levels: list[int]) -
             str(setting.dtype).removeprefix("torch."),
             tuple(levels),
         ),
-        "dataset": DatasetFacts(
-            str(config.dataset_path), config.dataset_name, config.test_split, len(questions), _fingerprint(questions)
-        ),
-        "harness": HarnessFacts("lmms-eval", version("lmms-eval"), str(config.task)),
+        "dataset": questions.dataset,
+        "harness": questions.harness,
         "generation": GenerationFacts(questions.max_new_tokens, setting.batch_size),
     }
 
@@ -138,13 +131,7 @@ def model_fingerprint(folder: Path) -> str:
     return hash_json([(path.name, hash_file(path)) for path in files])
 
 
-def _fingerprint(questions: BenchmarkQuestions) -> str:
-    """A hash of every row but for its images."""
-    rows = questions.docs.remove_columns(questions.image_columns)
-    return hash_json([json.dumps(row, sort_keys=True, default=str, ensure_ascii=False) for row in rows])
-
-
-def _identity(setting: Setting, questions: BenchmarkQuestions, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(setting: Setting, questions: Questions, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the stored answers depend on. A price does not, where every level is answered anyway."""
     return {
         "model": facts["model"].fingerprint,
@@ -192,7 +179,7 @@ def _routing(
     chosen: Mapping[int, Line],
     levels: Sequence[int],
     setting: Setting,
-    questions: BenchmarkQuestions,
+    questions: Questions,
 ) -> Routing:
     counts = Counter(level for answer in chosen.values() for level in answer["granularity"])
     shares = {str(level): counts[level] / counts.total() for level in levels} if counts else {}
@@ -202,15 +189,15 @@ def _routing(
 
 
 def _hindsight(
-    lines: Mapping[int, Line], chosen: Mapping[int, Line], levels: Sequence[int], questions: BenchmarkQuestions
+    lines: Mapping[int, Line], chosen: Mapping[int, Line], levels: Sequence[int], questions: Questions
 ) -> tuple[Oracle, tuple[CurvePoint, ...]]:
     """The per-question best level and the router at other prices, looked up among the answers at every level."""
     seen = {index: line for index, line in lines.items() if line["router_log_probs"]}
     answers = [{index: line["answers"][str(level)] for index, line in seen.items()} for level in levels]
     texts = {index: answer["prediction"] for index, answer in chosen.items()}
-    by_level = [judge(questions, {i: answer["prediction"] for i, answer in of.items()}) for of in answers]
-    unseen = judge(questions, {index: text for index, text in texts.items() if index not in seen})
-    router = compute_metrics(questions, judge(questions, texts))
+    by_level = [score_answers(questions, {i: answer["prediction"] for i, answer in of.items()}) for of in answers]
+    unseen = score_answers(questions, {index: text for index, text in texts.items() if index not in seen})
+    router = compute_metrics(questions, score_answers(questions, texts))
 
     def outcome(choice: Mapping[int, int]) -> tuple[float, list[Line]]:
         """The headline's value and the answers, with level number `choice[i]` for question i."""
@@ -218,9 +205,8 @@ def _hindsight(
         headline = next(iter(compute_metrics(questions, dict(sorted((unseen | picked).items()))).values()))
         return headline.value, [answers[level][index] for index, level in choice.items()]
 
-    best = {
-        index: int(np.argmax([question_score(questions, outcomes[index]) for outcomes in by_level])) for index in seen
-    }
+    score = questions.benchmark.question_score
+    best = {index: int(np.argmax([score(outcomes[index]) for outcomes in by_level])) for index in seen}
     value, picked = outcome(best)
     oracle = Oracle(
         value=value,

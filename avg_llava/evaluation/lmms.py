@@ -17,15 +17,15 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from avg_llava.data.records import DataError
-from avg_llava.inference.answers import Decoding, Request, cut_at
+from avg_llava.evaluation.tasks import generation_limits
+from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
+from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 1024
 NUM_TOLD = 20
 
 
@@ -115,10 +115,9 @@ class AvgLlava(lmms):
     def _answer(self, requests: dict[int, Request], options: dict[str, Any]) -> dict[int, str]:
         if not requests:
             return {}
-        longest = int(options.get("max_new_tokens", MAX_NEW_TOKENS))
-        predictions = self.predictor.predict(list(requests.values()), self.budget, Decoding(longest))
-        texts = [cut_at(prediction.text, _stops(options)) for prediction in predictions]
-        return dict(zip(requests, texts, strict=True))
+        max_new_tokens, stop = generation_limits(options)
+        answers = self.predictor.predict(list(requests.values()), self.budget, Decoding(max_new_tokens, stop=stop))
+        return {index: answer.text for index, answer in zip(requests, answers, strict=True)}
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Numbers of requests that are answered together: neighbours of equal options."""
@@ -143,11 +142,6 @@ class AvgLlava(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not asked by any of the twelve benchmarks."""
         raise NotImplementedError("avg_llava answers tasks of the kind generate_until")
-
-
-def _stops(options: dict[str, Any]) -> list[str]:
-    until = options.get("until") or []
-    return [until] if isinstance(until, str) else list(until)
 
 
 def _name(request: Instance) -> str:

@@ -6,13 +6,15 @@ percent, MME is in points.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from avg_llava.common.settings import ConfigError, build
-from avg_llava.evaluation.results import Benchmark, Protocol, Result, ResultError, read_json
+from avg_llava.evaluation.benchmarks import BENCHMARKS, Expected
+from avg_llava.evaluation.results import Result, ResultError, read_json
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Column:
     """A column of a table: one metric of one benchmark."""
 
     label: str
-    benchmark: Benchmark
+    benchmark: str
     metric: str
 
 
@@ -50,7 +52,7 @@ class RoutingStatement:
     """What the paper says about figure 5, which has no numbers: these benchmarks go to these levels (by index)."""
 
     statement: str
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[str, ...]
     levels: tuple[int, ...]
 
 
@@ -61,19 +63,6 @@ class Published:
     source: str
     tables: dict[str, PublishedTable]
     routing: tuple[RoutingStatement, ...]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A published figure of AVG-LLaVA, and how far from it a measured one may be."""
-
-    benchmark: Benchmark
-    protocol: Protocol
-    metric: str
-    published: float
-    tolerance: float
-    source: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -109,8 +98,19 @@ def in_table_units(value: float, kind: str, maximum: float) -> float:
     return value if kind == "stratum_sum" else 100 * value / maximum
 
 
+def load_expected(check: Path, names: Sequence[str]) -> list[Expected]:
+    """Expected figures: those of a file, or the published ones of the named benchmarks if `check` is `published`.
+
+    Raises:
+        ResultError: The file holds no expected figures.
+    """
+    if str(check) == "published":
+        return [figure for name in names for figure in BENCHMARKS[name].expected]
+    return read_expected(check)
+
+
 def read_expected(path: Path) -> list[Expected]:
-    """The entries of an `eval/expected/<benchmark>.json`.
+    """Reads a JSON file with a list of expected figures, such as `eval/expected/sample.json`.
 
     Raises:
         ResultError: If the file is none of these.

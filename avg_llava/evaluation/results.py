@@ -5,6 +5,7 @@ confidence intervals and paired tests need nothing else. The answers are in a JS
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -14,26 +15,12 @@ from typing import Any, Literal
 
 from avg_llava.common.files import write_json
 from avg_llava.common.settings import ConfigError, build
-from avg_llava.evaluation.statistics import MetricKind, UnitError, compute_value
+from avg_llava.evaluation.benchmarks import BENCHMARKS, Protocol
+from avg_llava.evaluation.statistics import Metric, UnitError, compute_value
 
 FORMAT = 1
 VALUE_TOLERANCE = 1e-3  # of the maximum: some harnesses round to three decimals
 
-Benchmark = Literal[
-    "gqa",
-    "scienceqa",
-    "vizwiz",
-    "textvqa",
-    "chartqa",
-    "docvqa",
-    "ai2d",
-    "mme",
-    "mmbench",
-    "mmbench_cn",
-    "pope",
-    "mmmu",
-]
-Protocol = Literal["current", "paper"]
 Granularity = Literal["auto", "random", "all"] | int
 
 
@@ -89,23 +76,6 @@ class Failure:
 
     id: str
     error: str
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score with the units it is made of.
-
-    `units` maps a unit's id to its part in the score; what that is depends on `kind` (see
-    `avg_llava.evaluation.statistics.compute_value`).
-    """
-
-    value: float
-    kind: MetricKind
-    maximum: float
-    """The highest possible value."""
-    label: str
-    """What a table calls it, such as `accuracy`."""
-    units: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -182,7 +152,7 @@ class Result:
     """One benchmark, one protocol, one setting. Field by field as in the file."""
 
     format: int
-    benchmark: Benchmark
+    benchmark: str
     protocol: Protocol
     model: ModelFacts
     granularity: Granularity
@@ -271,6 +241,10 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def _check(result: Result) -> None:
+    if result.benchmark not in BENCHMARKS:
+        (nearest, *_) = [*difflib.get_close_matches(result.benchmark, BENCHMARKS, n=1), ""]
+        hint = f" - did you mean {nearest!r}?" if nearest else ""
+        raise ResultError(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {result.benchmark!r}{hint}")
     if not result.metrics:
         raise ResultError("metrics is empty: there is no score")
     for name, metric in result.metrics.items():

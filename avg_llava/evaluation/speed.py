@@ -6,19 +6,17 @@ from statistics import median
 
 import torch
 
-from avg_llava.data.records import DataError
 from avg_llava.evaluation.answering import RANDOM, Setting
 from avg_llava.evaluation.llava_next import as_llava_next, expand_placeholders
+from avg_llava.evaluation.questions import Questions
 from avg_llava.evaluation.results import Speed
-from avg_llava.evaluation.tasks import BenchmarkQuestions
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Predictor
+from avg_llava.model.images import DataError
 
 
-def measure_speed(
-    predictor: Predictor, questions: BenchmarkQuestions, indices: Sequence[int], setting: Setting
-) -> Speed | None:
+def measure_speed(predictor: Predictor, questions: Questions, indices: Sequence[int], setting: Setting) -> Speed | None:
     """Times the same questions in three ways, one question at a time and in turn, after one run to warm up.
 
     Answers have the same length each way up to the answers' own differences: from the image's pixels to the last token.
@@ -37,7 +35,7 @@ def measure_speed(
     requests = [request for request in requests if request.images]
     if not requests:
         return None
-    finest, decoding = Budget(predictor.granularities[-1]), Decoding(questions.max_new_tokens)
+    finest, decoding = Budget(predictor.granularities[-1]), Decoding(questions.max_new_tokens, stop=questions.stop)
     forced = setting.granularity
     budget = Budget(forced) if isinstance(forced, int) else Budget(token_cost=setting.token_cost)
     ways: dict[str, Callable[[Request], object]] = {

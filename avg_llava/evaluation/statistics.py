@@ -37,6 +37,22 @@ class UnitError(ValueError):
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A score with the units it is computed from.
+
+    `units` maps a unit's id to its contribution, whose form depends on `kind` (see `compute_value`).
+    """
+
+    value: float
+    kind: MetricKind
+    maximum: float
+    """The highest possible value."""
+    label: str
+    """Name in tables, such as `accuracy`."""
+    units: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class PairedTest:
     """Two runs compared on the units they share.
 

@@ -10,15 +10,15 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import in_table_units
-from avg_llava.evaluation.results import Benchmark, Metric, Result
-from avg_llava.evaluation.statistics import bootstrap_interval
+from avg_llava.evaluation.results import Result
+from avg_llava.evaluation.statistics import Metric, bootstrap_interval
 from avg_llava.reports.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, grid, stack_levels, tidy
 from avg_llava.reports.series import Series, SeriesResults
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _PANEL = (3.1, 2.6)
 
-Panels = Mapping[tuple[Benchmark, str], Mapping[Series, Result]]
+Panels = Mapping[tuple[str, str], Mapping[Series, Result]]
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _legend_columns(num_entries: int, num_panels: int) -> int:
 
 
 def _by_benchmark(grouped: SeriesResults) -> Panels:
-    panels: dict[tuple[Benchmark, str], dict[Series, Result]] = {}
+    panels: dict[tuple[str, str], dict[Series, Result]] = {}
     for series, results in grouped.items():
         for benchmark, entry in results.items():
             panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
@@ -218,7 +218,7 @@ def _model_colors(grouped: SeriesResults) -> dict[str, str | None]:
     return {model: _COLORS[index % len(_COLORS)] for index, model in enumerate(models)}
 
 
-def _finish(axes: Axes, benchmark: Benchmark, protocol: str, metric: Metric) -> None:
+def _finish(axes: Axes, benchmark: str, protocol: str, metric: Metric) -> None:
     tidy(axes)
     axes.set_title(f"{BENCHMARKS[benchmark].title} ({protocol})", fontsize=9)
     axes.set_ylabel(metric.label, fontsize=8)

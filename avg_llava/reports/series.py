@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from avg_llava.evaluation.benchmarks import BENCHMARKS
-from avg_llava.evaluation.results import Benchmark, Protocol, Result, ResultError
-
-PROTOCOLS: tuple[Protocol, ...] = ("current", "paper")
+from avg_llava.evaluation.benchmarks import BENCHMARKS, PROTOCOLS, Protocol
+from avg_llava.evaluation.results import Result, ResultError
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Series:
         return self.model, self.chooser, self.protocol
 
 
-SeriesResults = Mapping[Series, Mapping[Benchmark, Measured]]
+SeriesResults = Mapping[Series, Mapping[str, Measured]]
 
 
 def group(measured: Sequence[Measured]) -> SeriesResults:
@@ -73,7 +71,7 @@ def group(measured: Sequence[Measured]) -> SeriesResults:
         ResultError: If two files hold the same benchmark in the same series.
     """
     names = _model_names([entry.result for entry in measured])
-    grouped: dict[Series, dict[Benchmark, Measured]] = {}
+    grouped: dict[Series, dict[str, Measured]] = {}
     for entry in measured:
         result = entry.result
         series = Series(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import Column, PublishedRow, in_table_units, load_published, score_columns
-from avg_llava.evaluation.results import Benchmark, Metric, Result, ResultError
-from avg_llava.evaluation.statistics import NUM_RESAMPLES, UnitError, bootstrap_interval, paired_test
+from avg_llava.evaluation.results import Result, ResultError
+from avg_llava.evaluation.statistics import NUM_RESAMPLES, Metric, UnitError, bootstrap_interval, paired_test
 from avg_llava.reports.rendering import Cell, Row, Table
 from avg_llava.reports.series import Measured, Series, SeriesResults
 
@@ -37,7 +37,7 @@ def is_partial(result: Result) -> bool:
     return not result.complete or result.num_failed > 0 or result.dataset.num_questions != whole
 
 
-def _score(results: Mapping[Benchmark, Measured], column: Column) -> Cell | None:
+def _score(results: Mapping[str, Measured], column: Column) -> Cell | None:
     entry = results.get(column.benchmark)
     metric = None if entry is None else entry.result.metrics.get(column.metric)
     if entry is None or metric is None:
@@ -115,7 +115,7 @@ def efficiency_table(grouped: SeriesResults) -> Table | None:
     """Table 3: tokens and speed where the router chose; None where it did nowhere."""
     published = load_published().tables["3"]
 
-    def cells(results: Mapping[Benchmark, Measured], key: str) -> tuple[Cell | None, ...]:
+    def cells(results: Mapping[str, Measured], key: str) -> tuple[Cell | None, ...]:
         entries = [results.get(column.benchmark) for column in published.columns]
         values = [None if entry is None else _quantities(entry.result)[key] for entry in entries]
         return tuple(None if value is None else Cell(QUANTITIES[key][1].format(value)) for value in values)
@@ -273,7 +273,7 @@ def comparison_table(grouped: SeriesResults, against: SeriesResults) -> Table:
     Raises:
         ResultError: If they have none in common, the other run is ambiguous, or questions do not fit together.
     """
-    others: dict[tuple[Benchmark, str], tuple[Series, Measured]] = {}
+    others: dict[tuple[str, str], tuple[Series, Measured]] = {}
     for series, results in against.items():
         for benchmark, entry in results.items():
             known = others.setdefault((benchmark, series.protocol), (series, entry))

@@ -15,8 +15,9 @@ import torch
 from avg_llava.cli import main
 from avg_llava.evaluation.answering import Setting
 from avg_llava.evaluation.evaluate import evaluate
+from avg_llava.evaluation.questions import BenchmarkError
 from avg_llava.evaluation.results import read_result
-from avg_llava.evaluation.tasks import BenchmarkError, BenchmarkQuestions
+from avg_llava.evaluation.tasks import HarnessQuestions
 from tests.evaluation.harness import drawn_benchmarks
 from tests.tiny import make_checkpoint
 
@@ -148,7 +149,7 @@ def test_answers_of_another_setting_are_not_taken(setting, tmp_path, caplog):
 def test_broken_images_are_named_and_counted(setting, tmp_path, capsys):
     """One image cut short and one that is not there; the others are answered, the score is theirs."""
     copy = tmp_path / "data" / "ChartQA"
-    rows = BenchmarkQuestions("chartqa", "current", setting.data).docs
+    rows = HarnessQuestions("chartqa", "current", setting.data).docs
     content = rows.to_list()
     content[2]["image"] = {"bytes": content[2]["image"]["bytes"][:60], "path": None}
     content[5]["image"] = None
@@ -171,14 +172,14 @@ def test_broken_images_are_named_and_counted(setting, tmp_path, capsys):
 
 def test_mistakes_are_told(setting, tmp_path):
     with pytest.raises(BenchmarkError, match="is missing: --data names the folder"):
-        BenchmarkQuestions("gqa", "current", tmp_path)
+        HarnessQuestions("gqa", "current", tmp_path)
     (tmp_path / "GQA").mkdir()
     with pytest.raises(BenchmarkError, match="cannot open the data set"):
-        BenchmarkQuestions("gqa", "current", tmp_path)
+        HarnessQuestions("gqa", "current", tmp_path)
     wrong = tmp_path / "ChartQA" / "data"
     wrong.mkdir(parents=True)
     datasets.Dataset.from_list([{"text": "no columns of the benchmark"}]).to_parquet(
         wrong / "test-00000-of-00001.parquet"
     )
     with pytest.raises(BenchmarkError, match="its columns must be those of the public data set"):
-        BenchmarkQuestions("chartqa", "current", tmp_path)
+        HarnessQuestions("chartqa", "current", tmp_path)

@@ -3,18 +3,17 @@
 import json
 import math
 import re
-import typing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from avg_llava.evaluation import published, results
+from avg_llava.evaluation import published
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.results import ResultError, parse_result
 from avg_llava.reports import tables
 from tests.reports.fixture_results import make_metrics, make_result, write
 
-EXPECTED = Path(__file__).parents[2] / "eval" / "expected"
 BASE_QUESTIONS = {"mmbench": 1164, "mmbench_cn": 1164}  # each is asked in several rotations
 PAPER = published.load_published()
 
@@ -50,16 +49,12 @@ def test_columns_are_of_metrics_that_exist():
 
     for column in (column for table in PAPER.tables.values() for column in table.columns):
         assert column.metric in make_metrics(column.benchmark, 0.5, 20, default_rng(0))
-    assert {column.benchmark for column in published.score_columns()} == set(typing.get_args(results.Benchmark))
-
-
-def test_there_is_an_expected_file_for_each_benchmark():
-    assert {path.stem for path in EXPECTED.glob("*.json")} == {*BENCHMARKS, "sample"}
+    assert {column.benchmark for column in published.score_columns()} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_expected_figures_are_the_published_ones(benchmark):
-    expected = published.read_expected(EXPECTED / f"{benchmark}.json")
+    expected = BENCHMARKS[benchmark].expected
     table = {
         (column.metric, number): value
         for number in ("1", "2")
@@ -73,7 +68,7 @@ def test_expected_figures_are_the_published_ones(benchmark):
 
 @pytest.mark.parametrize("benchmark", [name for name in BENCHMARKS if name != "mme"])
 def test_tolerance_is_what_its_note_says(benchmark):
-    (entry,) = published.read_expected(EXPECTED / f"{benchmark}.json")
+    (entry,) = BENCHMARKS[benchmark].expected
     num_units = BASE_QUESTIONS.get(benchmark, BENCHMARKS[benchmark].num_questions)
     assert f"{num_units:,}" in entry.note
     share = entry.published / 100
@@ -81,9 +76,16 @@ def test_tolerance_is_what_its_note_says(benchmark):
     assert half <= entry.tolerance <= half + 0.1
 
 
+def test_expected_figures_are_the_benchmarks_own_or_those_of_a_file(tmp_path):
+    figures = published.load_expected(Path("published"), ["gqa", "mme"])
+    assert [(each.benchmark, each.published) for each in figures] == [("gqa", 63.0), ("mme", 1557.4), ("mme", 366.8)]
+    path = write(tmp_path, "expected.json", [asdict(figures[0])])
+    assert published.load_expected(path, ["gqa"]) == figures[:1]
+
+
 def test_measured_beside_expected():
     result = parse_result(make_result("docvqa", protocol="paper"), "x")
-    entry = published.read_expected(EXPECTED / "docvqa.json")[0]
+    entry = BENCHMARKS["docvqa"].expected[0]
     measured = 100 * result.metrics["anls_binarised"].value
     (compared,) = published.compare_with_expected(result, [entry])
     assert compared.measured == measured
@@ -95,12 +97,12 @@ def test_measured_beside_expected():
 
 def test_points_stay_points():
     result = parse_result(make_result("mme", protocol="paper"), "x")
-    compared = published.compare_with_expected(result, published.read_expected(EXPECTED / "mme.json"))
+    compared = published.compare_with_expected(result, BENCHMARKS["mme"].expected)
     assert [item.measured for item in compared] == [metric.value for metric in result.metrics.values()]
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):
-    expected = published.read_expected(EXPECTED / "gqa.json")
+    expected = BENCHMARKS["gqa"].expected
     with pytest.raises(ResultError, match=r"nothing is expected of gqa by the protocol current: .* gqa \(paper\)"):
         published.compare_with_expected(parse_result(make_result("gqa"), "x"), expected)
     strange = [published.Expected("gqa", "paper", "bleu", 1.0, 1.0, "s", "n")]

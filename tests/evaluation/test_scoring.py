@@ -7,8 +7,8 @@ import pytest
 from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
-from avg_llava.evaluation.scoring import compute_metrics, judge, question_score
-from avg_llava.evaluation.tasks import BenchmarkQuestions
+from avg_llava.evaluation.scoring import compute_metrics, score_answers
+from avg_llava.evaluation.tasks import HarnessQuestions
 from tests.evaluation.harness import drawn_benchmarks, load_task, outcome, total
 from tests.evaluation.predictions import odd_predictions
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_current_scores_are_those_of_lmms_eval(benchmark, folder):
     """Answer by answer, and every metric of the whole data set, over 500 odd predictions."""
-    questions, task = BenchmarkQuestions(benchmark, "current", folder), load_task(benchmark, folder)
+    questions, task = HarnessQuestions(benchmark, "current", folder), load_task(benchmark, folder)
     task.task_docs = list(task.dataset_no_image[task.config.test_split])
     by_row = defaultdict(list)
     for index, prediction in odd_predictions(benchmark, task.task_docs, num=500):
@@ -41,7 +41,7 @@ def test_current_scores_are_those_of_lmms_eval(benchmark, folder):
     assert rounds >= 10
     for number in range(rounds):
         answers = {index: by_row[index][number] for index in range(len(questions))}
-        metrics = compute_metrics(questions, judge(questions, answers))
+        metrics = compute_metrics(questions, score_answers(questions, answers))
         random.seed(0)
         expected = total(benchmark, task, list(answers.values()))
         for name, metric in metrics.items():
@@ -54,9 +54,9 @@ def test_current_scores_are_those_of_lmms_eval(benchmark, folder):
 
 def _paper(benchmark, folder, said):
     """The metrics and per-question scores by the paper's protocol, for `said(question number) -> answer`."""
-    questions = BenchmarkQuestions(benchmark, "paper", folder)
-    outcomes = judge(questions, {index: said(questions, index) for index in range(len(questions))})
-    return compute_metrics(questions, outcomes), [question_score(questions, of) for of in outcomes.values()]
+    questions = HarnessQuestions(benchmark, "paper", folder)
+    outcomes = score_answers(questions, {index: said(questions, index) for index in range(len(questions))})
+    return compute_metrics(questions, outcomes), [questions.benchmark.question_score(of) for of in outcomes.values()]
 
 
 def test_paper_counts_a_docvqa_answer_that_is_half_right_as_right(folder):
@@ -100,10 +100,10 @@ def _categories(metric):
 
 def test_mme_by_hand(folder):
     """One of an image's two questions right: 50 points and none for both; of 13 images, one half wrong."""
-    questions = BenchmarkQuestions("mme", "current", folder)
+    questions = HarnessQuestions("mme", "current", folder)
     answers = {index: questions.reference(index) for index in range(len(questions))}
     answers[0] = "No" if answers[0] == "Yes" else "Yes"
-    metrics = compute_metrics(questions, judge(questions, answers))
+    metrics = compute_metrics(questions, score_answers(questions, answers))
     first = questions.docs[0]["category"]
     alike = len({row["question_id"] for row in questions.docs if row["category"] == first})
     lost = 150 / alike
@@ -112,7 +112,7 @@ def test_mme_by_hand(folder):
 
 
 def test_paper_mmmu_prompt_has_images_in_their_places(folder):
-    questions = BenchmarkQuestions("mmmu", "paper", folder)
+    questions = HarnessQuestions("mmmu", "paper", folder)
     for index, doc in enumerate(questions.docs):
         request = questions.request(index)
         assert "<image 1>" not in request.prompt
@@ -123,12 +123,12 @@ def test_paper_mmmu_prompt_has_images_in_their_places(folder):
 
 
 def test_mmbench_needs_every_rotation(folder):
-    questions = BenchmarkQuestions("mmbench", "current", folder)
+    questions = HarnessQuestions("mmbench", "current", folder)
     answers = {index: questions.reference(index) for index in range(len(questions))}
-    assert compute_metrics(questions, judge(questions, answers))["circular_accuracy"].value == 1
+    assert compute_metrics(questions, score_answers(questions, answers))["circular_accuracy"].value == 1
     rotated = next(index for index, row in enumerate(questions.docs) if row["index"] >= 1_000_000)
     answers[rotated] = "none of them"
-    metric = compute_metrics(questions, judge(questions, answers))["circular_accuracy"]
+    metric = compute_metrics(questions, score_answers(questions, answers))["circular_accuracy"]
     bases = {row["index"] % 1_000_000 for row in questions.docs}
     assert metric.value == pytest.approx(1 - 1 / len(bases))
     assert metric.units[str(questions.docs[rotated]["index"] % 1_000_000)] == 0
