@@ -135,7 +135,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
         else:
             result = parse_result(content, str(path))
             known = [column.metric for column in score_columns() if column.benchmark == result.benchmark]
-            if not set(known) & set(result.metrics):
+            if known and not set(known) & set(result.metrics):
                 raise ResultError(
                     f"{path}: metrics has none of {', '.join(known)}, which tables of {result.benchmark} show"
                 )
@@ -148,6 +148,7 @@ def make_tables(grouped: SeriesResults) -> list[Table]:
     made = [
         tables.score_table("1", grouped),
         tables.score_table("2", grouped),
+        tables.other_scores_table(grouped),
         tables.efficiency_table(grouped),
         tables.ablation_table(grouped),
         tables.oracle_table(grouped),

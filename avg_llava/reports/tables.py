@@ -37,6 +37,10 @@ def is_partial(result: Result) -> bool:
     return not result.complete or result.num_failed > 0 or result.dataset.num_questions != whole
 
 
+def _headline_cell(result: Result) -> Cell:
+    return metric_cell(result.headline, PARTIAL if is_partial(result) else "")
+
+
 def _score(results: Mapping[str, Measured], column: Column) -> Cell | None:
     entry = results.get(column.benchmark)
     metric = None if entry is None else entry.result.metrics.get(column.metric)
@@ -81,6 +85,29 @@ def score_table(number: str, grouped: SeriesResults) -> Table | None:
         columns=tuple(column.label for column in published.columns),
         rows=(*rows, *measured),
         notes=_notes(measured, *published.notes, f"Published rows. {sources}."),
+    )
+
+
+def other_scores_table(grouped: SeriesResults) -> Table | None:
+    """Headline scores of benchmarks that are in no table of the paper; None if there are none."""
+    in_paper = {column.benchmark for column in score_columns()}
+    names = [
+        name for name in BENCHMARKS if name not in in_paper and any(name in results for results in grouped.values())
+    ]
+    if not names:
+        return None
+    rows = []
+    for series, results in grouped.items():
+        cells = tuple(_headline_cell(results[name].result) if name in results else None for name in names)
+        if any(cells):
+            rows.append(Row(series.labels, cells))
+    return Table(
+        name="other",
+        title="Other benchmarks",
+        labels=LABELS,
+        columns=tuple(BENCHMARKS[name].title for name in names),
+        rows=tuple(rows),
+        notes=_notes(rows),
     )
 
 
@@ -198,7 +225,7 @@ def oracle_table(grouped: SeriesResults) -> Table | None:
             if oracle is None:
                 continue
             cells = (
-                metric_cell(metric, PARTIAL if is_partial(entry.result) else ""),
+                _headline_cell(entry.result),
                 Cell(_figure(metric, oracle.value)),
                 Cell(_figure(metric, oracle.regret)),
                 Cell(f"{100 * oracle.agreement:.1f}%"),
@@ -314,6 +341,7 @@ def _tests(entry: Measured, other: Measured, labels: tuple[str, ...]) -> list[Ro
     """A row for each metric that a table shows of the benchmark."""
     result = entry.result
     shown = {column.metric for column in score_columns() if column.benchmark == result.benchmark}
+    shown = shown or set(result.metrics)  # no table of the paper has the benchmark
     rows = []
     for name, metric in result.metrics.items():
         second = other.result.metrics.get(name)
