@@ -1,12 +1,12 @@
 """A benchmark in one file: the colour of a square, in three questions.
 
-In the package this would be `avg_llava/evaluation/benchmarks/colours.py`, with the entry `"colours": colours.BENCHMARK`
-in the table of `benchmarks/__init__.py`. `avg-llava evaluate --benchmark colours --model DIR` then answers it.
+In the package, `avg_llava/evaluation/benchmarks/colours.py` would define the `Benchmark` and the table in that folder's
+`__init__.py` would hold the entry. `avg-llava evaluate --benchmark colours --model DIR` then answers it.
 """
 
 from PIL import Image
 
-from avg_llava.evaluation.benchmarks import Benchmark, LocalTask
+from avg_llava.evaluation.benchmarks import BENCHMARKS, Benchmark, LocalTask
 
 QUESTIONS = [
     {"rgb": [220, 20, 20], "answer": "red"},
@@ -35,7 +35,7 @@ def score(doc, answer):
     return {"exact_match": float(answer.strip(" .").lower() == doc["answer"])}
 
 
-BENCHMARK = Benchmark(
+BENCHMARKS["colours"] = Benchmark(
     title="Colours",
     num_questions=len(QUESTIONS),
     source=LocalTask(read, prompt, images, reference=lambda doc: doc["answer"], score=score),
