@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.scaler import token_grid
 
 
 class Window(NamedTuple):
@@ -82,7 +81,7 @@ def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaCon
     """
     side = config.num_patches_per_side
     tile_rows, tile_columns = canvas_tiles(image_size, config)
-    rows, columns = token_grid(side, granularity)
+    rows, columns = config.ladder.grid(granularity)
     map_rows, map_columns = tile_rows * rows, tile_columns * columns
     if config.behavior == "released":
         pad_rows, pad_columns = _padding(image_size, map_rows, map_columns, ndigits=None)

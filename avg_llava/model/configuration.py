@@ -7,27 +7,33 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from avg_llava.model.scaler import granularity_pyramid, token_grid
+from avg_llava.common.registry import find_entry
+from avg_llava.model.router import ROUTERS, find_router
+from avg_llava.model.scaler import LADDERS, Ladder
 
 Behavior = Literal["paper", "released"]
 
-NUM_GRANULARITIES = 5  # the paper's pyramid: four halvings below the tower's own grid
+NUM_GRANULARITIES = 5  # of the paper: the tower's grid and four halvings
 
 
 @strict
 class RouterConfig(PreTrainedConfig):
     """Configuration of the granularity router.
 
+    The fields after `kind` are those of the paper's router; other routers read what they need of them.
+
     Args:
-        num_text_tokens: Instruction tokens kept by the text filter (k of the paper). 0 makes a router that sees the
-            image only.
+        kind: A key of :data:`avg_llava.model.router.ROUTERS`.
+        num_text_tokens: Instruction tokens kept by the text filter (k of the paper). With 0 the router sees the image
+            only.
         num_attention_heads: Heads of the Transformer layer; must divide the language model's width.
-        intermediate_size: Width of the Transformer layer's feed-forward part; None means the language model's width.
-        dropout: Dropout inside the Transformer layer while training.
+        intermediate_size: Width of the Transformer layer's feed-forward part; None: the language model's width.
+        dropout: Dropout in the Transformer layer during training.
     """
 
     model_type = "avg_llava_router"
 
+    kind: str = "transformer"
     num_text_tokens: int = 32
     num_attention_heads: int = 8
     intermediate_size: int | None = None
@@ -35,6 +41,7 @@ class RouterConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        find_entry(ROUTERS, self.kind, "router_config.kind")
         if self.num_text_tokens < 0:
             raise ValueError(f"router_config.num_text_tokens must be at least 0, got {self.num_text_tokens}")
         if not 0 <= self.dropout < 1:
@@ -49,8 +56,10 @@ class AvgLlavaConfig(LlavaNextConfig):
     and:
 
     Args:
-        granularities: Visual tokens per crop at each level the router may choose, coarse to fine. Each is a level of
-            the pyramid that halves the tower's grid, width first. Empty means all five levels of the paper.
+        granularities: Visual tokens per crop at each level that the router can choose, coarse to fine. Empty: the five
+            finest levels of the ladder.
+        pooling_ladder: A key of :data:`avg_llava.model.scaler.LADDERS`: the levels that exist, and how tokens are
+            pooled to them. The default is the paper's.
         behavior: "paper" or "released", the two meanings of the method: attention of the router over the tokens of a
             crop or across crops, masked or zero text slots, unpadding in pixel geometry or by the token map's aspect.
             Published weights need "released".
@@ -68,6 +77,7 @@ class AvgLlavaConfig(LlavaNextConfig):
 
     image_grid_pinpoints: Any = None
     granularities: list[int] = field(default_factory=list)
+    pooling_ladder: str = "width_first"
     behavior: Behavior = "paper"
     router_config: Any = None
     max_sequence_length: int = 4096
@@ -85,11 +95,15 @@ class AvgLlavaConfig(LlavaNextConfig):
             self.image_grid_pinpoints = [[crop * rows, crop * columns] for rows, columns in order]
         self.image_grid_pinpoints = [list(pinpoint) for pinpoint in self.image_grid_pinpoints]
         self.image_seq_length = self.num_patches_per_side**2
-        pyramid = granularity_pyramid(self.num_patches_per_side, NUM_GRANULARITIES)
-        self.granularities = list(self.granularities) or pyramid
+        self.granularities = list(self.granularities) or self.ladder.granularities[-NUM_GRANULARITIES:]
         self._check_vision()
         self._check_granularities()
-        self._check_router()
+        find_router(self).check_config(self)
+
+    @property
+    def ladder(self) -> Ladder:
+        """The pooling ladder for the crops of this model."""
+        return find_entry(LADDERS, self.pooling_ladder, "pooling_ladder")(self.num_patches_per_side)
 
     @property
     def num_patches_per_side(self) -> int:
@@ -126,16 +140,4 @@ class AvgLlavaConfig(LlavaNextConfig):
         if not self.granularities or sorted(set(self.granularities)) != self.granularities:
             raise ValueError(f"granularities must be distinct and go from coarse to fine, got {self.granularities}")
         for granularity in self.granularities:
-            token_grid(self.num_patches_per_side, granularity)
-
-    def _check_router(self) -> None:
-        width, heads = self.text_config.hidden_size, self.router_config.num_attention_heads
-        if width % heads:
-            raise ValueError(
-                f"router_config.num_attention_heads {heads} does not divide the language model's width {width}"
-            )
-
-
-AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)
-
-__all__ = ["AvgLlavaConfig", "Behavior", "RouterConfig"]
+            self.ladder.grid(granularity)

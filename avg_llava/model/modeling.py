@@ -21,8 +21,7 @@ from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.packing import LanguageHead, PackedInputs
-from avg_llava.model.router import GranularityRouter, level_values
-from avg_llava.model.scaler import pool_tokens, token_grid
+from avg_llava.model.router import Router, find_router, level_values
 from avg_llava.model.splice import (
     IGNORE_INDEX,
     JoinGradients,
@@ -48,7 +47,7 @@ class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, GranularityRouter):
+        if isinstance(module, Router):
             module.reset_parameters()
             return
         super()._init_weights(module)
@@ -66,7 +65,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         self.multi_modal_projector = LlavaNextMultiModalProjector(config)
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
         self.language_model = AutoModel.from_config(config.text_config)
-        self.router = GranularityRouter(config)
+        self.router = find_router(config)(config)
         self.post_init()
 
     def encode_crops(self, pixels: Tensor) -> Tensor:
@@ -345,12 +344,12 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
 
     def _visual_tokens(self, features: ImageFeatures, newline: Tensor, levels: list[int]) -> list[Tensor]:
         """The tokens of each image at its level: overview, then the unpadded map of tiles with newlines."""
-        side, visual_tokens = self.config.num_patches_per_side, []
+        ladder, visual_tokens = self.config.ladder, []
         crops_of_images = features.crops.split(features.num_crops)
         for crops, size, level in zip(crops_of_images, features.image_sizes, levels, strict=True):
-            overview, tiles = pool_tokens(crops, side, level).split([1, len(crops) - 1])
+            overview, tiles = ladder.pool(crops, level).split([1, len(crops) - 1])
             tile_rows, tile_columns = canvas_tiles(size, self.config)
-            rows, columns = token_grid(side, level)
+            rows, columns = ladder.grid(level)
             token_map = tiles.unflatten(0, (tile_rows, tile_columns)).unflatten(2, (rows, columns))
             token_map = token_map.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (map rows, map columns, D)
             window = kept_window(size, level, self.config)

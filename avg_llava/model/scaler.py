@@ -1,71 +1,113 @@
-"""Granularity scaler: average-pools each crop's grid of visual tokens into a pyramid of coarser grids.
+"""Granularity scaler: pooling ladders, which reduce each crop's grid of visual tokens to coarser grids.
 
-Shapes: C crops, S patches per side, R rows, K columns, D width. Tokens are row-major. Pure functions.
+Shapes: C crops, S patches per side, R rows, K columns, D width. Tokens are row-major. Pure functions of tensors.
 """
+
+from abc import ABC, abstractmethod
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def granularity_pyramid(side: int, num_levels: int) -> list[int]:
-    """Tokens per crop of the `num_levels` finest levels, coarse to fine; fewer where the grid cannot be halved on."""
-    return [rows * columns for rows, columns in _grids(side)][:num_levels][::-1]
+class Ladder(ABC):
+    """Pooling ladder: the levels of a crop of S x S tokens, and how tokens are pooled to each of them.
 
+    A level is a grid of R x K tokens, where R and K divide S. It is named by its granularity, the number R * K of its
+    tokens, so no two grids of a ladder may have equally many.
 
-def token_grid(side: int, granularity: int) -> tuple[int, int]:
-    """(rows, columns) of the grid that holds `granularity` tokens of a crop of `side` x `side` patches.
+    To add a ladder, subclass this class, implement :meth:`grids`, and add the subclass to :data:`LADDERS`. A model
+    uses the ladder that the field `pooling_ladder` of its configuration names; `config.ladder` is an instance of it.
+    Tokens are averaged over the cells of the grid. A ladder that pools otherwise overrides :meth:`pool`; it has no
+    weights, and must satisfy `pool(crops + spread(tokens)) == pool(crops) + tokens` up to rounding, on which the
+    Gumbel objective relies. `docs/examples/extending/ladder.py` is a complete example.
 
-    Raises:
-        ValueError: no level of the pyramid has that many tokens.
-    """
-    grids = {rows * columns: (rows, columns) for rows, columns in _grids(side)}
-    if granularity not in grids:
-        raise ValueError(f"granularity {granularity} is no level of a {side}x{side} grid; its levels are {list(grids)}")
-    return grids[granularity]
-
-
-def _grids(side: int) -> list[tuple[int, int]]:
-    """Grids of the whole pyramid, fine to coarse: 24x24, 24x12, 12x12, 12x6, 6x6, ...
-
-    Halving alternates and takes the width first (paper section 3.1; order as in the released weights).
-    """
-    grids = [(side, side)]
-    while True:
-        rows, columns = grids[-1]
-        halved, kept = (columns, rows) if rows == columns else (rows, columns)
-        if halved % 2:
-            return grids
-        grids.append((kept, halved // 2) if rows == columns else (halved // 2, kept))
-
-
-def pool_tokens(tokens: Tensor, side: int, granularity: int) -> Tensor:
-    """Average-pools `tokens` (C, S*S, D) of `side` = S to (C, granularity, D).
+    Args:
+        side: S.
 
     Raises:
-        ValueError: the token count is not that of the grid, or there is no such level.
+        ValueError: A grid does not divide the S x S tokens, or two grids have equally many tokens.
     """
-    if tokens.shape[1] != side * side:
-        raise ValueError(f"expected {side * side} tokens per crop ({side}x{side}), got {tokens.shape[1]}")
-    rows, columns = token_grid(side, granularity)
-    if granularity == side * side:
-        return tokens
-    grid = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (C, D, S, S), the memory format "channels last"
-    pooled = F.avg_pool2d(grid, (side // rows, side // columns))  # (C, D, R, K)
-    return pooled.permute(0, 2, 3, 1).flatten(1, 2)  # (C, R*K, D)
+
+    def __init__(self, side: int):
+        self.side = side
+        grids = self.grids()
+        self._grids = {rows * columns: (rows, columns) for rows, columns in grids}
+        if len(self._grids) != len(grids) or any(side % rows or side % columns for rows, columns in grids):
+            raise ValueError(
+                f"{type(self).__name__}: grids must have distinct numbers of tokens, and rows and columns that divide "
+                f"{side}; got {grids}"
+            )
+
+    @abstractmethod
+    def grids(self) -> list[tuple[int, int]]:
+        """(R, K) of every level for crops of `self.side` x `self.side` tokens, fine to coarse."""
+
+    @property
+    def granularities(self) -> list[int]:
+        """Tokens per crop of every level, coarse to fine."""
+        return sorted(self._grids)
+
+    def grid(self, granularity: int) -> tuple[int, int]:
+        """(R, K) of the level with `granularity` tokens.
+
+        Raises:
+            ValueError: There is no such level.
+        """
+        if granularity not in self._grids:
+            raise ValueError(
+                f"granularity {granularity} is no level of a {self.side}x{self.side} grid; its levels are "
+                f"{self.granularities}"
+            )
+        return self._grids[granularity]
+
+    def pool(self, tokens: Tensor, granularity: int) -> Tensor:
+        """Pools `tokens` (C, S*S, D) to (C, granularity, D).
+
+        Raises:
+            ValueError: There are not S*S tokens, or there is no such level.
+        """
+        side = self.side
+        if tokens.shape[1] != side * side:
+            raise ValueError(f"expected {side * side} tokens per crop ({side}x{side}), got {tokens.shape[1]}")
+        rows, columns = self.grid(granularity)
+        if granularity == side * side:
+            return tokens
+        grid = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (C, D, S, S), memory format "channels last"
+        pooled = F.avg_pool2d(grid, (side // rows, side // columns))  # (C, D, R, K)
+        return pooled.permute(0, 2, 3, 1).flatten(1, 2)  # (C, R*K, D)
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Repeats each token of a level (C, granularity, D) over its cell of the grid: (C, S*S, D).
+
+        Pooling the result to the same level gives `tokens` again, up to rounding.
+
+        Raises:
+            ValueError: There is no level with that many tokens.
+        """
+        rows, columns = self.grid(tokens.shape[1])
+        grid = tokens.unflatten(1, (rows, columns))  # (C, R, K, D)
+        grid = grid.repeat_interleave(self.side // rows, dim=1).repeat_interleave(self.side // columns, dim=2)
+        return grid.flatten(1, 2)  # (C, S*S, D)
 
 
-def spread_tokens(tokens: Tensor, side: int) -> Tensor:
-    """Repeats each of a level's tokens (C, granularity, D) over its cell of the grid: (C, S*S, D).
+class WidthFirstLadder(Ladder):
+    """The paper's ladder: width and height are halved in turn, width first (section 3.1; order of the released code).
 
-    Pooled to their level again, they are what they were, up to rounding.
-
-    Raises:
-        ValueError: there is no such level.
+    24x24, 24x12, 12x12, 12x6, 6x6, ... until the side to be halved is odd.
     """
-    rows, columns = token_grid(side, tokens.shape[1])
-    grid = tokens.unflatten(1, (rows, columns))  # (C, R, K, D)
-    grid = grid.repeat_interleave(side // rows, dim=1).repeat_interleave(side // columns, dim=2)  # (C, S, S, D)
-    return grid.flatten(1, 2)
+
+    def grids(self) -> list[tuple[int, int]]:
+        """(R, K), fine to coarse."""
+        grids = [(self.side, self.side)]
+        while True:
+            rows, columns = grids[-1]
+            if rows == columns and columns % 2 == 0:
+                grids.append((rows, columns // 2))
+            elif rows != columns and rows % 2 == 0:
+                grids.append((rows // 2, columns))
+            else:
+                return grids
 
 
-__all__ = ["granularity_pyramid", "pool_tokens", "spread_tokens", "token_grid"]
+LADDERS: dict[str, type[Ladder]] = {"width_first": WidthFirstLadder}
+"""Pooling ladders by name, the value of the configuration field `pooling_ladder`."""

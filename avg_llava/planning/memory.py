@@ -14,6 +14,7 @@ from typing import Any
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.packing import MAX_LOGITS
+from avg_llava.model.router import find_router
 from avg_llava.training.checkpoint import MASTER_WEIGHT_BYTES, MOMENT_BYTES
 from avg_llava.training.flops import SampleShape
 from avg_llava.training.lora import AdapterShape
@@ -179,7 +180,7 @@ def activation_memory(
             crops, config, element_size, recompute, "vision" in trains, differentiates_vision, extra["vision"]
         ),
         language=_language(tokens, config, element_size, recompute, "llm" in trains, backward, extra["llm"]),
-        router=_router(crops, config) if passes.router else 0.0,
+        router=find_router(config).activation_bytes(crops, config) if passes.router else 0.0,
         logits=_logits(answers, config, element_size, backward),
     )
 
@@ -240,15 +241,6 @@ def _language(
     if recompute:
         return float(embeddings + tokens * size * width * text.num_hidden_layers + layer)
     return float(embeddings + layer * text.num_hidden_layers)
-
-
-def _router(crops: int, config: AvgLlavaConfig) -> float:
-    """Fusion layer and MLP over all levels' tokens and the text tokens of every crop, in float32."""
-    router, width = config.router_config, config.text_config.hidden_size
-    tokens = crops * (sum(config.granularities) + router.num_text_tokens)
-    inner = router.intermediate_size or width
-    dropout = (2 * width + inner) if router.dropout > 0 else 0  # masks
-    return float(tokens * FLOAT32 * (12 * width + 2 * inner + dropout))
 
 
 def _logits(answers: int, config: AvgLlavaConfig, size: int, backward: bool) -> float:

@@ -13,7 +13,6 @@ from PIL import Image
 from avg_llava.model.anyres import canvas_tiles, kept_window
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.processing import AvgLlavaImageProcessor
-from avg_llava.model.scaler import token_grid
 
 _TILE_BORDER = (255, 122, 0)
 _GREY = 128
@@ -54,7 +53,7 @@ def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConf
     """Returns the grid on an image's canvas of tiles, at `granularity` tokens per crop."""
     crop = config.vision_config.image_size
     tile_rows, tile_columns = canvas_tiles(image_size, config)
-    rows, columns = token_grid(config.num_patches_per_side, granularity)
+    rows, columns = config.ladder.grid(granularity)
     height, width = crop // rows, crop // columns
     window = kept_window(image_size, granularity, config)
     kept = (window.top * height, window.bottom * height, window.left * width, window.right * width)
@@ -64,7 +63,7 @@ def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConf
 def overview_grid(granularity: int, config: AvgLlavaConfig) -> TokenGrid:
     """Returns the grid on the overview crop; all its tokens are kept."""
     crop = config.vision_config.image_size
-    rows, columns = token_grid(config.num_patches_per_side, granularity)
+    rows, columns = config.ladder.grid(granularity)
     return TokenGrid((crop, crop), crop, (crop // rows, crop // columns), (0, crop, 0, crop))
 
 

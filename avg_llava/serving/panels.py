@@ -14,7 +14,6 @@ from avg_llava.inference.budget import Budget
 from avg_llava.model.anyres import kept_window, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.router import level_values
-from avg_llava.model.scaler import token_grid
 
 STYLE = """
 #level label { padding: 5px 9px; }
@@ -159,7 +158,7 @@ def level_rows(
     return [
         LevelRow(
             granularity=level,
-            grid=token_grid(config.num_patches_per_side, level),
+            grid=config.ladder.grid(level),
             num_visual_tokens=count,
             probability=None if probabilities is None else probabilities[index],
             adjusted_probability=adjusted[index],

@@ -27,7 +27,7 @@ from avg_llava.data.token_lengths import token_lengths
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.model.router import GranularityRouter
+from avg_llava.model.router import find_router
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.lora import add_adapters
@@ -57,7 +57,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         adapt(model.config, settings)
         if settings.router is not None or settings.granularities is not None:
             set_seed(config.seed)  # the same router, however the model was loaded
-            model.model.router = GranularityRouter(model.config).to(model.dtype)
+            model.model.router = find_router(model.config)(model.config).to(model.dtype)
     else:
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"

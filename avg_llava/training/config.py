@@ -27,6 +27,8 @@ Reduction = Literal["mean", "sum"]
 class RouterSettings:
     """Shape of a new granularity router: in stage 1, and in stage 4 if the section is given there."""
 
+    kind: str = "transformer"
+    """A key of `ROUTERS` in `avg_llava/model/router.py`."""
     num_text_tokens: int = 32
     """Instruction tokens that the text filter keeps (k of the paper); 0: the router reads the image only."""
     num_attention_heads: int = 8
@@ -50,6 +52,9 @@ class ModelSettings:
     granularities: tuple[int, ...] | None = None
     """Stage 1: visual tokens per crop, coarse to fine; null: five halvings. Stages 3 and 4: some of the start's levels,
     the finest among them, and a new router for them; null: the start's. Stage 2: the start's."""
+    pooling_ladder: str | None = None
+    """Stage 1: a key of `LADDERS` in `avg_llava/model/scaler.py`, the levels that exist; null: the paper's. Later: the
+    start's."""
     behavior: Literal["paper", "released"] | None = None
     """Stage 1: variant of the method (see the model's configuration); null: paper. Later stages: the start's."""
     image_grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
@@ -249,6 +254,7 @@ class TrainConfig:
         model = self.model
         fields = {
             "granularities": None if model.granularities is None else list(model.granularities),
+            "pooling_ladder": model.pooling_ladder,
             "behavior": model.behavior,
             "image_grid_pinpoints": model.image_grid_pinpoints and [list(pair) for pair in model.image_grid_pinpoints],
             "router_config": None if model.router is None else dataclasses.asdict(model.router),
@@ -301,7 +307,7 @@ def _check_model(config: TrainConfig) -> None:
             f"stage {config.stage} starts from model.start, the folder of stage {config.stage - 1} (and has neither "
             "model.vision nor model.language)"
         )
-    for name in ("granularities", "behavior", "image_grid_pinpoints", "router"):
+    for name in ("granularities", "pooling_ladder", "behavior", "image_grid_pinpoints", "router"):
         if getattr(model, name) is not None and name not in CHANGEABLE_LATER.get(config.stage, ()):
             raise ConfigError(f"model.{name} is decided in stage 1; stage {config.stage} takes it from model.start")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.router import find_router
 from avg_llava.training.lora import AdapterShape
 from avg_llava.training.stages import Part, Passes
 
@@ -167,9 +168,5 @@ def head_flops(tokens: int, config: AvgLlavaConfig) -> float:
 
 
 def router_flops(crops: int, config: AvgLlavaConfig) -> float:
-    """Forward pass of C crops through the router, which attends over the tokens of one crop."""
-    router, width = config.router_config, config.text_config.hidden_size
-    tokens = sum(config.granularities) + router.num_text_tokens
-    feed_forward = 2 * width * (router.intermediate_size or width)
-    per_token = 4 * width**2 + feed_forward + width**2 + width * len(config.granularities)
-    return 2.0 * crops * (tokens * per_token + 2 * tokens**2 * width)
+    """Forward pass of C crops through the router."""
+    return find_router(config).forward_flops(crops, config)

@@ -23,7 +23,6 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
 from avg_llava.model.packing import pack
-from avg_llava.model.scaler import pool_tokens, spread_tokens
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.levels import AnswerLogProbs, TextBatch, score_answers, total_log_prob, use_packed_attention
@@ -263,7 +262,7 @@ class GumbelObjective(Objective):
         Adds zeros to the finest tokens whose pooling to the sampled level has the gradient of the weighted sum in the
         class's docstring. The value of that sum is the sampled level itself, so only its gradient has to be added.
         """
-        side = self.config.num_patches_per_side
+        ladder = self.config.ladder
         connected = []
         zeros = weights - weights.detach()
         counts = features.num_crops or [len(features.crops)]
@@ -272,9 +271,9 @@ class GumbelObjective(Objective):
         ):
             total = crops.new_zeros(len(crops), sampled, crops.shape[-1])
             for zero, level in zip(image_zeros, self.config.granularities, strict=True):
-                tokens = pool_tokens(crops, side, level)[:, :sampled]
+                tokens = ladder.pool(crops, level)[:, :sampled]
                 total = total + F.pad(zero * tokens, (0, 0, 0, sampled - tokens.shape[1]))
-            connected.append(crops + spread_tokens(total, side))
+            connected.append(crops + ladder.spread(total))
         return replace(features, crops=torch.cat(connected))
 
 

@@ -321,6 +321,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model, whole or for routing alone, the weights of a checkpoint of its own kind."""
     load_own = load_routing_model if isinstance(model, RoutingModel) else load_model
     # The router's type is the widest; where others are narrower, the values are theirs and come back unchanged.
-    weights = load_own(str(folder), dtype=model.model.router.voter.dtype).state_dict()
+    weights = load_own(str(folder), dtype=model.model.router.dtype).state_dict()
     has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)

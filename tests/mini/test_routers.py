@@ -14,7 +14,7 @@ from avg_llava.mini.measure import read_questions
 from avg_llava.mini.routers import compare_routers
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.model.configuration import RouterConfig
-from avg_llava.model.router import GranularityRouter
+from avg_llava.model.router import TransformerRouter
 from tests.tiny import make_checkpoint
 
 
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
             model.config.granularities = [1, 4, 16]
             model.config.router_config = RouterConfig(num_text_tokens=0, num_attention_heads=2)
         torch.manual_seed(seed)
-        model.model.router = GranularityRouter(model.config)
+        model.model.router = TransformerRouter(model.config)
         model.save_pretrained(folder / name)
     return folder
 

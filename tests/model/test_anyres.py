@@ -11,7 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from avg_llava import AvgLlavaConfig
 from avg_llava.checkpoints.loading import KNOWN_TOWERS
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_visual_tokens, select_canvas
-from avg_llava.model.scaler import token_grid
+from avg_llava.model.scaler import WidthFirstLadder
 
 CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
 LEVELS = [36, 72, 144, 288, 576]
@@ -77,7 +77,7 @@ def test_coarse_windows_keep_the_region_of_the_finest(size, level):
     fine = torch.zeros(rows * 24, columns * 24, dtype=torch.bool)
     window = kept_window(size, 576, settings)
     fine[window.top : window.bottom, window.left : window.right] = True
-    cell_rows, cell_columns = (24 // side for side in token_grid(24, level))
+    cell_rows, cell_columns = (24 // side for side in WidthFirstLadder(24).grid(level))
     expected = fine.unflatten(0, (-1, cell_rows)).unflatten(2, (-1, cell_columns)).any(3).any(1)
     window = kept_window(size, level, settings)
     kept = torch.zeros_like(expected)
@@ -102,7 +102,7 @@ def test_no_image_content_is_unpadded_away(size, level):
     assert len(crops) == num_crops(size, settings)
     rows, columns = canvas_tiles(size, settings)
     canvas = crops[1:, 0].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    cell_height, cell_width = (336 // side for side in token_grid(24, level))
+    cell_height, cell_width = (336 // side for side in WidthFirstLadder(24).grid(level))
     window = kept_window(size, level, settings)
     outside = canvas > 0.5
     top, left = window.top * cell_height, window.left * cell_width

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from avg_llava import AvgLlavaForConditionalGeneration, load_model
-from avg_llava.model.router import GranularityRouter
-from avg_llava.model.scaler import pool_tokens
+from avg_llava.model.router import TransformerRouter
+from avg_llava.model.scaler import WidthFirstLadder
 from tests.tiny import images, prompt, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
-def router() -> GranularityRouter:
+def router() -> TransformerRouter:
     return tiny_model().model.router
 
 
@@ -35,7 +35,9 @@ def _plain(router, crops, counts, text, mask):
         votes = torch.cat([router.voter[:num_visual], router.voter[num_visual:][: len(words)]])
         of_crops = []
         for crop in crops[start : start + count]:
-            levels = [pool_tokens(crop[None], 8, granularity)[0] for granularity in router.config.granularities]
+            levels = [
+                WidthFirstLadder(8).pool(crop[None], granularity)[0] for granularity in router.config.granularities
+            ]
             tokens = torch.cat([*levels, words])
             deviation = tokens - tokens.mean(1, keepdim=True)
             tokens = deviation / (deviation.square().mean(1, keepdim=True) + 1e-5).sqrt()
@@ -129,7 +131,7 @@ def test_tokens_of_a_crop_attend_to_one_another(router):
             router(swapped, counts, text, mask), router(crops, counts, text, mask), rtol=0, atol=1e-5
         )
     gradient_of = crops.clone().requires_grad_()
-    levels = [pool_tokens(gradient_of, 8, granularity) for granularity in router.config.granularities]
+    levels = [WidthFirstLadder(8).pool(gradient_of, granularity) for granularity in router.config.granularities]
     merged = router.merger(torch.cat(levels, 1))
     merged[1, 7].sum().backward()
     assert gradient_of.grad[1].abs().sum(-1).min() > 0

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from avg_llava.model.scaler import granularity_pyramid, pool_tokens, spread_tokens, token_grid
+from avg_llava.model.scaler import WidthFirstLadder
 
 
 @pytest.mark.parametrize("side", [8, 24])
 def test_pooled_token_is_the_mean_of_its_patches(side):
     tokens = torch.randn(2, side * side, 3, dtype=torch.float64)
-    for granularity in granularity_pyramid(side, 5):
-        rows, columns = token_grid(side, granularity)
-        pooled = pool_tokens(tokens, side, granularity)
+    ladder = WidthFirstLadder(side)
+    for granularity in ladder.granularities[-5:]:
+        rows, columns = ladder.grid(granularity)
+        pooled = ladder.pool(tokens, granularity)
         assert pooled.shape == (2, granularity, 3)
         for token in range(granularity):
             row, column = divmod(token, columns)
@@ -25,30 +26,36 @@ def test_pooled_token_is_the_mean_of_its_patches(side):
             torch.testing.assert_close(pooled[:, token], torch.stack(patches).mean(0))
 
 
-@pytest.mark.parametrize("granularity", granularity_pyramid(8, 5))
+@pytest.mark.parametrize("granularity", WidthFirstLadder(8).granularities)
 def test_spread_token_is_on_all_its_patches(granularity):
     tokens = torch.randn(2, granularity, 3)
-    rows, columns = token_grid(8, granularity)
-    spread = spread_tokens(tokens, 8)
+    rows, columns = WidthFirstLadder(8).grid(granularity)
+    spread = WidthFirstLadder(8).spread(tokens)
     for patch in range(64):
         row, column = divmod(patch, 8)
         assert torch.equal(spread[:, patch], tokens[:, row * rows // 8 * columns + column * columns // 8])
-    torch.testing.assert_close(pool_tokens(spread, 8, granularity), tokens)
+    torch.testing.assert_close(WidthFirstLadder(8).pool(spread, granularity), tokens)
 
 
 def test_pyramid_halves_width_first():
-    assert granularity_pyramid(24, 5) == [36, 72, 144, 288, 576]
-    assert [token_grid(24, g) for g in (576, 288, 144, 72, 36)] == [(24, 24), (24, 12), (12, 12), (12, 6), (6, 6)]
-    assert granularity_pyramid(8, 5) == [4, 8, 16, 32, 64]
-    assert granularity_pyramid(6, 9) == [9, 18, 36]  # 3x3 cannot be halved
+    assert WidthFirstLadder(24).granularities[-5:] == [36, 72, 144, 288, 576]
+    assert [WidthFirstLadder(24).grid(g) for g in (576, 288, 144, 72, 36)] == [
+        (24, 24),
+        (24, 12),
+        (12, 12),
+        (12, 6),
+        (6, 6),
+    ]
+    assert WidthFirstLadder(8).granularities[-5:] == [4, 8, 16, 32, 64]
+    assert WidthFirstLadder(6).granularities == [9, 18, 36]  # 3x3 cannot be halved
 
 
 @pytest.mark.parametrize("granularity", [0, 1, 12, 100, 1152])
 def test_levels_that_do_not_exist_are_refused(granularity):
     with pytest.raises(ValueError, match=f"granularity {granularity} is no level of a 24x24 grid"):
-        token_grid(24, granularity)
+        WidthFirstLadder(24).grid(granularity)
 
 
 def test_wrong_token_count_is_refused():
     with pytest.raises(ValueError, match="expected 64 tokens per crop"):
-        pool_tokens(torch.zeros(1, 65, 2), 8, 16)
+        WidthFirstLadder(8).pool(torch.zeros(1, 65, 2), 16)

@@ -8,7 +8,7 @@ import torch
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.checkpoints.loading import KNOWN_TOWERS
 from avg_llava.model.router import filter_text
-from avg_llava.model.scaler import pool_tokens, token_grid
+from avg_llava.model.scaler import WidthFirstLadder
 from tests.parity.golden import GOLDEN, golden
 
 A, A_JSON = golden("A_scaler")
@@ -19,13 +19,13 @@ C, C_JSON = golden("C_router")
 @pytest.mark.parametrize("granularity", [36, 72, 144, 288])
 @pytest.mark.parametrize("kind", ["random", "coord"])
 def test_scaler(kind, granularity):
-    pooled = pool_tokens(A[f"in/{kind}"], 24, granularity)
+    pooled = WidthFirstLadder(24).pool(A[f"in/{kind}"], granularity)
     torch.testing.assert_close(pooled, A[f"out/{kind}/{granularity}"], rtol=0, atol=1e-6)
 
 
 def test_scaler_grids():
-    assert {str(g): list(token_grid(24, g)) for g in (36, 72, 144, 288, 576)} == A_JSON["grid_hw"]
-    assert pool_tokens(A["in/random"], 24, 576) is A["in/random"]
+    assert {str(g): list(WidthFirstLadder(24).grid(g)) for g in (36, 72, 144, 288, 576)} == A_JSON["grid_hw"]
+    assert WidthFirstLadder(24).pool(A["in/random"], 576) is A["in/random"]
 
 
 @pytest.mark.parametrize("case", B_JSON["cases"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from avg_llava.model.anyres import canvas_tiles, kept_window
-from avg_llava.model.scaler import pool_tokens, token_grid
 from avg_llava.training.config import ObjectiveSettings
 from avg_llava.training.losses import ranking_loss
 from avg_llava.training.objectives import (
@@ -88,16 +87,16 @@ def _released_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _released_tokens(crops: torch.Tensor, weights: torch.Tensor, size: tuple[int, int], model) -> torch.Tensor:
     """All levels padded with zeros to the finest, mixed, cut to the length of the one drawn, laid out as an image."""
-    config, side = model.config, model.config.num_patches_per_side
+    config = model.config
     mixed = torch.zeros_like(crops)
     for weight, level in zip(weights, config.granularities, strict=True):
         padded = torch.zeros_like(crops)
-        padded[:, :level] = pool_tokens(crops, side, level)
+        padded[:, :level] = config.ladder.pool(crops, level)
         mixed = mixed + weight * padded
     drawn = config.granularities[int(weights.argmax())]
     cut = mixed[:, :drawn]
     tile_rows, tile_columns = canvas_tiles(size, config)
-    rows, columns = token_grid(side, drawn)
+    rows, columns = config.ladder.grid(drawn)
     window = kept_window(size, drawn, config)
     tokens = list(cut[0])
     for row in range(window.top, window.bottom):
