@@ -141,3 +141,6 @@ class AvgLlavaConfig(LlavaNextConfig):
             raise ValueError(f"granularities must be distinct and go from coarse to fine, got {self.granularities}")
         for granularity in self.granularities:
             self.ladder.grid(granularity)
+
+
+AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)

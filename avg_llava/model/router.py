@@ -77,8 +77,9 @@ class Router(nn.Module, ABC):
         functions of `transformers.initialization`, which leave loaded weights as they are.
         """
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
     @classmethod
     def check_config(cls, config: PreTrainedConfig) -> None:

@@ -104,6 +104,7 @@ def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:
                 "with the finest among them"
             )
         model_config.granularities = wanted
+    find_router(model_config).check_config(model_config)
 
 
 def build_collator(
