@@ -8,14 +8,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from avg_llava import AvgLlavaConfig, RouterConfig, load_model
+from avg_llava.model.anyres import num_crops
 from avg_llava.model.router import ROUTERS, level_values
 from avg_llava.model.scaler import LADDERS
 from avg_llava.planning.memory import activation_memory
 from avg_llava.training.config import ObjectiveSettings, RouterSettings
 from avg_llava.training.flops import SampleShape, router_flops, step_flops
-from avg_llava.training.objectives import OBJECTIVES
+from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.model.tiny import images, pad, prompt, tiny_config, tiny_model
+from tests.tiny import images, pad, prompt, tiny_config, tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples" / "extending"
 SIZES = [(32, 32), (60, 30)]
@@ -108,7 +109,7 @@ def test_stage_4_trains_it(model, batch, name):
     """Every weight of the router gets a gradient; with max-pooling too, that of a level is the level's."""
     set_trainable(model, STAGES[4])
     labels = batch["input_ids"].masked_fill(torch.arange(26) < 15, -100)
-    OBJECTIVES[name](model, ObjectiveSettings()).train()(**batch, labels=labels)["loss"].backward()
+    objective_class(name)(model, ObjectiveSettings()).train()(**batch, labels=labels)["loss"].backward()
     for parameter, weights in model.model.router.named_parameters():
         assert weights.grad is not None, parameter
         assert weights.grad.abs().sum() > 0, parameter
@@ -138,12 +139,13 @@ def test_estimates_ask_the_router(model):
         model.model.router(*inputs)
     weights = {weight.data_ptr() for weight in model.model.router.parameters()}
     saved = {tensor.data_ptr(): tensor.nbytes for tensor in kept if tensor.data_ptr() not in weights}
-    samples = [SampleShape((32, 32), 20, 5)]
-    crops_of_samples = activation_memory(4, samples, model.config, 4, recompute=False).router / (4 * 4 * 64)
-    assert step_flops(4, samples, model.config, plain=False).router == 3 * router_flops(
-        int(crops_of_samples), model.config
-    )
     assert sum(saved.values()) == pytest.approx(ROUTERS["mean"].activation_bytes(5, model.config), rel=0.05)
+
+    stage, samples = STAGES[4], [SampleShape((32, 32), 20, 5)]  # an image of one tile: two crops
+    step = step_flops(stage.trains, stage.passes, samples, model.config)
+    assert step.router == 3 * router_flops(num_crops((32, 32), model.config), model.config)
+    memory = activation_memory(stage.trains, stage.passes, samples, model.config, element_size=4, recompute=False)
+    assert memory.router == ROUTERS["mean"].activation_bytes(num_crops((32, 32), model.config), model.config)
 
 
 def test_training_settings_name_both():
