@@ -1,1 +1,1 @@
-"""Foundations that know nothing of models: files, hashes, settings, worker processes, the machine."""
+"""Foundations: atomic files and hashes, JSON lines, worker processes, machine facts, settings, terminal tables."""

@@ -17,7 +17,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
 
     Args:
         path: The file. Its folder must exist.
-        concurrent: Several processes may write the file at the same time, each to a temporary file of its own.
+        concurrent: Several processes may write the file at the same time, each through its own temporary file.
     """
     infix = f".{os.getpid()}" if concurrent else ""
     temporary = path.with_name(f".{path.name}{infix}.new")
@@ -70,5 +70,5 @@ def hash_file(path: Path) -> str:
 
 
 def hash_json(content: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """SHA-256 of a value's JSON text with sorted keys; `default` converts what JSON cannot hold, as in `json.dumps`."""
+    """SHA-256 of a value's JSON text with sorted keys; `default` as in `json.dumps`."""
     return hash_bytes(json.dumps(content, sort_keys=True, default=default).encode())

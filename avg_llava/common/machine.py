@@ -1,4 +1,4 @@
-"""The machine: what numbers were measured on, what it could do, and how much memory was taken."""
+"""Facts about the machine: processor, GPU and its peak throughput, library versions, memory use."""
 
 import importlib.metadata
 import os
@@ -16,14 +16,14 @@ RECORDED_LIBRARIES = ("avg-llava", "torch", "transformers", "deepspeed", "accele
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's published figures.
+    """Published figures of a GPU.
 
     Attributes:
-        memory: In bytes.
-        half: Dense operations per second in 16 bits.
+        memory: Bytes.
+        half: Dense floating-point operations per second in bf16 and fp16.
         tf32: Dense operations per second in TF32.
         float32: Operations per second in float32.
-        device_name: What CUDA's name of such a device holds; others of its family may be slower.
+        device_name: Part of the CUDA device name that identifies the model; others of its family may be slower.
     """
 
     memory: float
@@ -33,7 +33,12 @@ class Gpu:
     device_name: str
 
     def peak(self, precision: str, tf32: bool) -> float:
-        """Operations per second in a precision ("fp32" or one of 16 bits); `tf32` allows TF32 in float32 products."""
+        """Peak operations per second.
+
+        Args:
+            precision: "fp32", "bf16" or "fp16".
+            tf32: Use of TF32 in float32 matrix products.
+        """
         if precision != "fp32":
             return self.half
         return self.tf32 if tf32 else self.float32
@@ -50,7 +55,7 @@ GPUS = {
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -66,7 +71,7 @@ def library_versions() -> dict[str, str]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, cores, GPU, system and the versions of libraries."""
+    """Processor, cores, GPU, operating system and library versions."""
     return {
         "processor": _processor_name(),
         "cores": num_cores(),
@@ -77,12 +82,12 @@ def machine_facts() -> dict[str, Any]:
 
 
 def known_peak(device_name: str, precision: str, tf32: bool) -> float | None:
-    """Operations per second of a device, found in `GPUS` by its CUDA name; None if it is not there."""
+    """Peak operations per second of a device by its CUDA name; None if it is not in `GPUS`."""
     return next((gpu.peak(precision, tf32) for gpu in GPUS.values() if gpu.device_name in device_name), None)
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
+    """Peak memory in bytes: allocated on the GPU, or resident in this process if there is no GPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024

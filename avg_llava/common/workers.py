@@ -109,7 +109,7 @@ def map_batches(
 def end_with_parent() -> None:
     """Ends this process within seconds after its parent process has ended, e.g. because it was killed.
 
-    `torchrun` puts its ranks in sessions of their own, so `kill -9` of it, or of the script around it, leaves them
+    `torchrun` starts its ranks in new sessions, so `kill -9` of it, or of the script around it, leaves them
     training. A second call of the same command would then write to the same folder as they do.
     """
     parent = os.getppid()

@@ -1,6 +1,6 @@
 """The training data set: records of several files as token ids, labels and image crops, one sample at a time.
 
-The files' indices tell which records are samples; records are parsed and images opened when a sample is requested. An
+The files' indices list the valid records; records are parsed and images opened when a sample is requested. An
 invalid sample is an error that names it or, with `on_bad_sample="skip"`, a logged and counted omission: a malformed
 record is left out from the start, and a sample with an unreadable image becomes a masked row, so that batches keep
 their size and every rank takes the same steps.

@@ -16,7 +16,7 @@ from avg_llava.model.processing import IMAGE_PLACEHOLDER
 HUMAN, ASSISTANT = "human", "gpt"
 
 _COLUMNS = ("id", "image", "conversations")
-_RECORD_NOUNS = {".jsonl": "line", ".parquet": "row"}  # what messages call a record; in other files "record"
+_RECORD_NOUNS = {".jsonl": "line", ".parquet": "row"}  # for messages; "record" for other files
 _FIRST_POSITION = {".jsonl": 1, ".parquet": 0}
 _UTF8_MARK = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
