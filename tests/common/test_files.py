@@ -37,11 +37,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_concurrent_writers_have_temporary_files_of_their_own(tmp_path):
+def test_concurrent_writers_use_different_temporary_files(tmp_path):
     with atomic_write(tmp_path / "a", concurrent=True) as temporary:
         temporary.touch()
         assert temporary.name == f".a.{os.getpid()}.new"
-        assert list(tmp_path.glob(".*.new")) == [temporary]  # the pattern that feedback removes leftovers by
+        assert list(tmp_path.glob(".*.new")) == [temporary]  # the pattern by which feedback removes leftovers
 
 
 def test_contents(tmp_path):
@@ -56,7 +56,7 @@ def test_contents(tmp_path):
     assert names(tmp_path) == ["a", "b"]
 
 
-def test_hashes_are_of_the_bytes_that_stored_hashes_are_of(tmp_path):
+def test_hashes_match_stored_ones(tmp_path):
     expected = hashlib.sha256(b"abc").hexdigest()
     (tmp_path / "a").write_bytes(b"abc")
     assert hash_bytes(b"abc") == hash_chunks([b"a", b"", b"bc"]) == hash_file(tmp_path / "a") == expected

@@ -1,4 +1,4 @@
-"""Mappings into dataclasses: the types that results use beyond those of configurations."""
+"""Dataclasses from mappings: the types that results use beyond those of configurations."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -28,7 +28,7 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with open(f"/proc/{pid}/stat") as file:  # a zombie that nobody has waited for is not running either
+    with open(f"/proc/{pid}/stat") as file:  # a zombie is not running either
         return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 

@@ -1,4 +1,4 @@
-"""Records and images with every fault that training data are known to have, and some sound ones."""
+"""Records and images with every fault known from training data, and some valid ones."""
 
 import os
 import struct
@@ -11,7 +11,7 @@ from PIL import Image
 from tests.tiny import record, write_records
 
 SOUND = "images/sound.png"
-# What is left out from the start; what is left out once it is seen; what is used, and named.
+# Ids of records left out from the start, of unreadable samples, and of samples that are used but logged.
 MALFORMED = ("dots", "roles out of order", "placeholders")
 UNREADABLE = ("truncated JPEG", "0 bytes", "bomb", "link", "missing")
 USED = ("over-long", "masked")
@@ -32,9 +32,9 @@ def huge_png(side: int = 30_000) -> bytes:
 
 
 def write_faults(folder: Path, outside: Path) -> Path:
-    """Writes `data.json` and its images; `outside` is a folder that one of these is a link into.
+    """Writes `data.json` and its images, one of which is a link into the folder `outside`.
 
-    A record's id is its fault. The long ones have hundreds of words: too long for 600 tokens of any tokenizer.
+    A record's id is its fault. Over-long ones have hundreds of words: more than 600 tokens of any tokenizer.
     """
     images = folder / "images"
     images.mkdir(exist_ok=True)
@@ -49,8 +49,8 @@ def write_faults(folder: Path, outside: Path) -> Path:
     (images / "bomb.png").write_bytes(huge_png())
     picture.save(outside / "picture.png")
     os.symlink(outside / "picture.png", images / "link.png")
-    disordered = record("roles out of order", "<image>\nWhat?", "A car.", SOUND)
-    disordered["conversations"].append(disordered["conversations"][1])
+    out_of_order = record("roles out of order", "<image>\nWhat?", "A car.", SOUND)
+    out_of_order["conversations"].append(out_of_order["conversations"][1])
     return write_records(
         folder,
         record("sound", "<image>\nWhat?", "A car.", SOUND),
@@ -61,7 +61,7 @@ def write_faults(folder: Path, outside: Path) -> Path:
         record("bomb", "<image>\nWhat?", "A car.", "images/bomb.png"),
         record("link", "<image>\nWhat?", "A car.", "images/link.png"),
         record("dots", "<image>\nWhat?", "A car.", "../wide.png"),
-        disordered,
+        out_of_order,
         record("placeholders", "<image> <image>\nWhat?", "A car.", SOUND),
         record("over-long", "<image>\nWhat?", "A car. " * 300, SOUND),
         record("masked", "<image>\nWhat? " + "Now? " * 300, "A car.", SOUND),

@@ -77,11 +77,11 @@ def test_several_files_with_roots_and_sampling(folder, make):
     assert weighted == ids("first:5", weight=2.4)
     assert any(weighted != ids("first:5", weight=2.4, seed=seed) for seed in (1, 2, 3))
     assert len(ids(None, weight=0.5)) == 5
-    drawn = ids("random:40%")
-    assert len(drawn) == 4
-    assert drawn == sorted(set(drawn))
-    assert drawn == ids("random:4")
-    assert any(drawn != ids("random:4", seed=seed) for seed in (1, 2))
+    selected = ids("random:40%")
+    assert len(selected) == 4
+    assert selected == sorted(set(selected))
+    assert selected == ids("random:4")
+    assert any(selected != ids("random:4", seed=seed) for seed in (1, 2))
 
 
 @pytest.mark.parametrize("sampling", ["some", "first:", "first:-1", "first:11", "random:110%", "repeat:2", "first:2.5"])
@@ -91,7 +91,7 @@ def test_bad_sampling(folder, make, sampling):
         make(DataSource(path, None, sampling))
 
 
-def test_malformed_records_stop_or_are_left_out(folder, make, caplog):
+def test_malformed_records_are_errors_or_left_out(folder, make, caplog):
     path = write_records(
         folder,
         record("good", "Hi", "Yes"),
@@ -111,7 +111,7 @@ def test_malformed_records_stop_or_are_left_out(folder, make, caplog):
     assert "sample 'a'" in caplog.text
 
 
-def test_what_a_template_cannot_hold_is_malformed(folder, make):
+def test_conversations_that_the_template_cannot_hold_are_malformed(folder, make):
     path = write_records(folder, record("caption", "<image>", "A car.", WIDE), record("chat", "Hi", "Yes"))
     with pytest.raises(DataError, match=r"sample 'chat' .*template 'plain' is for captions"):
         make(path, template="plain")
@@ -119,7 +119,7 @@ def test_what_a_template_cannot_hold_is_malformed(folder, make):
 
 
 @pytest.mark.parametrize("image", [TEXT, CUT, "images/nowhere.png"])
-def test_unreadable_images_stop_or_are_masked(folder, make, caplog, image, processor):
+def test_unreadable_images_are_errors_or_masked(folder, make, caplog, image, processor):
     path = write_records(folder, record("bad", "<image>\nWhat?", "A car.", image), record("good", "Hi", "Yes"))
     with pytest.raises(DataError, match=rf"sample 'bad' .*{image}.*on_bad_sample"):
         make(path)[0]
@@ -128,7 +128,7 @@ def test_unreadable_images_stop_or_are_masked(folder, make, caplog, image, proce
         item = dataset[0]
     assert "sample 'bad'" in caplog.text
     assert image in caplog.text
-    assert len(dataset) == 2  # its place in the order stays, so that ranks take the same steps
+    assert len(dataset) == 2  # the order keeps it, so that ranks take the same steps
     assert dataset.problem_counts == {"unreadable sample masked": 1}
     batch = Collator(processor.tokenizer.pad_token_id)([item, item])
     assert "pixel_values" not in batch
@@ -168,14 +168,14 @@ def test_large_images_are_unreadable(folder, make):
 
 
 class TestLongSamples:
-    """Lengths count every image at the finest level, and text is cut at its end."""
+    """Every image is counted at the finest level, and samples are truncated at the end."""
 
     def whole(self, make, path, config) -> tuple[dict, int]:
         item = make(path)[0]
         visual = sum(num_visual_tokens(size, 16, config) for size in item["image_sizes"].tolist())
         return item, len(item["input_ids"]) - len(item["pixel_values"]) + visual
 
-    def test_text_is_cut_at_its_end(self, folder, make, config, caplog):
+    def test_text_is_truncated_at_its_end(self, folder, make, config, caplog):
         path = write_records(folder, record("long", "<image>\nWhat?", "A car and a dog.", WIDE))
         item, length = self.whole(make, path, config)
         assert make(path, max_length=length)[0]["input_ids"].equal(item["input_ids"])
@@ -185,7 +185,7 @@ class TestLongSamples:
         assert cut["labels"].equal(item["labels"][:-3])
         assert "sample 'long'" in caplog.text
 
-    def test_images_beyond_the_end_go_with_their_placeholders(self, folder, make, config, processor):
+    def test_images_beyond_the_end_are_dropped_with_their_placeholders(self, folder, make, config, processor):
         path = write_records(folder, record("long", "<image> or <image>?", "Both.", TALL, WIDE))
         item = make(path)[0]
         second = (item["input_ids"] == processor.image_token_id).nonzero().flatten().tolist()[1]
@@ -195,7 +195,7 @@ class TestLongSamples:
         assert cut["image_sizes"].tolist() == [[60, 20]]
         assert len(cut["pixel_values"]) == 1
 
-    def test_samples_that_lose_their_answers_are_named(self, folder, make, caplog):
+    def test_samples_that_lose_their_answers_are_logged(self, folder, make, caplog):
         path = write_records(folder, record("lost", "Why? " * 50, "Because."))
         item = make(path, max_length=120)[0]
         assert len(item["input_ids"]) == 120
@@ -206,13 +206,13 @@ class TestLongSamples:
         assert make(write_records(folder, record("a", "Hi", "Yes"))).max_length == config.max_sequence_length
 
 
-def test_masked_conversations_are_named_with_the_reason(folder, make, caplog):
+def test_masked_conversations_are_logged_with_the_reason(folder, make, caplog):
     make(write_records(folder, record("odd", "What does ASSISTANT: mean?", "Me.")))[0]
     assert "sample 'odd'" in caplog.text
     assert "mark turns" in caplog.text
 
 
-def test_troubles_are_named_at_first_and_then_counted(folder, make, caplog):
+def test_problems_are_logged_at_first_and_then_counted(folder, make, caplog):
     path = write_records(folder, *[record(n, "Hi", 3) for n in range(30)], record("good", "Hi", "Yes"))
     with caplog.at_level(logging.WARNING):
         dataset = make(path, on_bad_sample="skip")
@@ -234,9 +234,9 @@ def test_fingerprint(folder, make, tmp_path_factory):
     records = [record(n, "Hi", "Yes") for n in range(4)]
     first = make(write_records(folder, *records)).fingerprint()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    assert make(write_records(elsewhere, *records)).fingerprint() == first  # the place does not matter
+    assert make(write_records(elsewhere, *records)).fingerprint() == first  # the path does not matter
     assert make(folder / "data.json").fingerprint() == first
-    assert make(folder / "data.json", seed=1).fingerprint() == first  # nothing is drawn
+    assert make(folder / "data.json", seed=1).fingerprint() == first  # nothing is selected at random
     others = [
         make(folder / "data.json", max_length=100),
         make(DataSource(folder / "data.json", sampling="first:2")),
@@ -266,7 +266,7 @@ def test_refusals(folder, make):
 
 
 def test_ten_thousand_records_open_no_image(folder, make):
-    """Only samples that are asked for touch their images."""
+    """Only requested samples open their images."""
     path = folder / "many.jsonl"
     lines = (json.dumps(record(n, "<image>\nWhat?", "A car.", f"images/{n}.png")) for n in range(10_000))
     path.write_text("\n".join(lines))

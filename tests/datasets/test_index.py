@@ -1,4 +1,4 @@
-"""Indices of record files: the same records as the JSON module reads, built once, shared, and never out of date."""
+"""Indices of record files: they match the JSON module, are built once, shared, and follow changes of the file."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def age(path: Path) -> Path:
-    """Makes a file look as if it had been written some time ago."""
+    """Sets a file's modification time to the past, so that its index is stored."""
     before = time.time() - 1000
     os.utime(path, (before, before))
     return path
@@ -35,7 +35,7 @@ def path(folder) -> Path:
     return age(write_records(folder, *records, record("text", "Hi", "Yes"), record("bad", "Hi", 3)))
 
 
-def kept(folder: Path) -> list[str]:
+def stored(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
@@ -54,7 +54,7 @@ RECORDS = [
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("form", [{}, {"indent": 3}, {"separators": (",", ":")}, "lines"])
-def test_records_are_what_json_reads(tmp_path, form, mark, ascii_only):
+def test_records_equal_those_of_the_json_module(tmp_path, form, mark, ascii_only):
     if form == "lines":
         path = tmp_path / "data.jsonl"
         lines = [json.dumps(value, ensure_ascii=ascii_only) for value in RECORDS]
@@ -66,7 +66,7 @@ def test_records_are_what_json_reads(tmp_path, form, mark, ascii_only):
         positions = range(len(RECORDS))
     path.write_bytes(mark + text.encode())
     age(path)
-    for _ in range(2):  # from the file, and from the kept index
+    for _ in range(2):  # from the file, and from the stored index
         index = open_index(path, "vicuna_v1")
         assert [index.record(row).value for row in range(len(index.rows))] == RECORDS
         assert index.rows["position"].tolist() == list(positions)
@@ -74,7 +74,7 @@ def test_records_are_what_json_reads(tmp_path, form, mark, ascii_only):
     assert index.folder is not None
 
 
-def test_the_first_process_reads_the_file_and_others_its_index(path, monkeypatch):
+def test_a_stored_index_is_loaded_without_the_file(path, monkeypatch):
     first = open_index(path, "vicuna_v1")
     assert first.folder.parent == path.parent / INDEX_DIR_NAME
     assert first.rows["length"].tolist() == [6] * 5 + [-2, 0]
@@ -91,13 +91,13 @@ def test_the_first_process_reads_the_file_and_others_its_index(path, monkeypatch
         again.sample(6, path.parent)
 
 
-def test_what_depends_on_an_index_is_the_same_with_a_kept_one(folder, path, processor, config):
+def test_a_stored_index_gives_the_same_data_set(folder, path, processor, config):
     def make() -> ConversationDataset:
         source = DataSource(path, sampling="first:90%", weight=1.5)
         return ConversationDataset([source], processor, "vicuna_v1", config, on_bad_sample="skip")
 
     new = make()
-    assert len(kept(folder / INDEX_DIR_NAME)) == 1
+    assert len(stored(folder / INDEX_DIR_NAME)) == 1
     old = make()
     assert len(new) == len(old) == 9
     assert new.fingerprint() == old.fingerprint()
@@ -118,14 +118,14 @@ def test_a_changed_file_has_a_new_index(path):
         before.record(0)
 
 
-def test_templates_have_indices_of_their_own(path):
+def test_one_index_per_template(path):
     assert open_index(path, "vicuna_v1").rows["length"].tolist() == [6] * 5 + [-2, 0]
     assert open_index(path, "plain").rows["length"].tolist() == [6] * 5 + [0, 0]
-    assert len(kept(path.parent / INDEX_DIR_NAME)) == 2
+    assert len(stored(path.parent / INDEX_DIR_NAME)) == 2
 
 
-def test_a_file_of_this_moment_is_not_relied_upon(path):
-    """Written twice within the clock's tick, it has the same size and time, and other records."""
+def test_the_index_of_a_file_written_just_now_is_not_stored(path):
+    """Two writes within a clock tick give the same size and time with other records."""
     path.write_text(path.read_text())
     status = path.stat()
     assert open_index(path, "vicuna_v1").folder is None
@@ -150,7 +150,7 @@ def test_a_damaged_index_is_built_again(path, damage, caplog):
     assert again.sample(4, path.parent).id == "4"
 
 
-def test_a_folder_that_cannot_be_written_to(path, tmp_path, caplog):
+def test_without_a_writable_folder_the_index_stays_in_memory(path, tmp_path, caplog):
     (tmp_path / "file").write_text("no folder")
     index = open_index(path, "vicuna_v1", tmp_path / "file" / "indices")
     assert "name a folder with room in data.index_dir" in caplog.text
@@ -161,8 +161,8 @@ def test_a_folder_that_cannot_be_written_to(path, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
-def test_no_room_for_an_index(folder, caplog, suffix):
-    """The system refuses to write on: nothing half is left, and this process reads on without."""
+def test_without_disk_space_the_index_stays_in_memory(folder, caplog, suffix):
+    """On a full disk nothing partial is left, and the index stays in memory."""
     records = [record(n, "<image>\nWhat?", "A car.", "images/wide.png") for n in range(200)]
     path = write_records(folder, *records)
     if suffix == ".parquet":
@@ -176,7 +176,7 @@ def test_no_room_for_an_index(folder, caplog, suffix):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be kept" in caplog.text
-    assert kept(path.parent / INDEX_DIR_NAME) == []
+    assert stored(path.parent / INDEX_DIR_NAME) == []
     assert index.sample(199, folder).id == "199"
     copy = pickle.loads(pickle.dumps(index))
     assert copy.sample(199, folder) == index.sample(199, folder)
@@ -186,18 +186,18 @@ def test_no_room_for_an_index(folder, caplog, suffix):
 def _open(path: Path, start, marks: Path) -> None:
     build = indexing._build
 
-    def noted(*arguments):
+    def logged_build(*arguments):
         (marks / str(os.getpid())).touch()
         time.sleep(0.3)
         return build(*arguments)
 
-    indexing._build = noted
+    indexing._build = logged_build
     start.wait()
     index = open_index(path, "vicuna_v1")
     os._exit(0 if index.sample(4, path.parent).id == "4" and index.folder is not None else 1)
 
 
-def test_of_processes_that_start_together_one_builds(path, tmp_path):
+def test_one_of_several_concurrent_processes_builds(path, tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
     start = FORK.Barrier(4)
@@ -208,7 +208,7 @@ def test_of_processes_that_start_together_one_builds(path, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
     assert len(list(marks.iterdir())) == 1
-    assert len(kept(path.parent / INDEX_DIR_NAME)) == 1
+    assert len(stored(path.parent / INDEX_DIR_NAME)) == 1
 
 
 def _hold(path: Path, held) -> None:
@@ -217,7 +217,7 @@ def _hold(path: Path, held) -> None:
         time.sleep(600)
 
 
-def test_a_killed_builder_holds_nobody_up(path):
+def test_a_killed_builder_releases_the_lock(path):
     held = FORK.Event()
     holder = FORK.Process(target=_hold, args=(path, held))
     holder.start()
@@ -228,7 +228,7 @@ def test_a_killed_builder_holds_nobody_up(path):
 
 
 def test_processes_do_not_copy_rows(folder):
-    """What a spawned worker is sent does not grow with the records."""
+    """The pickle that a spawned worker receives does not grow with the number of records."""
     sizes = []
     for count in (10, 1000):
         records = [record(n, "Hi", "Yes") for n in range(count)]
@@ -254,7 +254,7 @@ class TestParquet:
     )
 
     def write(self, path: Path, *records: dict, row_group_size: int = 2) -> Path:
-        """Images as lists, as a column has one type."""
+        """Writes images as lists, because a column has one type."""
         rows = [
             {**entry, "image": entry["image"] if isinstance(entry["image"], list) else [entry["image"]]}
             if "image" in entry
@@ -272,7 +272,7 @@ class TestParquet:
     def test_items_are_those_of_the_same_json(self, folder, processor, config):
         json_file = age(write_records(folder, *self.RECORDS))
         parquet_file = age(self.write(folder / "data.parquet", *self.RECORDS))
-        for _ in range(2):  # read, and from the kept index
+        for _ in range(2):  # from the file, and from the stored index
             one, other = (
                 ConversationDataset([DataSource(path)], processor, "vicuna_v1", config, on_bad_sample="skip")
                 for path in (json_file, parquet_file)

@@ -10,7 +10,7 @@ ROOT = Path("root")
 
 
 def changed(**fields) -> dict:
-    """A good record with some fields replaced, or, for `...`, left out."""
+    """A valid record with some fields replaced or, if `...`, removed."""
     content = {**record("a", "<image>\nWhat?", "A car.", "x.jpg"), **fields}
     return {key: value for key, value in content.items() if value is not ...}
 
@@ -19,7 +19,7 @@ def turn(role, value) -> dict:
     return {"from": role, "value": value}
 
 
-def test_a_good_record():
+def test_a_valid_record():
     sample = parse_record(changed(model="", family="fine"), ROOT, "file.json, record 3")
     assert sample.id == "a"
     assert sample.images == (ROOT / "x.jpg",)
@@ -97,7 +97,7 @@ def test_bad_records_are_named(fields, message):
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", ["a"]])
-def test_records_that_are_no_objects(value):
+def test_records_must_be_objects(value):
     with pytest.raises(DataError, match=r"file.json, record 3: a record is a JSON object"):
         parse_record(value, ROOT, "file.json, record 3")
 
@@ -106,7 +106,7 @@ VALUES = [None, 0, "", [], {}, "<image>", [turn("human", "x")], [[]], {"from": 1
 
 
 @pytest.mark.parametrize("key", ["id", "image", "conversations"])
-def test_damage_is_refused_by_data_errors_only(key):
+def test_invalid_values_raise_data_errors_only(key):
     messages = []
     for value in VALUES:
         try:
@@ -125,7 +125,7 @@ def test_a_leading_turn_of_the_model_is_dropped_for_training():
 def test_reading_a_list_and_lines(tmp_path):
     content = [record("ä", "Hi", "Yes"), record(2, "Hi", "No")]
     (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    # A line separator inside a text is not the end of a record.
+    # U+2028 inside a string does not end a line.
     lines = json.dumps(content[0], ensure_ascii=False) + "\r\n\n" + json.dumps({"id": "a\u2028b"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
     assert [entry.value for entry in read_records(tmp_path / "a.json")] == content

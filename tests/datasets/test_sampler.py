@@ -16,7 +16,7 @@ def lengths_of(with_image: int, text_only: int, seed: int = 0) -> list[int]:
 
 
 def tokens_of(lengths: list[int]) -> list[int]:
-    """Text, and an image's tokens where there is one; a few samples are far longer than the rest."""
+    """Token counts of text and images; a few samples are far longer than the rest."""
     generator = random.Random(1)
     images = [300 * generator.randint(1, 4) * (length > 0) for length in lengths]
     return [
@@ -48,7 +48,7 @@ def test_order(with_image, text_only, batch_size, world_size, accumulation):
     for start in range(0, num_full * step, step):
         megabatch = order[start : start + step]
         assert len({lengths[index] > 0 for index in megabatch}) == 1  # one modality per optimizer step
-        chunks = [megabatch[place : place + batch_size] for place in range(0, step, batch_size)]
+        chunks = [megabatch[start : start + batch_size] for start in range(0, step, batch_size)]
         check_balance(chunks, lengths)
     tail = order[num_full * step :]
     assert tail == sorted(tail)
@@ -56,18 +56,18 @@ def test_order(with_image, text_only, batch_size, world_size, accumulation):
 
 
 def check_balance(chunks: list[list[int]], lengths: list[int]) -> None:
-    """Chunks descend in length, and are what dealing the megabatch greedily gives."""
+    """Checks that chunks descend in length and equal the greedy distribution of the megabatch."""
     weights = [[abs(lengths[index]) for index in chunk] for chunk in chunks]
     assert all(chunk == sorted(chunk, reverse=True) for chunk in weights)
-    dealt: list[list[int]] = [[] for _ in chunks]
+    distributed: list[list[int]] = [[] for _ in chunks]
     for weight in sorted((weight for chunk in weights for weight in chunk), reverse=True):
-        lightest = min((chunk for chunk in dealt if len(chunk) < len(chunks[0])), key=sum)
+        lightest = min((chunk for chunk in distributed if len(chunk) < len(chunks[0])), key=sum)
         lightest.append(weight)
-    assert sorted(map(tuple, dealt)) == sorted(map(tuple, weights))
+    assert sorted(map(tuple, distributed)) == sorted(map(tuple, weights))
 
 
 def test_ranks_see_one_modality_per_optimizer_step():
-    """Micro-batches as accelerate deals them to two processes that accumulate three of them."""
+    """Micro-batches as accelerate distributes them to two processes with three accumulation steps."""
     lengths = lengths_of(50, 60)
     batches = ranks(ModalityBatches(lengths, 2, 2, 3, seed=1), 2)
     assert len(batches[0]) == len(batches[1])
@@ -116,12 +116,12 @@ def test_order_is_a_function_of_seed_and_epoch(kind, budget):
         return list(sampler)
 
     sampler = make(kind, lengths, budget or 4, 2, seed=0, tokens=tokens)
-    assert list(sampler) == list(sampler) == batches(0, 0)  # iterating twice does not move on
+    assert list(sampler) == list(sampler) == batches(0, 0)  # iteration does not change the sampler
     assert batches(0, 1) == batches(0, 1)
     orders = [flat(batches(seed, epoch)) for seed, epoch in [(0, 0), (0, 1), (5, 0), (5, 1)]]
     assert len(set(map(tuple, orders))) == 4
     assert all(sorted(order) == list(range(128)) for order in orders)
-    assert len(batches(0, 0)) == len(batches(0, 1))  # or the epochs' steps would differ
+    assert len(batches(0, 0)) == len(batches(0, 1))  # every epoch needs the same number of steps
 
 
 def test_both_modalities_are_mixed_over_the_epoch():
@@ -148,11 +148,11 @@ class TestTokenBudget:
         for batch in batches:
             assert len(batch) == 1 or sum(tokens[index] for index in batch) <= self.BUDGET
         shares = ranks(sampler, world_size)
-        assert len({len(share) for share in shares}) == 1  # or ZeRO-3 would wait for ever
-        if len(lengths) > 5:  # so few cannot be shared out without a repetition
+        assert len({len(share) for share in shares}) == 1  # otherwise ZeRO-3 waits for ever
+        if len(lengths) > 5:  # fewer cannot be distributed without repetition
             assert sorted(index for share in shares for index in flat(share)) == list(range(len(lengths)))
 
-    def test_budgets_are_used_up(self):
+    def test_budgets_are_nearly_filled(self):
         lengths = lengths_of(400, 300)
         tokens = tokens_of(lengths)
         for kind in (ShuffledBatches, ModalityBatches):
@@ -164,7 +164,7 @@ class TestTokenBudget:
         lengths = lengths_of(200, 200)
         tokens = tokens_of(lengths)
         batches = list(ModalityBatches(lengths, self.BUDGET, 2, 2, seed=1, tokens=tokens))
-        plain = list(ShuffledBatches(len(lengths), self.BUDGET, 2, 2, seed=1, tokens=tokens))
+        shuffled = list(ShuffledBatches(len(lengths), self.BUDGET, 2, 2, seed=1, tokens=tokens))
 
         def spread(batches):
             sums = [min(sum(tokens[index] for index in batch), self.BUDGET) for batch in batches]
@@ -173,13 +173,13 @@ class TestTokenBudget:
         steps = [flat(batches[at : at + 4]) for at in range(0, len(batches), 4)]
         mixed = [step for step in steps if len({lengths[index] > 0 for index in step}) == 2]
         assert len(steps) > 30
-        assert len(mixed) <= 2  # what is left over at the end
+        assert len(mixed) <= 2  # the remaining samples at the end
         assert mixed == steps[len(steps) - len(mixed) :]
-        assert spread(batches) / len(batches) < spread(plain) / len(plain)
+        assert spread(batches) / len(batches) < spread(shuffled) / len(shuffled)
 
     @pytest.mark.parametrize("count", range(100, 110))
     def test_optimizer_steps_do_not_depend_on_processes(self, count):
-        """Eight micro-batches of a step: on one process, and on two or four of them."""
+        """A step of eight micro-batches on one, two or four processes."""
         lengths = lengths_of(150, count)
         tokens = tokens_of(lengths)
         runs = [
@@ -190,13 +190,13 @@ class TestTokenBudget:
         assert full > 40
         assert runs[0][:full] == runs[1][:full] == runs[2][:full]
 
-    def test_what_accelerate_skips_is_what_was_seen(self):
+    def test_accelerate_skips_the_first_batches(self):
         lengths = lengths_of(50, 60)
         sampler = ModalityBatches(lengths, self.BUDGET, 2, 2, tokens=tokens_of(lengths))
         shard = BatchSamplerShard(sampler, num_processes=2, process_index=1)
         assert list(SkipBatchSampler(shard, 3)) == list(shard)[3:]
 
-    def test_fill_by_hand(self):
+    def test_fill(self):
         costs = [3, 4, 9, 20, 1, 1, 8]
         assert fill(range(7), costs, 10) == [[0, 1], [2], [3], [4, 5, 6]]
         assert fill([6, 4, 5, 0], costs, 10) == [[6, 4, 5], [0]]

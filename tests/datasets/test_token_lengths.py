@@ -30,31 +30,31 @@ def expected_length(item, config) -> int:
     return len(item["input_ids"]) - len(item["image_sizes"]) + visual
 
 
-def test_lengths_are_those_of_the_items(dataset, config):
+def test_counts_equal_the_lengths_of_items(dataset, config):
     lengths = [SampleLengths(dataset)[index] for index in range(6)]
     expected = [expected_length(dataset[index], config) for index in range(6)]
-    assert [expected[index] for index in (3, 4)] == [1, 1]  # the token that stands for what cannot be read
+    assert [expected[index] for index in (3, 4)] == [1, 1]  # the masked token of an unreadable sample
     assert lengths[:4] + lengths[5:] == expected[:4] + expected[5:]
-    assert 1 < lengths[4] <= 300  # its header can be read: never less than what it turns out to be
+    assert 1 < lengths[4] <= 300  # its header can be read: an upper bound
     assert lengths[5] == 300
     assert min(lengths[0], lengths[2]) > lengths[1] + config.granularities[-1]
 
 
-def test_measured_once(dataset, tmp_path, monkeypatch):
+def test_counted_once(dataset, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     first = token_lengths(dataset, folder, rank=0, num_workers=2)
     assert first.tolist() == [SampleLengths(dataset)[index] for index in range(6)]
     assert [file.name for file in folder.iterdir()] == [next(folder.glob("lengths-*.npy")).name]
 
     def never(self, index):
-        raise AssertionError("measured again")
+        raise AssertionError("counted again")
 
     monkeypatch.setattr(SampleLengths, "__getitem__", never)
     for rank in (0, 1):
         assert np.array_equal(token_lengths(dataset, folder, rank, num_workers=0), first)
 
 
-def test_other_data_or_settings_are_measured_anew(dataset, folder, processor, config, tmp_path):
+def test_other_data_or_settings_are_counted_again(dataset, folder, processor, config, tmp_path):
     shorter = ConversationDataset(
         [DataSource(folder / "data.json")], processor, "vicuna_v1", config, max_length=50, on_bad_sample="skip"
     )

@@ -1,4 +1,4 @@
-"""Verification of data, with files that are really bad, and the skip list it writes."""
+"""Verification of data with every fault, and the skip list it writes."""
 
 import json
 import re
@@ -20,7 +20,7 @@ WIDE = "images/wide.png"
 
 @pytest.fixture
 def bad(folder, tmp_path_factory) -> Path:
-    """A file of records with every fault there is, and some sound ones."""
+    """A file of records with every known fault, and some valid ones."""
     return write_faults(folder, tmp_path_factory.mktemp("outside"))
 
 
@@ -68,8 +68,8 @@ def test_every_fault_is_found(bad, make, tmp_path, num_processes):
     (records,) = read_skip_list(output).files.values()
     assert records.path == str(bad)
     assert list(records.skip) == list(EXPECTED)
-    for position, beginning in EXPECTED.items():
-        assert records.skip[position].startswith(beginning), records.skip[position]
+    for position, prefix in EXPECTED.items():
+        assert records.skip[position].startswith(prefix), records.skip[position]
     for position, name in {2: "images/cut.jpg", 3: "images/empty.jpg", 5: "images/bomb.png", 12: "nowhere.png"}.items():
         assert name in records.skip[position]
     assert found.num_skipped == len(EXPECTED)
@@ -90,31 +90,31 @@ def test_every_fault_is_found(bad, make, tmp_path, num_processes):
     ],
 )
 def test_a_worker_names_the_sample_in_one_line(bad, make, identity, message):
-    """Through a loader's worker, as in training, and as the training command prints it."""
+    """Through a loader worker, as in training, and formatted as by the training command."""
     (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
     path = write_records(bad.parent, record("sound", "Hi", "Yes"), only, name="one.json")
     with pytest.raises(DataError) as caught:
         list(DataLoader(make(path), num_workers=1, collate_fn=list))
-    line = message_of(caught.value).replace("\n  ", " ")  # malformed records are a list, of one here
+    line = message_of(caught.value).replace("\n  ", " ")  # malformed records are listed one per line
     assert "\n" not in line
     assert re.search(rf"sample '{identity}' \(.*one\.json, record 1\): .*{message}", line)
 
 
 @pytest.mark.parametrize(
-    ("identity", "trouble"),
+    ("identity", "problem"),
     [("over-long", "over-long sample cut"), ("masked", "sample without supervised tokens"), ("GIF named .jpg", None)],
 )
-def test_what_training_can_use_is_used(bad, make, caplog, identity, trouble):
-    """Named in one line where something is lost; a GIF under another name is an image."""
+def test_usable_samples_are_used(bad, make, caplog, identity, problem):
+    """One log line names a truncated or masked sample; a GIF with another suffix is an image."""
     (only,) = [record for record in json.loads(bad.read_text()) if record["id"] == identity]
     dataset = make(write_records(bad.parent, only, name="one.json"))
     assert len(dataset[0]["pixel_values"]) == 1
-    lines = [entry.getMessage() for entry in caplog.records if trouble and entry.getMessage().startswith(trouble)]
-    assert (len(lines) == 1 and f"sample '{identity}'" in lines[0]) if trouble else not caplog.records
+    lines = [entry.getMessage() for entry in caplog.records if problem and entry.getMessage().startswith(problem)]
+    assert (len(lines) == 1 and f"sample '{identity}'" in lines[0]) if problem else not caplog.records
 
 
-def test_training_data_without_what_the_list_names(bad, make, tmp_path):
-    """Nothing is left that stops a run, and nothing sound is lost."""
+def test_the_skip_list_removes_every_unusable_sample(bad, make, tmp_path):
+    """No remaining sample is an error, and no valid one is lost."""
     verify(make(bad, on_bad_sample="skip"), 1, tmp_path / "skip.json")
     skip_list = read_skip_list(tmp_path / "skip.json")
     dataset = make(bad, skip_list=skip_list)
@@ -143,7 +143,7 @@ def test_a_list_of_other_data_is_refused(bad, make, tmp_path):
         ('{"format": 1, "files": {"a": {"path": "b", "skip": {"first": "c"}}}}', "is no skip list"),
     ],
 )
-def test_what_is_no_skip_list(tmp_path, content, message):
+def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "skip.json"
     if content is not None:
         path.write_text(content)
@@ -151,8 +151,8 @@ def test_what_is_no_skip_list(tmp_path, content, message):
         read_skip_list(path)
 
 
-def test_a_killed_verification_goes_on(folder, make, tmp_path, monkeypatch):
-    """Samples that were looked at are not looked at again: their images are gone by then."""
+def test_a_killed_verification_continues(folder, make, tmp_path, monkeypatch):
+    """Checked samples are not checked again: their images are deleted in between."""
     monkeypatch.setattr(verification, "BATCH_SIZE", 2)
     records = [
         record(number, "<image>\nWhat?", "A car.", WIDE if number < 4 else "images/tall.png") for number in range(7)
@@ -169,17 +169,18 @@ def test_a_killed_verification_goes_on(folder, make, tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         verify(make(path), 1, output, kill)
-    notes = tmp_path / ".skip.json.partial"
-    notes.write_text(notes.read_text() + '[[0, 4, "images", [["unread')  # the line that was being written
+    findings_file = tmp_path / ".skip.json.partial"
+    partial = '[[0, 4, "images", [["unread'  # the line that was being written
+    findings_file.write_text(findings_file.read_text() + partial)
     (folder / WIDE).unlink()
     found = verify(make(path), 2, output)
     assert (found.num_skipped, found.sources[0].num_records) == (0, 7)
     assert json.loads(output.read_text())["files"]
-    assert not notes.exists()
+    assert not findings_file.exists()
     assert verify(make(path), 1, output).sources[0].problems == {"missing": 4}
 
 
-def test_notes_of_other_data_are_dropped(folder, make, tmp_path):
+def test_findings_of_other_data_are_dropped(folder, make, tmp_path):
     output = tmp_path / "skip.json"
     path = write_records(folder, record("good", "<image>\nWhat?", "A car.", WIDE))
     (tmp_path / ".skip.json.partial").write_text('"another"\n[[0, 0, "images", [["missing", "gone"]]]]\n')

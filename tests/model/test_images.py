@@ -2,37 +2,38 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from avg_llava.data.records import DataError
-from avg_llava.model.images import load_image
+from avg_llava.model.images import DataError, load_image
 from avg_llava.model.processing import AvgLlavaImageProcessor
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-def saved(path, image, **options):
+def save_and_load(path, image, **options):
     image.save(path, **options)
     return np.asarray(load_image(path))
 
 
 def test_rgb_is_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    read = saved(tmp_path / "a.png", Image.fromarray(pixels))
+    read = save_and_load(tmp_path / "a.png", Image.fromarray(pixels))
     assert np.array_equal(read, pixels)
 
 
 def test_greyscale_and_transparency(tmp_path):
     grey = np.stack([RAMP] * 3, -1)
-    assert np.array_equal(saved(tmp_path / "a.png", Image.fromarray(RAMP)), grey)
+    assert np.array_equal(save_and_load(tmp_path / "a.png", Image.fromarray(RAMP)), grey)
     rgba = np.dstack([grey, np.zeros_like(RAMP)])
     # Dropped, not blended: fully transparent pixels keep their colour.
-    assert np.array_equal(saved(tmp_path / "b.png", Image.fromarray(rgba)), grey)
-    assert np.array_equal(saved(tmp_path / "c.png", Image.fromarray(rgba[..., 2:])), grey)  # greyscale and alpha
+    assert np.array_equal(save_and_load(tmp_path / "b.png", Image.fromarray(rgba)), grey)
+    assert np.array_equal(
+        save_and_load(tmp_path / "c.png", Image.fromarray(rgba[..., 2:])), grey
+    )  # greyscale and alpha
 
 
 def test_palette_with_transparency(tmp_path, recwarn):
     image = Image.fromarray(RAMP % 3, mode=None).convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    read = saved(tmp_path / "a.png", image, transparency=b"\x00\x80\xff")
+    read = save_and_load(tmp_path / "a.png", image, transparency=b"\x00\x80\xff")
     assert np.array_equal(read, np.eye(3, dtype=np.uint8)[RAMP % 3] * 255)
     assert not recwarn.list
 
@@ -45,36 +46,36 @@ def test_a_transparent_colour_is_dropped(tmp_path, mode):
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.info["transparency"] is not None
         blended = np.asarray(AvgLlavaImageProcessor().process_image(opened))
-        assert (blended[RAMP == 7] == 255).all()  # or this test would show nothing
+        assert (blended[RAMP == 7] == 255).all()  # the processor blends it, so the test shows something
     read = load_image(tmp_path / "a.png")
     assert np.array_equal(np.asarray(AvgLlavaImageProcessor().process_image(read)), grey)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     wide = Image.fromarray(RAMP.astype(np.uint16) * 257)
-    assert np.array_equal(saved(tmp_path / "a.png", wide), np.stack([RAMP] * 3, -1))
+    assert np.array_equal(save_and_load(tmp_path / "a.png", wide), np.stack([RAMP] * 3, -1))
     whole = Image.fromarray(RAMP.astype(np.int32) * 257)
-    assert np.array_equal(saved(tmp_path / "a.tiff", whole), np.stack([RAMP] * 3, -1))
+    assert np.array_equal(save_and_load(tmp_path / "a.tiff", whole), np.stack([RAMP] * 3, -1))
     small = Image.fromarray(RAMP.astype(np.int32))
-    assert np.array_equal(saved(tmp_path / "b.tiff", small), np.stack([RAMP] * 3, -1))
+    assert np.array_equal(save_and_load(tmp_path / "b.tiff", small), np.stack([RAMP] * 3, -1))
 
 
 def test_floats(tmp_path):
     shares = Image.fromarray(RAMP.astype(np.float32) / 255)
-    assert np.array_equal(saved(tmp_path / "a.tiff", shares), np.stack([RAMP] * 3, -1))
+    assert np.array_equal(save_and_load(tmp_path / "a.tiff", shares), np.stack([RAMP] * 3, -1))
     with pytest.raises(DataError, match=r"b\.tiff: .*finite"):
-        saved(tmp_path / "b.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+        save_and_load(tmp_path / "b.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
 
 
 def test_lab_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"a\.tiff: .*colour mode LAB"):
-        saved(tmp_path / "a.tiff", Image.new("LAB", (4, 4)))
+        save_and_load(tmp_path / "a.tiff", Image.new("LAB", (4, 4)))
 
 
 def test_cmyk_and_bilevel(tmp_path):
     red = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    assert np.array_equal(saved(tmp_path / "a.tiff", red), np.full((4, 4, 3), (255, 0, 0)))
-    assert saved(tmp_path / "b.png", Image.new("1", (4, 4), 1)).min() == 255
+    assert np.array_equal(save_and_load(tmp_path / "a.tiff", red), np.full((4, 4, 3), (255, 0, 0)))
+    assert save_and_load(tmp_path / "b.png", Image.new("1", (4, 4), 1)).min() == 255
 
 
 def test_the_first_frame_of_an_animation_under_a_wrong_name(tmp_path):
@@ -85,7 +86,7 @@ def test_the_first_frame_of_an_animation_under_a_wrong_name(tmp_path):
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.jpg")), np.full((4, 4, 3), (255, 0, 0)))
 
 
-def test_orientation_is_left_alone(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
@@ -100,8 +101,8 @@ def damaged_files() -> list:
 
 @pytest.mark.parametrize(("image", "kind", "share"), damaged_files())
 @pytest.mark.parametrize("lenient", [False, True])
-def test_files_that_are_cut_off(tmp_path, monkeypatch, image, kind, share, lenient):
-    """Also where another library has told Pillow to take what is left of an image."""
+def test_truncated_files_are_refused(tmp_path, monkeypatch, image, kind, share, lenient):
+    """Also if another library has made Pillow accept truncated images."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     path = tmp_path / "a"
     image.save(path, format=kind)
@@ -113,14 +114,13 @@ def test_files_that_are_cut_off(tmp_path, monkeypatch, image, kind, share, lenie
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"])
-def test_files_that_are_no_images(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.png"):
         load_image(tmp_path / "a.png")
 
 
-def test_every_single_byte_may_be_wrong(tmp_path):
-    """Damage inside a file gives an image or a DataError, nothing else."""
+def test_any_damaged_byte_gives_an_image_or_a_data_error(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(RAMP).save(path)
     content = path.read_bytes()
@@ -142,7 +142,7 @@ def test_missing_files_and_folders(tmp_path):
         load_image(tmp_path)
 
 
-def test_too_many_pixels_are_refused_unread(tmp_path):
+def test_large_images_are_refused_before_decoding(tmp_path):
     Image.new("1", (400, 300)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"400x300 pixels is above the limit of 119999"):
         load_image(tmp_path / "a.png", max_pixels=119_999)
