@@ -1,25 +1,25 @@
 """`avg-llava bench inference`: answers at every level, forced and routed, against transformers' LLaVA-NeXT.
 
-One process, the same weights and pixels; the ways take turns, so that what else the machine does meets all of them.
-Weights, pixels and texts are random: they change no time. Of a routed answer the router's choice is replaced by the
-level that its row is about, after the router has run and its choice has been read.
+All variants run in one process on the same random weights, pixels and prompts, which do not affect times. In a routed
+variant the router runs and its choice is read back to the CPU; the level in the variant's name then replaces it.
 """
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import StoppingCriteria
 
-from avg_llava.bench.training import PRESETS, ModelShape, Preset, random_model
-from avg_llava.common.machine import machine_facts, peak_memory
+from avg_llava.bench.presets import PRESETS, ModelShape, Preset, check_device, random_model
+from avg_llava.bench.timing import alternate, environment
+from avg_llava.common.machine import peak_memory
+from avg_llava.common.tables import render_table
 from avg_llava.evaluation.llava_next import as_llava_next, expand_placeholders
 from avg_llava.inference.generation import now
 from avg_llava.model.anyres import num_crops, num_visual_tokens
@@ -27,25 +27,25 @@ from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.training.flops import SampleShape, head_flops, language_flops, router_flops, vision_flops
 
 SHAPES: dict[Preset, ModelShape] = PRESETS | {
-    # As deep as the 7B model, which the activations of training are too large for: the router, one layer whatever the
-    # depth, then takes 3% of a routed answer's operations at the finest level, as in the 7B model, and the tower 4%.
+    # As deep as the 7B model, for which the activations of training would be too large. The router, always one layer,
+    # then takes 3% of a routed answer's operations at the finest level, as in the 7B model, and the tower 4%.
     "proportioned": replace(PRESETS["proportioned"], vision=(192, 11, 768, 3), language=(512, 32, 1376, 8))
 }
 BASELINE = "transformers LLaVA-NeXT"
 PAPER_SHARE = 0.147
-"""Visual tokens on AI2D, of those at the finest level (arXiv 2410.02745, table 3)."""
+"""Visual tokens on AI2D as a share of those at the finest level (arXiv 2410.02745, table 3)."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a batch is answered.
+class Variant:
+    """A way to answer a batch.
 
     Attributes:
-        name: As in the table.
+        name: Name in the table.
         levels: Visual tokens per crop of each image of the batch.
-        routed: Whether the router runs first.
-        grouped: Whether images at the same level are answered together, each level by itself.
-        baseline: By transformers' model.
+        routed: The router runs first.
+        grouped: Images at the same level are answered together, one level after another.
+        baseline: transformers' model answers.
     """
 
     name: str
@@ -56,6 +56,8 @@ class Way:
 
 
 class _FirstToken(StoppingCriteria):
+    """Records the time `at` which the first token is generated, in milliseconds; never stops."""
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.at = device, 0.0
 
@@ -64,8 +66,8 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class Bench:
-    """A random model, a batch of equal images and prompts, and transformers' model with the same weights."""
+class Workload:
+    """A random model, transformers' model with the same weights, and a batch of identical images and prompts."""
 
     def __init__(
         self,
@@ -97,11 +99,11 @@ class Bench:
         self.expanded = row.repeat(batch_size, 1)
 
     @torch.inference_mode()
-    def run(self, way: Way) -> dict[str, float]:
-        """One batch from its pixels to its last tokens: milliseconds by phase."""
+    def run(self, variant: Variant) -> dict[str, float]:
+        """Answers the batch, from pixels to last tokens; returns milliseconds by phase."""
         model, device = self.model, self.model.device
         began = now(device)
-        if way.baseline:
+        if variant.baseline:
             first = _FirstToken(device)
             arguments = {"input_ids": self.expanded, "pixel_values": self.pixels, "image_sizes": self.sizes.to(device)}
             self._generate(self.baseline, torch.ones_like(self.expanded), first, **arguments)
@@ -109,14 +111,14 @@ class Bench:
         features = model.encode_images(self.pixels, self.sizes)
         encoded = now(device)
         mask = torch.ones_like(self.input_ids)
-        if way.routed:
+        if variant.routed:
             model.choose_granularity(model.route(features, self.input_ids, mask)).tolist()
         routed = now(device)
         prefill = decode = 0.0
-        for rows in _groups(way):
+        for rows in _groups(variant):
             start = now(device)
-            images = features if len(rows) == len(way.levels) else features.of_images(rows)
-            levels = [way.levels[row] for row in rows]
+            images = features if len(rows) == len(variant.levels) else features.of_images(rows)
+            levels = [variant.levels[row] for row in rows]
             spliced = model.splice(images, self.input_ids[rows], mask[rows], granularity=levels, padding_side="left")
             first = _FirstToken(device)
             self._generate(model, spliced.attention_mask, first, inputs_embeds=spliced.inputs_embeds)
@@ -141,43 +143,46 @@ class Bench:
         phases = {"encode_ms": encode, "route_ms": route, "prefill_ms": prefill, "per_token_ms": per_token}
         return phases | {"total_ms": moments[-1] - moments[0]}
 
-    def flops(self, way: Way) -> dict[str, float]:
-        """Operations of a way, by part: what it computes, under padding as without it."""
+    def flops(self, variant: Variant) -> dict[str, float]:
+        """Operations by part, including those on padding."""
         config = self.model.config
-        lengths = {level: self.sample.length(level, config) for level in set(way.levels)}
+        lengths = {level: self.sample.length(level, config) for level in set(variant.levels)}
         language = 0.0
-        for rows in _groups(way):
-            padded = max(lengths[way.levels[row]] for row in rows) + self.new_tokens - 1
-            mixed = len({way.levels[row] for row in rows}) > 1
+        for rows in _groups(variant):
+            padded = max(lengths[variant.levels[row]] for row in rows) + self.new_tokens - 1
+            mixed = len({variant.levels[row] for row in rows}) > 1
             language += language_flops([padded] * len(rows), config, masked=mixed)
-        crops = self.crops * len(way.levels)
+        crops = self.crops * len(variant.levels)
         return {
-            "vision": vision_flops(crops, config, whole_tower=way.baseline),
-            "router": router_flops(crops, config) if way.routed else 0.0,
+            "vision": vision_flops(crops, config, whole_tower=variant.baseline),
+            "router": router_flops(crops, config) if variant.routed else 0.0,
             "language": language,
-            "head": head_flops(len(way.levels) * self.new_tokens, config),
+            "head": head_flops(len(variant.levels) * self.new_tokens, config),
         }
 
 
-def _groups(way: Way) -> list[list[int]]:
+def _groups(variant: Variant) -> list[list[int]]:
     """Rows of the batch that go through the language model together."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for row, level in enumerate(way.levels):
-        groups[level if way.grouped else 0].append(row)
+    for row, level in enumerate(variant.levels):
+        groups[level if variant.grouped else 0].append(row)
     return list(groups.values())
 
 
-def make_ways(granularities: Sequence[int], batch_size: int) -> list[Way]:
-    """Each level forced and routed, and for a batch also all levels mixed: padded together, and grouped."""
+def make_variants(granularities: Sequence[int], batch_size: int) -> list[Variant]:
+    """The baseline, and each level forced and routed; for a batch also mixed levels, padded together and grouped."""
     finest = granularities[-1]
-    ways = [Way(BASELINE, (finest,) * batch_size, baseline=True)]
+    variants = [Variant(BASELINE, (finest,) * batch_size, baseline=True)]
     for routed in (False, True):
         word = "routed" if routed else "forced"
-        ways += [Way(f"{word} {level}", (level,) * batch_size, routed) for level in granularities]
+        variants += [Variant(f"{word} {level}", (level,) * batch_size, routed) for level in granularities]
     if batch_size > 1:
         mixed = tuple(granularities[row % len(granularities)] for row in range(batch_size))
-        ways += [Way("mixed, padded together", mixed, True), Way("mixed, grouped by level", mixed, True, grouped=True)]
-    return ways
+        variants += [
+            Variant("mixed, padded together", mixed, True),
+            Variant("mixed, grouped by level", mixed, True, grouped=True),
+        ]
+    return variants
 
 
 def bench_inference(
@@ -189,37 +194,33 @@ def bench_inference(
     repeats: int = 10,
     static_cache: bool = False,
 ) -> dict[str, Any]:
-    """Measures all ways and compares them.
+    """Measures all variants and compares them.
 
     Args:
         preset: Size of the model.
-        batch_size: Images, each with its question, answered at once.
-        new_tokens: Length of every answer.
+        batch_size: Number of images, each with its question, answered in one batch.
+        new_tokens: Length of every answer in tokens.
         image_size: (height, width) in pixels; None is two by two crops (672x672 for CLIP-L/336).
         num_prompt_tokens: Text tokens of a question.
-        repeats: Timed answers of each way, after one that is not timed; medians count.
-        static_cache: Whether both models write with a cache of fixed size, as `load` has it.
+        repeats: Measured answers of each variant, after a warm-up; the median counts.
+        static_cache: Both models generate with a cache of fixed size, as with `load(..., static_cache=True)`.
 
     Returns:
-        `rows` of each way with milliseconds by phase, `speedup` over transformers' model and `bound_speedup`, what the
-        operations saved would give at the same speed of computing; `paper_mix`, `router`, settings, machine.
+        `rows` of each variant with milliseconds by phase, `speedup` over transformers' model and `bound_speedup`, the
+        ratio of operations; `paper_mix`, `router`, settings, machine.
 
     Raises:
         ValueError: The preset needs a GPU.
     """
-    if preset == "7b" and not torch.cuda.is_available():
-        raise ValueError("the preset 7b needs a GPU; on a CPU, --preset proportioned keeps its proportions")
+    check_device(preset)
     crop = SHAPES[preset].crop
     size = image_size or (2 * crop, 2 * crop)
-    bench = Bench(preset, batch_size, size, num_prompt_tokens, new_tokens, static_cache)
-    ways = make_ways(bench.model.config.granularities, batch_size)
-    measured: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
-    with tqdm(total=len(ways) * (repeats + 1), desc="bench inference", unit="answer", disable=None) as bar:
-        for _ in range(repeats + 1):
-            for way in ways:
-                measured[way.name].append(bench.run(way))
-                bar.update()
-    rows = [_row(bench, way, measured[way.name][1:]) for way in ways]
+    workload = Workload(preset, batch_size, size, num_prompt_tokens, new_tokens, static_cache)
+    variants = {variant.name: variant for variant in make_variants(workload.model.config.granularities, batch_size)}
+    measured = alternate(
+        {name: partial(workload.run, variant) for name, variant in variants.items()}, repeats, "bench inference"
+    )
+    rows = [_row(workload, variant, measured[name][1:]) for name, variant in variants.items()]
     for row in rows:
         row["speedup"] = rows[0]["total_ms"] / row["total_ms"]
         row["bound_speedup"] = rows[0]["gflop"] / row["gflop"]
@@ -228,7 +229,7 @@ def bench_inference(
         "batch_size": batch_size,
         "new_tokens": new_tokens,
         "rows": rows,
-        "paper_mix": paper_mix(rows, bench),
+        "paper_mix": paper_mix(rows),
         "router": router_share(rows),
         "settings": {
             "model": asdict(SHAPES[preset]),
@@ -236,21 +237,20 @@ def bench_inference(
             "prompt_tokens": num_prompt_tokens,
             "repeats": repeats,
             "static_cache": static_cache,
-            "dtype": str(bench.model.dtype).removeprefix("torch."),
+            "dtype": str(workload.model.dtype).removeprefix("torch."),
         },
         "peak_memory_bytes": peak_memory(),
-        "machine": machine_facts() | {"threads": torch.get_num_threads()},
-        "measured_at": time.strftime("%Y-%m-%d"),
+        **environment(),
     }
 
 
-def _row(bench: Bench, way: Way, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    config = bench.model.config
-    flops = bench.flops(way)
-    tokens = [num_visual_tokens(bench.sample.image_size or (1, 1), level, config) for level in way.levels]
+def _row(workload: Workload, variant: Variant, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    config = workload.model.config
+    flops = workload.flops(variant)
+    tokens = [num_visual_tokens(workload.sample.image_size or (1, 1), level, config) for level in variant.levels]
     return {
-        "name": way.name,
-        "granularity": way.levels[0] if len(set(way.levels)) == 1 else list(way.levels),
+        "name": variant.name,
+        "granularity": variant.levels[0] if len(set(variant.levels)) == 1 else list(variant.levels),
         "visual_tokens": sum(tokens) / len(tokens),
         **{phase: statistics.median(run[phase] for run in runs) for phase in runs[0]},
         "gflop": sum(flops.values()) / 1e9,
@@ -258,12 +258,12 @@ def _row(bench: Bench, way: Way, runs: Sequence[dict[str, float]]) -> dict[str, 
     }
 
 
-def paper_mix(rows: Sequence[dict[str, Any]], bench: Bench) -> dict[str, float]:
-    """Answers at two neighbouring levels in such shares that they use the paper's mean of visual tokens on AI2D."""
+def paper_mix(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Interpolates routed answers between two adjacent levels at the paper's mean number of visual tokens on AI2D."""
     routed = [row for row in rows if row["name"].startswith("routed ")]
     finest = routed[-1]["visual_tokens"]
     shares = [row["visual_tokens"] / finest for row in routed]
-    upper = next(place for place, share in enumerate(shares) if share >= PAPER_SHARE)
+    upper = next(index for index, share in enumerate(shares) if share >= PAPER_SHARE)
     lower = max(upper - 1, 0)
     span = shares[upper] - shares[lower]
     weight = (PAPER_SHARE - shares[lower]) / span if span else 1.0
@@ -280,7 +280,7 @@ def paper_mix(rows: Sequence[dict[str, Any]], bench: Bench) -> dict[str, float]:
 
 
 def router_share(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The router's share of time and of operations in a routed answer at the finest level, and their ratio."""
+    """Share of the router in the time and the operations of a routed answer at the finest level, and their ratio."""
     finest = [row for row in rows if row["name"].startswith("routed ")][-1]
     time_share = finest["route_ms"] / finest["total_ms"]
     flop_share = finest["gflop_by_part"]["router"] / finest["gflop"]
@@ -288,23 +288,23 @@ def router_share(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table_lines(result: dict[str, Any]) -> list[str]:
-    """A result for people."""
-    head = ("", "tokens", "encode", "route", "prefill", "per token", "total ms", "speed-up", "bound")
+    """The result as lines of text."""
+    columns = ("", "tokens", "encode", "route", "prefill", "per token", "total ms", "speed-up", "bound")
     keys = ("visual_tokens", "encode_ms", "route_ms", "prefill_ms", "per_token_ms", "total_ms")
-    lines = [
-        f"preset {result['preset']}, batch {result['batch_size']}, answers of {result['new_tokens']} tokens",
-        f"{head[0]:<26}" + "".join(f"{title:>11}" for title in head[1:]),
+    rows = [
+        (
+            row["name"],
+            *(f"{row[key]:.1f}" for key in keys),
+            f"{row['speedup']:.2f}x",
+            f"{row['bound_speedup']:.2f}x",
+        )
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        cells = "".join(f"{row[key]:>11.1f}" for key in keys)
-        lines.append(f"{row['name']:<26}{cells}{row['speedup']:>10.2f}x{row['bound_speedup']:>10.2f}x")
     mix, router = result["paper_mix"], result["router"]
     return [
-        *lines,
+        f"preset {result['preset']}, batch {result['batch_size']}, answers of {result['new_tokens']} tokens",
+        *render_table(columns, rows).splitlines(),
         f"at {mix['token_share']:.1%} of the finest level's tokens: {mix['speedup']:.2f}x (bound "
         f"{mix['bound_speedup']:.2f}x); router at the finest level: {router['time_share']:.1%} of the time, "
         f"{router['flop_share']:.1%} of the operations ({router['ratio']:.2f}x)",
     ]
-
-
-__all__ = ["bench_inference", "table_lines"]

@@ -1,8 +1,7 @@
-"""The plain loop: each objective as the released code computes it, level by level through the model's public forward.
+"""Reference losses as the released code computes them: one forward pass per level through the model's public forward.
 
-Every level encodes the images anew, pads all samples to the longest, and makes the logits of every token. Nothing
-trains this way: it is what the tests compare the objectives with, and what `avg-llava bench train` measures them
-against.
+Every level encodes the images again, pads all samples to the longest and computes the logits of every token. Training
+does not use this loop: tests compare the objectives with it, and `avg-llava bench train` measures them against it.
 
 Shapes: B samples, L positions, V vocabulary, G levels coarse to fine, N images.
 """
@@ -24,16 +23,21 @@ Batch = dict[str, Any]
 def plain_loss(
     objective: str, model: AvgLlavaForConditionalGeneration, batch: Batch, settings: ObjectiveSettings
 ) -> Tensor:
-    """The scalar that the objective of that name gives for a micro-batch with the arguments of `Objective.forward`.
+    """The scalar loss that the named objective returns for a micro-batch.
 
-    For the router, every sample has images and supervised tokens, of which none is cut off.
+    Args:
+        objective: "instruction", "multi_granularity" or "router".
+        model: The model.
+        batch: Arguments of `Objective.forward`. For the router every sample must have images and supervised tokens,
+            none of them truncated.
+        settings: Loss weights and variants.
     """
     levels = model.config.granularities
     if objective == "instruction":
         return _next_token_loss(model, batch, levels[-1])
     if objective == "multi_granularity":
         return torch.stack([_next_token_loss(model, batch, level) for level in levels]).mean()
-    assert objective == "router", "what the router draws at random has no plain loop"
+    assert objective == "router", "sampled levels have no plain loop"
     return _router_loss(model, batch, settings)
 
 
@@ -60,7 +64,7 @@ def _router_loss(model: AvgLlavaForConditionalGeneration, batch: Batch, settings
 
 
 def sums_over_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of each sample's supervised tokens together, (B,) float32, and their number (B,).
+    """Summed log-probabilities (B,) float32 of each sample's supervised tokens, and their number (B,).
 
     Args:
         logits: (B, L, V).

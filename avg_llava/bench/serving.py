@@ -1,8 +1,8 @@
-"""`avg-llava bench serve`: many clients at once ask a server that is started for it, and every answer is compared.
+"""`avg-llava bench serve`: concurrent clients load-test a server started for the purpose and check every answer.
 
-Questions are the mini world's: routed, at forced levels, under prices and limits, with one image, several or none, of
-one turn and more, drawn by a seed, ended by texts; half of them stream. The right answer to each is what the model says
-when it is asked alone, in this process.
+Questions come from the mini world and cover routed and forced levels, token costs and limits, zero to two images,
+single and multiple turns, seeded sampling and stop texts; half of the answers are streamed. The reference (`expected`)
+is the model's answer to the same question alone, computed in this process.
 """
 
 import base64
@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from avg_llava.common.machine import machine_facts
+from avg_llava.bench.timing import environment
+from avg_llava.common.tables import render_table
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
@@ -32,15 +33,16 @@ from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.questions import choose_questions
 from avg_llava.mini.world import NOT_ASKED, encode_png, scene_of
 
-_NAME = "mini"
-_NUM_QUESTIONS = 96
-_MAX_TOLD = 5
-_SOCKET_SECONDS = 150.0
+MODEL_NAME = "mini"
+NUM_QUESTIONS = 96
+MAX_WRONG_EXAMPLES = 5
+SOCKET_TIMEOUT = 150.0  # seconds
+PERCENTILES = ("p50", "p95", "max")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a client sends, and what must come back."""
+    """A request body and the answer expected from the server."""
 
     body: dict[str, Any]
     expected: Answer
@@ -48,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back; `first_seconds` until the first piece of a streamed answer."""
+    """The server's reply; `first_seconds` is the time to the first piece of a streamed answer."""
 
     status: int
     text: str
@@ -58,44 +60,59 @@ class Reply:
 
 
 @dataclass
-class Tally:
-    """What clients saw."""
+class ClientResults:
+    """Latencies, failures and wrong answers of all clients.
+
+    Attributes:
+        seconds: Latency of each complete answer.
+        first_seconds: Time to the first piece of each streamed answer.
+        failures: Number of failed requests by HTTP status or exception.
+        wrong_examples: Descriptions of the first wrong answers.
+        num_wrong: Number of wrong answers.
+        lock: Held while a client adds to the results.
+    """
 
     seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    wrong_examples: list[str] = field(default_factory=list)
     num_wrong: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def make_questions(predictor: Predictor, num_questions: int = _NUM_QUESTIONS, seed: int = 0) -> list[Question]:
-    """Questions about drawn pictures, each answered alone."""
-    levels, questions = predictor.granularities, []
+def make_questions(predictor: Predictor, num_questions: int = NUM_QUESTIONS, seed: int = 0) -> list[Question]:
+    """Questions about mini-world images with the answers that the predictor gives to each alone."""
+    questions = []
     for index in range(num_questions):
         scene, rng = scene_of(seed, "serve", index)
         other, _ = scene_of(seed, "serve-other", index)
-        asked = [own.wordings[0] for own in choose_questions(scene, 2, rng, NOT_ASKED)]
-        pictures = [encode_png(scene.pixels()), encode_png(other.pixels())]
-        budget, decoding, fields = _ways(index, levels)
+        asked = [question.wordings[0] for question in choose_questions(scene, 2, rng, NOT_ASKED)]
         num_images = (1, 1, 1, 2, 0)[index % 5]
-        parts: list[dict[str, Any]] = [_image_part(picture) for picture in pictures[:num_images]]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": asked[0]}]}]
+        images = [encode_png(scene.pixels()), encode_png(other.pixels())][:num_images]
+        later: list[dict[str, Any]] = []
         if index % 7 == 0:
-            messages += [{"role": "assistant", "content": "red"}, {"role": "user", "content": asked[-1]}]
-        own_messages = json.loads(json.dumps(messages))
-        own_messages[0]["content"] = [{"type": "image"}] * num_images + own_messages[0]["content"][num_images:]
-        request = Request(own_messages, tuple(pictures[:num_images]))
-        body = {"model": _NAME, "messages": messages, "max_tokens": decoding.max_new_tokens, **fields}
+            later = [{"role": "assistant", "content": "red"}, {"role": "user", "content": asked[-1]}]
+        text: dict[str, Any] = {"type": "text", "text": asked[0]}
+        asked_alone = {"role": "user", "content": [*[{"type": "image"}] * num_images, text]}
+        asked_server = {"role": "user", "content": [*map(_image_part, images), text]}
+        budget, decoding, fields = _settings(index, predictor.granularities)
+        request = Request([asked_alone, *later], tuple(images))
+        body = {
+            "model": MODEL_NAME,
+            "messages": [asked_server, *later],
+            "max_tokens": decoding.max_new_tokens,
+            **fields,
+        }
         questions.append(Question(body, predictor.predict([request], budget, decoding)[0]))
     return questions
 
 
-def _ways(index: int, levels: Sequence[int]) -> tuple[Budget, Decoding, dict[str, Any]]:
-    """How one question is to be answered: budget and decoding, and the same as fields of a request."""
-    ways: list[tuple[Budget, Decoding, dict[str, Any]]] = [
+def _settings(index: int, levels: Sequence[int]) -> tuple[Budget, Decoding, dict[str, Any]]:
+    """Budget and decoding of a question, and the same as fields of the request body."""
+    level = levels[index % len(levels)]
+    settings: list[tuple[Budget, Decoding, dict[str, Any]]] = [
         (Budget(), Decoding(16), {}),
-        (Budget(levels[index % len(levels)]), Decoding(16), {"granularity": levels[index % len(levels)]}),
+        (Budget(level), Decoding(16), {"granularity": level}),
         (Budget(token_cost=0.5), Decoding(3), {"token_cost": 0.5}),
         (Budget(max_visual_tokens=400), Decoding(16), {"max_visual_tokens": 400}),
         (
@@ -105,7 +122,7 @@ def _ways(index: int, levels: Sequence[int]) -> tuple[Budget, Decoding, dict[str
         ),
         (Budget(), Decoding(16, stop=("e", " ")), {"stop": ["e", " "]}),
     ]
-    return ways[index % len(ways)]
+    return settings[index % len(settings)]
 
 
 def _image_part(png: bytes) -> dict[str, Any]:
@@ -114,10 +131,10 @@ def _image_part(png: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started_server(model: str | Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`avg-llava serve` on a free port of this machine: its process and its address. Killed if it is left running.
+    """Runs `avg-llava serve` on a free port; yields the process and its address, and kills the process at the end.
 
     Raises:
-        OSError: It ended before it listened; its own words are on standard error.
+        OSError: The server ended before it listened; its messages are on standard error.
     """
     command = [sys.executable, "-m", "avg_llava.cli", "serve", "--model", str(model), "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -132,76 +149,89 @@ def started_server(model: str | Path, *flags: str) -> Iterator[tuple[subprocess.
 
 
 def ask(connection: http.client.HTTPConnection, body: Mapping[str, Any], stream: bool) -> Reply:
-    """One chat request."""
-    began = time.monotonic()
+    """Sends one chat request and reads the whole reply.
+
+    Raises:
+        OSError: The connection failed.
+        http.client.HTTPException: The stream reported an error or ended early.
+    """
+    start = time.monotonic()
     fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     content = json.dumps({**body, **fields})
     connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
     response = connection.getresponse()
-    if response.status != 200 or not stream:
-        told = json.loads(response.read())
-        if response.status != 200:
-            return Reply(response.status, told["error"]["message"], (), 0, None)
-        text, usage = told["choices"][0]["message"]["content"], told["usage"]
-        return Reply(200, text, tuple(told["granularity"]), usage["prompt_tokens_details"]["visual_tokens"], None)
+    if response.status != 200:
+        return Reply(response.status, json.loads(response.read())["error"]["message"], (), 0, None)
+    if stream:
+        return _read_stream(response, start)
+    answer = json.loads(response.read())
+    text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
+    return Reply(200, text, tuple(answer["granularity"]), usage["prompt_tokens_details"]["visual_tokens"], None)
+
+
+def _read_stream(response: http.client.HTTPResponse, start: float) -> Reply:
+    """Reads server-sent events up to `[DONE]`; `start` is the time of the request."""
     pieces: list[str] = []
-    levels: list[int] | None = None
+    levels: list[int] = []
     visual_tokens, first = 0, None
     for line in response:
         if not line.startswith(b"data: "):
             continue
         if line == b"data: [DONE]\n":
             response.read()
-            return Reply(200, "".join(pieces), tuple(levels or ()), visual_tokens, first)
+            return Reply(200, "".join(pieces), tuple(levels), visual_tokens, first)
         event = json.loads(line[6:])
         if "error" in event:
             raise http.client.HTTPException(event["error"]["message"])
         for choice in event["choices"]:
             if piece := choice["delta"].get("content"):
-                first = first or time.monotonic() - began
+                first = first or time.monotonic() - start
                 pieces.append(piece)
         levels = event.get("granularity", levels)
-        visual_tokens = (event.get("usage") or {"prompt_tokens_details": {"visual_tokens": 0}})[
-            "prompt_tokens_details"
-        ]["visual_tokens"]
+        if event.get("usage"):
+            visual_tokens = event["usage"]["prompt_tokens_details"]["visual_tokens"]
     raise http.client.IncompleteRead(b"", None)
 
 
-def _be_a_client(address: str, questions: Sequence[Question], number: int, until: float, tally: Tally) -> None:
-    rng = random.Random(number)
-    where = urlsplit(address)
-    connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=_SOCKET_SECONDS)
+def _connect(address: str) -> http.client.HTTPConnection:
+    url = urlsplit(address)
+    return http.client.HTTPConnection(str(url.hostname), url.port, timeout=SOCKET_TIMEOUT)
+
+
+def _run_client(address: str, questions: Sequence[Question], seed: int, until: float, results: ClientResults) -> None:
+    """Main function of a client's thread: asks random questions one after another until the time `until`."""
+    rng = random.Random(seed)
+    connection = _connect(address)
     while time.monotonic() < until:
         question, stream = rng.choice(questions), rng.random() < 0.5
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             reply = ask(connection, question.body, stream)
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            with tally.lock:
-                tally.failures[type(error).__name__] += 1
+            with results.lock:
+                results.failures[type(error).__name__] += 1
             continue
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         expected = question.expected
-        with tally.lock:
+        with results.lock:
             if reply.status != 200:
-                tally.failures[str(reply.status)] += 1
+                results.failures[str(reply.status)] += 1
                 continue
-            tally.seconds.append(seconds)
+            results.seconds.append(seconds)
             if reply.first_seconds is not None:
-                tally.first_seconds.append(reply.first_seconds)
+                results.first_seconds.append(reply.first_seconds)
             wanted = (expected.text, expected.granularity, expected.num_visual_tokens)
             if (reply.text, reply.granularity, reply.visual_tokens) != wanted:
-                tally.num_wrong += 1
-                tally.wrong.append(f"{wanted} is {reply}")
-                del tally.wrong[_MAX_TOLD:]
+                results.num_wrong += 1
+                if len(results.wrong_examples) < MAX_WRONG_EXAMPLES:
+                    results.wrong_examples.append(f"{wanted} is {reply}")
     connection.close()
 
 
 def read_metrics(address: str) -> dict[str, float]:
-    """The server's metrics: name, with labels in braces if any, and value."""
-    where = urlsplit(address)
-    connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=_SOCKET_SECONDS)
+    """Values of the server's Prometheus metrics by name, with labels in braces if there are any."""
+    connection = _connect(address)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
@@ -214,23 +244,24 @@ def read_metrics(address: str) -> dict[str, float]:
 
 
 def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dict[str, Any]:
-    """Runs the clients.
+    """Starts a server and runs the clients against it.
 
     Args:
-        model: A checkpoint that knows the mini world.
-        clients: How many ask at once, each again as soon as it has its answer.
-        seconds: How long they ask.
+        model: A checkpoint trained on the mini world.
+        clients: Number of concurrent clients; each asks again as soon as it has its answer.
+        seconds: Duration.
 
     Returns:
-        Numbers of requests, failures by status and wrong answers; seconds by percentile; memory; the exit code.
+        Numbers of answers, failures by status and wrong answers; latencies in seconds by percentile; the server's
+        memory, batch sizes and exit code; the machine.
     """
     questions = make_questions(Pipeline.load(model).predictor)
-    tally = Tally()
-    with started_server(model, "--name", _NAME, "--max-queue", str(max(64, clients))) as (process, address):
+    results = ClientResults()
+    with started_server(model, "--name", MODEL_NAME, "--max-queue", str(max(64, clients))) as (process, address):
         before = read_metrics(address)
         until = time.monotonic() + seconds
         threads = [
-            threading.Thread(target=_be_a_client, args=(address, questions, number, until, tally))
+            threading.Thread(target=_run_client, args=(address, questions, number, until, results))
             for number in range(clients)
         ]
         for thread in threads:
@@ -248,13 +279,13 @@ def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dic
         "clients": clients,
         "seconds": seconds,
         "questions": len(questions),
-        "answered": len(tally.seconds),
-        "wrong": tally.num_wrong,
-        "wrong_examples": tally.wrong,
-        "failures": dict(tally.failures),
-        "requests_per_second": len(tally.seconds) / seconds,
-        "latency_seconds": _percentiles(tally.seconds),
-        "first_token_seconds": _percentiles(tally.first_seconds),
+        "answered": len(results.seconds),
+        "wrong": results.num_wrong,
+        "wrong_examples": results.wrong_examples,
+        "failures": dict(results.failures),
+        "requests_per_second": len(results.seconds) / seconds,
+        "latency_seconds": _percentiles(results.seconds),
+        "first_token_seconds": _percentiles(results.first_seconds),
         "mean_batch_size": after["avg_llava_batch_size_sum"] / batches if batches else 0.0,
         "images_by_granularity": {
             key.partition("granularity=")[2].rstrip("}"): int(value)
@@ -268,37 +299,36 @@ def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dic
             "end": after["process_resident_memory_bytes"],
         },
         "exit_code": exit_code,
-        "machine": machine_facts(),
+        **environment(),
     }
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     if len(values) < 2:
-        return dict.fromkeys(("p50", "p95", "max"), values[0] if values else 0.0)
+        return dict.fromkeys(PERCENTILES, values[0] if values else 0.0)
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50": cuts[49], "p95": cuts[94], "max": max(values)}
 
 
 def is_fine(result: Mapping[str, Any]) -> bool:
-    """Whether every request was answered, and rightly, and the server ended as it should."""
+    """True if there were answers, all correct, no request failed and the server exited with code 0."""
     return bool(result["answered"] and not result["wrong"] and not result["failures"] and result["exit_code"] == 0)
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
-    """A result for people."""
-    latency, first, memory = result["latency_seconds"], result["first_token_seconds"], result["memory_bytes"]
+    """The result as lines of text."""
+    latencies = [
+        (name, *(f"{result[key][column]:.3f} s" for column in PERCENTILES))
+        for name, key in (("whole answer", "latency_seconds"), ("first token of streams", "first_token_seconds"))
+    ]
+    memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:.0f}" for name, size in result["memory_bytes"].items())
     return [
         f"{result['clients']} clients for {result['seconds']} s: {result['answered']} answers "
-        f"({result['requests_per_second']:.1f} a second), {result['wrong']} wrong, "
+        f"({result['requests_per_second']:.1f} per second), {result['wrong']} wrong, "
         f"{sum(result['failures'].values())} failed {result['failures'] or ''}".rstrip(),
         *(f"  wrong: {example}" for example in result["wrong_examples"]),
-        f"whole answer: p50 {latency['p50']:.3f} s, p95 {latency['p95']:.3f} s, longest {latency['max']:.3f} s",
-        f"first token of streams: p50 {first['p50']:.3f} s, p95 {first['p95']:.3f} s, longest {first['max']:.3f} s",
-        f"mean batch {result['mean_batch_size']:.1f}; images by level {result['images_by_granularity']}",
-        "server's memory in MB: "
-        + ", ".join(f"{name.replace('_', ' ')} {size / 1e6:.0f}" for name, size in memory.items()),
+        *render_table(("", *PERCENTILES), latencies).splitlines(),
+        f"mean batch size {result['mean_batch_size']:.1f}; images by level {result['images_by_granularity']}",
+        f"server's memory in MB: {memory}",
         f"after SIGTERM the server ended with exit code {result['exit_code']}",
     ]
-
-
-__all__ = ["ask", "bench_serve", "is_fine", "make_questions", "read_metrics", "started_server", "table_lines"]

@@ -1,4 +1,4 @@
-"""`avg-llava bench data`: that it does what its rows say. No time is asserted."""
+"""`avg-llava bench data`: shapes, ratios and variants. No time is asserted."""
 
 import json
 from io import BytesIO
@@ -22,16 +22,16 @@ def test_command(capfd, monkeypatch):
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours_images_per_s"] / row["baseline_images_per_s"])
         assert row["bound"] == pytest.approx(row["decode_images_per_s"] / row["baseline_images_per_s"])
-    slower, faster = (sum(1 / row[f"{way}_images_per_s"] for row in result["rows"]) for way in ("baseline", "ours"))
+    slower, faster = (sum(1 / row[f"{name}_images_per_s"] for row in result["rows"]) for name in ("baseline", "ours"))
     assert result["ratio"] == pytest.approx(slower / faster)
     assert result["settings"]["repeats"] == 1
     assert "processor" in result["machine"]
     lines = bench.table_lines(result)
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert f"{result['ratio']:.2f}x" in lines[-1]
 
 
-def test_photographs_weigh_what_photographs_do():
+def test_photographs_have_a_realistic_size():
     content = bench.photograph(1152, 864)
     assert content == bench.photograph(1152, 864)
     with Image.open(BytesIO(content)) as image:
@@ -39,7 +39,7 @@ def test_photographs_weigh_what_photographs_do():
     assert 1.5 < 8 * len(content) / (1152 * 864) < 4  # bits per pixel
 
 
-def test_the_ways_are_what_they_are_called():
-    ways = bench.make_ways(bench.photograph(640, 480))
-    assert ways["decode"]().size == (640, 480)
-    assert ways["ours"]().equal(ways["baseline"]())
+def test_variants_compute_what_they_are_named_after():
+    variants = bench.make_variants(bench.photograph(640, 480))
+    assert variants["decode"]().size == (640, 480)
+    assert variants["ours"]().equal(variants["baseline"]())

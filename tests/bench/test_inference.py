@@ -1,4 +1,4 @@
-"""`avg-llava bench inference`: that it does what its rows say. No time is asserted."""
+"""`avg-llava bench inference`: rows, operations and logits. No time is asserted."""
 
 import json
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from avg_llava.bench import inference as bench
-from avg_llava.bench.inference import BASELINE, Bench, Way, make_ways
+from avg_llava.bench.inference import BASELINE, Variant, Workload, make_variants
 from avg_llava.cli import main
 from avg_llava.training import flops
 
 
 @pytest.fixture(scope="module")
 def small():
-    return Bench("mini", batch_size=3, image_size=(96, 70), num_prompt_tokens=9, new_tokens=2)
+    return Workload("mini", batch_size=3, image_size=(96, 70), num_prompt_tokens=9, new_tokens=2)
 
 
 def test_command(capfd):
@@ -38,25 +38,25 @@ def test_command(capfd):
 
 
 def test_batches_are_mixed_and_grouped():
-    ways = {way.name: way for way in make_ways([1, 2, 4], 5)}
-    assert ways["mixed, padded together"].levels == (1, 2, 4, 1, 2)
-    assert bench._groups(ways["mixed, padded together"]) == [[0, 1, 2, 3, 4]]
-    assert bench._groups(ways["mixed, grouped by level"]) == [[0, 3], [1, 4], [2]]
-    assert not any(name.startswith("mixed") for name in (way.name for way in make_ways([1, 2], 1)))
+    variants = {variant.name: variant for variant in make_variants([1, 2, 4], 5)}
+    assert variants["mixed, padded together"].levels == (1, 2, 4, 1, 2)
+    assert bench._groups(variants["mixed, padded together"]) == [[0, 1, 2, 3, 4]]
+    assert bench._groups(variants["mixed, grouped by level"]) == [[0, 3], [1, 4], [2]]
+    assert not any(name.startswith("mixed") for name in (variant.name for variant in make_variants([1, 2], 1)))
 
 
-def test_operations_are_torch_s_own_count(small):
-    """Against torch's counter of what really runs: all but attention, whose mask decides what is computed."""
+def test_operations_match_torch_s_counter(small):
+    """All operations but attention, where the mask decides what is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for way in (Way("routed", (16,) * 3, routed=True), Way(BASELINE, (64,) * 3, baseline=True)):
+    for variant in (Variant("routed", (16,) * 3, routed=True), Variant(BASELINE, (64,) * 3, baseline=True)):
         with FlopCounterMode(display=False) as counter:
-            small.run(way)
+            small.run(variant)
         counted = counter.get_total_flops() / 1e9
-        assert sum(small.flops(way).values()) / 1e9 == pytest.approx(counted, rel=0.25)
+        assert sum(small.flops(variant).values()) / 1e9 == pytest.approx(counted, rel=0.25)
 
 
-def test_proportioned_is_the_7b_model_in_small():
+def test_proportioned_has_the_shares_of_the_7b_model():
     """Tower and router take the same share of a routed answer at the finest level."""
     shares = {}
     for preset in ("proportioned", "7b"):
@@ -66,8 +66,8 @@ def test_proportioned_is_the_7b_model_in_small():
     assert shares["proportioned"] == pytest.approx(shares["7b"], rel=0.1)
 
 
-def test_ways_answer_alike(small):
-    """The baseline reads the same prompt as the finest level: equal logits, so the comparison is of equal work."""
+def test_baseline_has_the_same_logits(small):
+    """The baseline and the finest level read the same prompt: equal logits show that the work is the same."""
     model = small.model
     with torch.inference_mode():
         features = model.encode_images(small.pixels, small.sizes)

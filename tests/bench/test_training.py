@@ -1,4 +1,4 @@
-"""`avg-llava bench train`: that it compares the same work, and says what it found. No time is asserted."""
+"""`avg-llava bench train`: both variants do the same work, and the result is consistent. No time is asserted."""
 
 import json
 import multiprocessing
@@ -9,24 +9,27 @@ import torch
 
 from avg_llava import AvgLlavaForConditionalGeneration
 from avg_llava.bench import training as bench
-from avg_llava.bench.training import PRESETS, make_batch, prepare_step, sample_shapes
+from avg_llava.bench.presets import PRESETS
+from avg_llava.bench.training import make_batch, prepare_step, sample_shapes
 from avg_llava.cli import main
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_both_ways_take_the_same_steps(stage):
+def test_both_variants_take_the_same_steps(stage):
     losses = {}
-    for way in bench.WAYS:
-        step = prepare_step(stage, "mini", way)
-        losses[way] = [step() for _ in range(3)]
+    for variant in bench.VARIANTS:
+        step = prepare_step(stage, "mini", variant)
+        losses[variant] = [step() for _ in range(3)]
     assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-4)
     assert len(set(losses["ours"])) == 3, "the optimizer moves"
 
 
 def test_stored_feedback_gives_the_same_steps(tmp_path):
     bench._store_feedback(tmp_path, "mini")
-    steps = {way: prepare_step(4, "mini", way, tmp_path if way == "ours" else None) for way in bench.WAYS}
-    losses = {way: [step() for _ in range(3)] for way, step in steps.items()}
+    steps = {
+        variant: prepare_step(4, "mini", variant, tmp_path if variant == "ours" else None) for variant in bench.VARIANTS
+    }
+    losses = {variant: [step() for _ in range(3)] for variant, step in steps.items()}
     assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
@@ -36,7 +39,7 @@ def test_only_the_router_learns_from_stored_feedback(capsys):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_lengths_are_the_model_s(stage):
+def test_lengths_match_the_model(stage):
     config = PRESETS["mini"].config()
     model = AvgLlavaForConditionalGeneration(config)
     samples = sample_shapes(stage, config)
@@ -87,12 +90,12 @@ def test_a_process_that_ends_early_is_reported():
     process.start()
     theirs.close()
     with pytest.raises(ValueError, match="the process of the plain step ended with code 3: see its traceback above"):
-        bench._receive(connection, process, "plain")
+        bench._request_step(connection, process, "plain")
 
 
-def test_different_losses_compare_nothing(monkeypatch):
+def test_different_losses_are_refused(monkeypatch):
     step = {"seconds": 1.0, "peak_memory_bytes": 1}
     steps = {"ours": [step | {"loss": 1.0}] * 2, "plain": [step | {"loss": 1.1}] * 2}
-    monkeypatch.setattr(bench, "_take_turns", lambda *arguments: steps)
-    with pytest.raises(ValueError, match="disagree about the loss"):
+    monkeypatch.setattr(bench, "_measure", lambda *arguments: steps)
+    with pytest.raises(ValueError, match="the losses of the two variants differ"):
         bench.bench_train(3, "mini", 1)

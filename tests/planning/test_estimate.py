@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from avg_llava import AvgLlavaForConditionalGeneration, cli, load_model
-from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
+from avg_llava.bench.presets import PRESETS
+from avg_llava.bench.training import make_batch, sample_shapes
 from avg_llava.checkpoints.loading import load_model_config
 from avg_llava.cli.estimate import GPU_NAMES, ZERO_NAMES
 from avg_llava.common.machine import GPUS

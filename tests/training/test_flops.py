@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avg_llava import AvgLlavaForConditionalGeneration
 from avg_llava.bench.plain_loop import plain_loss
-from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
+from avg_llava.bench.presets import PRESETS
+from avg_llava.bench.training import make_batch, sample_shapes
 from avg_llava.training import flops
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import adapter_shapes, add_adapters

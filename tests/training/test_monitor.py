@@ -14,7 +14,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from avg_llava import AvgLlavaConfig
-from avg_llava.bench.training import PRESETS, make_batch, sample_shapes
+from avg_llava.bench.presets import PRESETS
+from avg_llava.bench.training import make_batch, sample_shapes
 from avg_llava.common.machine import known_peak
 from avg_llava.training import monitor, run
 from avg_llava.training.assembly import build_dataset, load_processor
