@@ -46,7 +46,7 @@ def _run(project: Path, blocks: list[str]) -> str:
 def test_up_to_the_dry_run(project):
     told = _run(project, BLOCKS[:NUM_BEFORE_TRAINING])
     assert "train.json: 32 records" in told
-    assert "32 samples; of 32 looked at 0 cannot be read" in told
+    assert "32 samples; of 32 checked 0 cannot be read" in told
     assert told.endswith("dry run: no problems\n")
     assert not (project / "runs/own/stage3").exists()
 

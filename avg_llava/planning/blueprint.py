@@ -1,7 +1,7 @@
-"""The model of a run without its weights: its configuration wherever it can be found, and the model on the meta device.
+"""The model of a run without its weights: its configuration, and the model on the meta device.
 
-A start that is not trained yet has the shape that the configuration of its own stage gives it, and so on back to the
-backbones of stage 1; those that the shipped configurations name are known by heart.
+A start that does not exist yet has the shape that the configuration of its stage gives it, and so on back to the
+backbones of stage 1. The shapes of the backbones in the shipped configurations are included.
 """
 
 from dataclasses import dataclass
@@ -36,29 +36,29 @@ KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model's configuration, and what had to be assumed to find it."""
+    """A model's configuration, and the assumptions made to find it."""
 
     config: AvgLlavaConfig
     assumptions: tuple[str, ...] = ()
 
 
 def find_blueprint(config: TrainConfig, path: Path, model_of: Path | None = None) -> Blueprint:
-    """The configuration of the model that a run starts from. Reads no weights and downloads none.
+    """Find the configuration of the model that a run starts from, without reading or downloading weights.
 
     Args:
         config: the run's configuration.
-        path: its file; files of earlier stages are looked for beside it and in the folders beside its own.
-        model_of: the file of the stage that makes the start, where it is elsewhere.
+        path: its file. Files of earlier stages are searched for in its folder, the parent folder and sibling folders.
+        model_of: file of the stage that produces the start, if it is elsewhere.
 
     Raises:
-        ConfigError: the start is not there and no file says how it is made.
+        ConfigError: the start does not exist and no file describes how it is made.
     """
     if config.model.start is None:
         return _from_backbones(config)
     if Path(config.model.start).is_dir():
         blueprint = Blueprint(load_model_config(config.model.start))
     else:
-        source = model_of or _file_that_makes(config.model.start, path)
+        source = model_of or _find_producer(config.model.start, path)
         if source is None:
             raise ConfigError(
                 f"model.start {config.model.start} is no folder here, and no YAML file near {path} has it as "
@@ -72,7 +72,7 @@ def find_blueprint(config: TrainConfig, path: Path, model_of: Path | None = None
 
 
 def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
-    """The model of a run without memory for its weights, the stage's parts set to be trained.
+    """The model of a run on the meta device, with `requires_grad` set for the stage.
 
     With a feedback store, stage 4 has no language model.
     """
@@ -85,15 +85,15 @@ def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaFor
     return model
 
 
-def _file_that_makes(start: str, path: Path) -> Path | None:
-    """The YAML file, in the folder of `path`, the one above or one beside it, whose run ends in the folder `start`."""
+def _find_producer(start: str, path: Path) -> Path | None:
+    """The YAML file whose `output.dir` is `start`, in the folder of `path`, its parent or a sibling folder."""
     above = path.parent.parent
     searched = (path.parent.glob("*.yaml"), above.glob("*.yaml"), above.glob("*/*.yaml"))
     for candidate in (file for files in searched for file in sorted(files)):
         try:
             output = read_yaml(candidate).get("output")
         except ConfigError:
-            continue  # a mixture of data, or another file that configures no run
+            continue  # a data mixture, or another file that configures no run
         if isinstance(output, dict) and output.get("dir") == start and candidate.resolve() != path.resolve():
             return candidate
     return None
@@ -113,7 +113,7 @@ def _from_backbones(config: TrainConfig) -> Blueprint:
     }
     for part, (name, shapes, kind) in known.items():
         if Path(name).is_dir() or name not in shapes:
-            parts[part] = AutoConfig.from_pretrained(name)  # of a hub id, config.json alone
+            parts[part] = AutoConfig.from_pretrained(name)  # for a hub id, only config.json is downloaded
         else:
             parts[part] = kind(**shapes[name])
             assumptions.append(f"{name} has its published shape")
@@ -127,6 +127,3 @@ def _from_backbones(config: TrainConfig) -> Blueprint:
         **config.architecture(),
     )
     return Blueprint(built, tuple(assumptions))
-
-
-__all__ = ["KNOWN_LANGUAGE_MODELS", "Blueprint", "find_blueprint", "meta_model"]

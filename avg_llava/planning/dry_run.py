@@ -43,17 +43,16 @@ from avg_llava.model.images import load_image
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.planning.blueprint import find_blueprint, meta_model
-from avg_llava.training.assembly import build_dataset, load_processor
+from avg_llava.training.assembly import build_dataset, check_compilation, load_processor
 from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
-from avg_llava.training.compilation import check_compilation
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
 from avg_llava.training.processes import rank, read_deepspeed_file, set_up_logging, uses_cpu, world_size
 from avg_llava.training.stages import STAGES
 from avg_llava.training.trainer import CONFIG_NAME
 
-NUM_FIRST, NUM_RANDOM = 4, 28  # samples of each source that are decoded
-NAMED = 10  # malformed records of a source that are named
+NUM_FIRST, NUM_RANDOM = 4, 28  # samples decoded per source
+MAX_NAMED = 10  # malformed records named per source
 GIB = 2**30
 
 Result = TypeVar("Result")
@@ -61,18 +60,26 @@ Result = TypeVar("Result")
 
 @dataclass
 class Report:
-    """What was looked at, and what is wrong."""
+    """Findings of a dry run: facts for standard output, problems for standard error."""
 
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def attempt(self, what: str, look: Callable[[], Result]) -> Result | None:
-        """What `look` returns; None, and a problem, where it finds one."""
+    def attempt(self, subject: str, check: Callable[[], Result]) -> Result | None:
+        """The result of `check`; on an error, None and a problem of the subject."""
         try:
-            return look()
+            return check()
         except (ValueError, OSError) as error:
-            self.problems.append(f"{what}: {error}")
+            self.problems.append(f"{subject}: {error}")
             return None
+
+    @contextmanager
+    def guard(self, subject: str) -> Iterator[None]:
+        """`attempt` for a block."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{subject}: {error}")
 
 
 USAGE = """\
@@ -100,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rank() > 0:
         return 0
     set_up_logging()
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its table of what is fresh is no problem
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # without its table of newly initialized weights
     report = dry_run(path, overrides)
     sys.stdout.write("".join(f"{fact}\n" for fact in report.facts))
     sys.stderr.write("".join(f"problem: {problem}\n" for problem in report.problems))
@@ -109,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
-    """Look at all that a run needs.
+    """Check everything that a run needs.
 
     Args:
         path: YAML file of a stage.
-        overrides: `--key.subkey value` options over it.
+        overrides: `--key.subkey value` options.
     """
     report = Report()
     config = report.attempt("configuration", lambda: load_config(path, overrides))
@@ -141,7 +148,7 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
         num_parameters = report.attempt("weights", lambda: check_weights(config, model_config))
         if num_parameters is not None:
             report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
-        num_samples = _look_at_data(config, processor, model_config, report)
+        num_samples = _check_data(config, processor, model_config, report)
         if num_samples is not None and accumulation is not None:
             budget = config.optim.max_tokens_per_batch
             in_all, size = f"{config.optim.global_batch_size} per step", f"{config.optim.micro_batch_size}"
@@ -151,57 +158,48 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
                 f"data: {num_samples:,} samples, {in_all} in {accumulation} micro-batches of {size} per process"
             )
     else:
-        _look_at_files(config, report)
+        _check_files(config, report)
         blueprint = report.attempt("model's shape", lambda: find_blueprint(config, Path(path)))
         if blueprint is None:
             return report
         model_config = blueprint.config
         report.facts += [f"assumed: {assumption}" for assumption in blueprint.assumptions]
-    with report_failure(report, f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
-        _look_at_disk(folder, bytes_to_write(config, model_config), report)
+    with report.guard(f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
+        _check_disk(folder, bytes_to_write(config, model_config), report)
         if processor is not None:
             num_bytes = trial_save(folder, config, processor, model_config)
             report.facts.append(f"trial save: {num_bytes / 2**20:.1f} MiB written, read and removed")
     return report
 
 
-@contextmanager
-def report_failure(report: Report, what: str) -> Iterator[None]:
-    """`Report.attempt` around a block."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        report.problems.append(f"{what}: {error}")
-
-
 def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
-    """Compare names and shapes in the start's files with the model's; the numbers themselves are not read.
+    """Compare names and shapes of the tensors in the start's files with the model's, without reading the tensors.
 
     Returns:
         The number of parameters.
 
     Raises:
-        CheckpointError: files or keys are missing, unexpected or of the wrong shape; all are listed.
+        CheckpointError: files or keys are missing, unexpected or of the wrong shape; the message lists all.
     """
     settings = config.model
     fresh: tuple[str, ...] = ()
     if settings.start is None:
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
-        tensors = rename_keys(_listed(resolve_folder(settings.vision)), VISION_KEYS)
-        tensors |= rename_keys(_listed(resolve_folder(settings.language)), LANGUAGE_KEYS)
+        tensors = rename_keys(_meta_tensors(resolve_folder(settings.vision)), VISION_KEYS)
+        tensors |= rename_keys(_meta_tensors(resolve_folder(settings.language)), LANGUAGE_KEYS)
         fresh = (ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline")
         source = f"{settings.vision} + {settings.language}"
     else:
         folder, source = resolve_folder(settings.start), settings.start
         raw = read_config(folder)
-        tensors = _listed(folder)
+        tensors = _meta_tensors(folder)
         model_type = str(raw.get("model_type"))
         if model_type.startswith(ORIGINAL_PREFIX) and model_type != "llava_next":
             tensors, fresh = rename_keys(tensors, ORIGINAL_KEYS), (ROUTER_KEYS,)
             if not any(key.startswith("model.vision_tower.") for key in tensors):
                 tower = resolve_folder(raw["mm_vision_tower"], folder)
-                tensors |= rename_keys(_listed(tower), VISION_KEYS)
+                tensors |= rename_keys(_meta_tensors(tower), VISION_KEYS)
         elif model_type == "llava_next" or settings.router is not None or settings.granularities is not None:
             tensors = {key: tensor for key, tensor in tensors.items() if ".router." not in key}
             fresh = (ROUTER_KEYS,)
@@ -218,7 +216,7 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
 
 
 def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
-    """About how many bytes a run writes at its fullest: its checkpoints, one more while that is written, the result."""
+    """Approximate peak of a run's disk usage: its checkpoints, one more while it is being written, and the result."""
     without_store = replace(config, objective=replace(config.objective, feedback_store=None))
     is_wide = config.runtime.deepspeed is None or config.runtime.precision == "fp32"
     model = meta_model(without_store, model_config).to(torch.float32 if is_wide else torch.bfloat16)
@@ -232,10 +230,10 @@ def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
 
 
 def trial_save(folder: Path, config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig) -> int:
-    """Write what a checkpoint holds, of the weights only those of the projector's size, and read it again.
+    """Write a checkpoint with zeros of the projector's size instead of all weights, and read it back.
 
     Returns:
-        The bytes written.
+        Number of bytes written.
     """
     processor.save_pretrained(folder)
     model_config.save_pretrained(folder)
@@ -250,25 +248,25 @@ def trial_save(folder: Path, config: TrainConfig, processor: AvgLlavaProcessor, 
 
 @contextmanager
 def scratch_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder inside `output_dir` that goes away again, with all parents that had to be made for it."""
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    """A temporary folder inside `output_dir`, removed at the end together with all parents created for it."""
+    created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=output_dir) as folder:
             yield Path(folder)
     finally:
-        for parent in made:  # deepest first
+        for parent in created:  # deepest first
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
 
 
-def _listed(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's weight files on the meta device."""
+def _meta_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a folder's weight files, on the meta device."""
     stored = list_tensors(weight_files(folder))
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
 
 
-def _look_at_disk(folder: Path, needed: int, report: Report) -> None:
+def _check_disk(folder: Path, needed: int, report: Report) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         report.problems.append(
@@ -278,8 +276,8 @@ def _look_at_disk(folder: Path, needed: int, report: Report) -> None:
     report.facts.append(f"disk: about {needed / GIB:.2f} GiB to write, {free / GIB:.2f} GiB free")
 
 
-def _look_at_files(config: TrainConfig, report: Report) -> None:
-    """What can be seen of the data without a tokenizer: the first records of every source, and their images."""
+def _check_files(config: TrainConfig, report: Report) -> None:
+    """Check the data without a tokenizer: the first records of every source, and their images."""
     for source in config.data.sources:
         data = config.data
         index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
@@ -288,16 +286,16 @@ def _look_at_files(config: TrainConfig, report: Report) -> None:
             report.problems.append(f"data {source.path}: image root {root} is no folder; check data.sources")
         elif index is not None:
             for row in range(min(len(index.rows), NUM_FIRST + NUM_RANDOM)):
-                with report_failure(report, "data"):
+                with report.guard("data"):
                     for path in index.sample(row, root).images:
                         load_image(path)
-            report.facts.append(f"{source.path}: {len(index.rows):,} records, of which the first were looked at")
+            report.facts.append(f"{source.path}: {len(index.rows):,} records, of which the first were checked")
 
 
-def _look_at_data(
+def _check_data(
     config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig, report: Report
 ) -> int | None:
-    """Number of samples of all sources; None if one of them cannot be used."""
+    """Check all sources, and return their number of samples; None if one of them cannot be used."""
     total = 0
     is_usable = True
     for source in config.data.sources:
@@ -307,14 +305,14 @@ def _look_at_data(
             is_usable = False
             continue
         total += len(dataset)
-        bad = [record.message for record in dataset.malformed[:NAMED]]
-        if len(dataset.malformed) > NAMED:
-            bad.append(f"{source.path}: {len(dataset.malformed) - NAMED} more malformed records")
-        bad += _look_at_samples(dataset, config, report)
+        bad = [record.message for record in dataset.malformed[:MAX_NAMED]]
+        if len(dataset.malformed) > MAX_NAMED:
+            bad.append(f"{source.path}: {len(dataset.malformed) - MAX_NAMED} more malformed records")
+        bad += _check_samples(dataset, config, report)
         if config.data.on_bad_sample == "error":
             report.problems += [f"data: {message}" for message in bad]
         elif bad:
-            report.facts.append(f"{source.path}: {len(bad)} bad samples seen, which the run would skip")
+            report.facts.append(f"{source.path}: {len(bad)} bad samples found, which the run would skip")
     if not is_usable:
         return None
     if config.objective.feedback_store is not None:
@@ -326,12 +324,12 @@ def _look_at_data(
     return total
 
 
-def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: Report) -> list[str]:
-    """What is wrong with the first samples of a source and with some drawn at random."""
+def _check_samples(dataset: ConversationDataset, config: TrainConfig, report: Report) -> list[str]:
+    """Errors of the first samples of a source and of a random selection."""
     path = dataset.files[0].path
     rest = range(min(NUM_FIRST, len(dataset)), len(dataset))
-    drawn = sorted(random.Random(config.seed).sample(rest, min(NUM_RANDOM, len(rest))))
-    indices = [*range(min(NUM_FIRST, len(dataset))), *drawn]
+    sampled = sorted(random.Random(config.seed).sample(rest, min(NUM_RANDOM, len(rest))))
+    indices = [*range(min(NUM_FIRST, len(dataset))), *sampled]
     bad: list[str] = []
     cut = masked = 0
     usable = []
@@ -348,7 +346,7 @@ def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: 
         usable.append(index)
     if usable and masked == len(usable):
         report.problems.append(
-            f"data {path}: no sample that was looked at has supervised tokens; check data.template "
+            f"data {path}: none of the checked samples has supervised tokens; check data.template "
             f"{config.data.template!r} and model.max_length"
         )
     if usable:
@@ -356,8 +354,8 @@ def _look_at_samples(dataset: ConversationDataset, config: TrainConfig, report: 
             [dataset[index] for index in usable[: config.optim.micro_batch_size]]
         )
     report.facts.append(
-        f"{path}: {len(dataset):,} samples; of {len(indices)} looked at {len(bad)} cannot be read, {cut} are cut at "
-        f"{dataset.max_length} tokens, {masked} have no supervised tokens"
+        f"{path}: {len(dataset):,} samples; of {len(indices)} checked {len(bad)} cannot be read, {cut} are truncated "
+        f"at {dataset.max_length} tokens, {masked} have no supervised tokens"
     )
     return bad
 

@@ -1,7 +1,7 @@
-"""`avg-llava estimate`: what a run takes before it starts: memory of each GPU, operations, steps and hours.
+"""Estimates of a training run before it starts: memory per GPU, operations, steps and hours (`avg-llava estimate`).
 
-No weights are loaded: parameters are counted on the meta device. Where the data are there, samples are drawn from them;
-elsewhere a sample is assumed, and the estimate says so.
+No weights are loaded: parameters are counted on the meta device. Sequence lengths come from a random sample of the data
+if these exist, and from a typical sample otherwise, which the estimate states.
 """
 
 import math
@@ -28,12 +28,12 @@ from avg_llava.training.stages import OBJECTIVES, STAGES, Part, count_parameters
 
 GIB, MIB = 2**30, 2**20
 DEFAULT_MFU = 0.4
-NUM_DRAWN = 64  # samples that are looked at where the data are there
-MICRO_BATCHES_FILLED = 64  # at least, to find how many samples a token budget holds
-RESERVED = 0.08  # share of a GPU's memory that CUDA, NCCL and fragmentation take
+NUM_SAMPLED = 64  # samples measured, if the data exist
+MICRO_BATCHES_FILLED = 64  # at least, to find the mean number of samples within a token budget
+RESERVED = 0.08  # share of a GPU's memory taken by CUDA, NCCL and fragmentation
 
 
-# A photo of 640 x 480; a caption, or a question behind the system prompt and an answer of some sentences.
+# A photo of 640 x 480 pixels with a caption, or with system prompt, question and an answer of some sentences.
 TYPICAL_SAMPLES = {
     1: SampleShape((480, 640), 2, 20),
     **dict.fromkeys((2, 3, 4), SampleShape((480, 640), 120, 130)),
@@ -42,18 +42,18 @@ TYPICAL_SAMPLES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be estimated, beside the configuration. None: from the data, or assumed.
+    """Inputs of an estimate in addition to the configuration; None: from the data, or assumed.
 
     Attributes:
         num_gpus: GPUs of the run.
         gpu: A key of `GPUS`.
-        zero: Name of one of `SHARDINGS`; None: what `runtime.deepspeed` says.
-        mfu: Model operations per second, as a share of the GPU's.
+        zero: Name of one of `SHARDINGS`; None: that of `runtime.deepspeed`.
+        mfu: Model FLOPs utilization: share of the GPU's peak operations per second.
         num_samples: Samples of an epoch.
         image_size: (height, width) of a typical image.
         num_prompt_tokens: Text tokens of a typical prompt.
         num_answer_tokens: Tokens of a typical answer.
-        model_of: Configuration file that says how `model.start` is made.
+        model_of: Configuration file of the stage that produces `model.start`.
     """
 
     num_gpus: int = 8
@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Samples:
-    """Shapes of typical samples, and how many there are in an epoch (None: not known)."""
+    """Shapes of typical samples, the number of samples per epoch (None: unknown), and their source in words."""
 
     shapes: list[SampleShape]
     num_records: int | None
@@ -77,14 +77,14 @@ class Samples:
 
 
 def estimate(path: Path, request: Request) -> dict[str, Any]:
-    """What a run takes.
+    """Estimate memory, operations and time of a run.
 
     Args:
         path: YAML file of a stage.
-        request: the hardware, and what is known better than this function would.
+        request: hardware, and values that override those found or assumed.
 
     Returns:
-        Plain values for JSON; sizes in bytes.
+        A JSON-serializable dictionary; sizes in bytes.
 
     Raises:
         ConfigError: the configuration does not fit the number of GPUs, or the model's shape cannot be found.
@@ -153,7 +153,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
 
 
 def table_lines(result: dict[str, Any]) -> list[str]:
-    """An estimate for people."""
+    """An estimate as lines of text."""
     model, hardware, step = result["model"], result["hardware"], result["step"]
     budget = step["max_tokens_per_batch"]
     size = step["micro_batch_size"] if budget is None else f"{budget:,} tokens"
@@ -193,7 +193,7 @@ def _memory(
     adapters: Mapping[Part, AdapterShape],
     request: Request,
 ) -> dict[str, Any]:
-    """Bytes by part, with a micro-batch of the longest of the samples."""
+    """Bytes by part, with a micro-batch of the longest samples."""
     element_size = 4 if config.runtime.precision == "fp32" else 2
     file = config.runtime.deepspeed
     zero = None if file is None else read_deepspeed_file(file).get("zero_optimization", {})
@@ -231,10 +231,10 @@ def _memory(
 
 
 def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request) -> Samples:
-    """From the data if they and the tokenizer are there and no shape is given; else one typical sample."""
+    """Samples of the data if these and the tokenizer exist and no shape is given; otherwise one typical sample."""
     given = (request.image_size, request.num_prompt_tokens, request.num_answer_tokens)
-    if given == (None, None, None) and _is_everything_here(config):
-        return _drawn(config, request)
+    if given == (None, None, None) and _is_available(config):
+        return _sample_data(config, request)
     typical = TYPICAL_SAMPLES[config.stage]
     shape = SampleShape(
         request.image_size or typical.image_size,
@@ -254,7 +254,7 @@ def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request
 
 
 def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
-    """How many samples an epoch should have, where all sources say what to expect of them."""
+    """Samples per epoch, if all sources have an expected number of records."""
     total = 0.0
     for source in sources:
         if source.expected is None or TOTAL not in source.expected:
@@ -263,8 +263,8 @@ def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
     return round(total)
 
 
-def _is_everything_here(config: TrainConfig) -> bool:
-    """Whether samples can be encoded without downloading anything."""
+def _is_available(config: TrainConfig) -> bool:
+    """True if samples can be encoded without downloads."""
     folders = [config.model.start] if config.model.start else [config.model.vision, config.model.language]
     roots = [source.image_root for source in config.data.sources if source.image_root is not None]
     return all(Path(folder).is_dir() for folder in (*folders, *roots) if folder) and all(
@@ -272,11 +272,11 @@ def _is_everything_here(config: TrainConfig) -> bool:
     )
 
 
-def _drawn(config: TrainConfig, request: Request) -> Samples:
-    """Shapes of some of the run's samples."""
+def _sample_data(config: TrainConfig, request: Request) -> Samples:
+    """Shapes of a random selection of the run's samples."""
     processor, model_config = load_processor(config)
     dataset = build_dataset(config, processor, model_config)
-    indices = random.Random(config.seed).sample(range(len(dataset)), min(NUM_DRAWN, len(dataset)))
+    indices = random.Random(config.seed).sample(range(len(dataset)), min(NUM_SAMPLED, len(dataset)))
     shapes: list[SampleShape] = []
     for index in indices:
         sample = dataset.sample(index)
@@ -285,7 +285,7 @@ def _drawn(config: TrainConfig, request: Request) -> Samples:
         answer = int(num_supervised(text.labels[None]))
         prompt = len(text.input_ids) - text.num_images - answer
         shapes += shapes_of(sizes[: text.num_images], prompt, answer)
-    source = f"samples are as {len(indices)} drawn from the data"
+    source = f"samples are like {len(indices)} sampled from the data"
     return Samples(shapes, request.num_samples or len(dataset), source)
 
 
@@ -300,18 +300,18 @@ def _mean_flops(
 
 
 def _length(shape: SampleShape, level: int, model_config: AvgLlavaConfig) -> int:
-    """Tokens of a sample at a level, cut to the longest sequence."""
+    """Sequence length of a sample at a level, truncated to the maximum."""
     return min(shape.length(level, model_config), model_config.max_sequence_length)
 
 
 def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape]) -> float:
-    """Samples of an optimizer step; with a token budget, the mean of filling micro-batches from these samples."""
+    """Samples per optimizer step; with a token budget, the mean over micro-batches filled with these samples."""
     optim = config.optim
     if optim.max_tokens_per_batch is None:
         return optim.global_batch_size
     lengths = [_length(shape, model_config.granularities[-1], model_config) for shape in shapes]
     order = list(range(len(lengths))) * math.ceil(MICRO_BATCHES_FILLED * optim.max_tokens_per_batch / sum(lengths))
-    full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last may have room left
+    full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last one may not be full
     return sum(map(len, full)) / len(full) * optim.global_batch_size / optim.micro_batch_size
 
 
@@ -325,6 +325,3 @@ def _steps(config: TrainConfig, num_samples: int | None, step_samples: float) ->
 
 def _sharding(name: str) -> Sharding:
     return next(sharding for sharding in SHARDINGS if sharding.name == name)
-
-
-__all__ = ["DEFAULT_MFU", "Request", "estimate", "table_lines"]

@@ -1,9 +1,8 @@
-"""Collecting the language model's feedback into a store (`training/feedback_store.py`).
+"""Collects the language model's feedback into a store (`training/feedback_store.py`).
 
-Shards are computed by as many processes as there are devices, each shard by one of them, in fixed batches and on one
-CPU thread, so that a store does not depend on how many processes wrote it or how often they were interrupted.
-
-Several machines share a store: each takes its share of the shards, as the variables NNODES and NODE_RANK say.
+Each shard is computed by one process, in fixed batches and on one CPU thread, so that a store does not depend on the
+number of processes or on interruptions. Several machines can fill one store: each computes the shards that NNODES and
+NODE_RANK assign to it.
 """
 
 import logging
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """A sample's answer under each level: sums of its tokens' log-probabilities, and how many tokens there are."""
+    """A sample's answer at each level: sums of its tokens' log-probabilities, and numbers of tokens."""
 
     log_probs: list[float]
     num_tokens: list[int]
@@ -45,13 +44,13 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What is in a store when `collect` returns.
+    """State of a store after `collect`.
 
     Attributes:
-        num_samples: Samples of the whole store.
-        num_shards: Shards of the whole store.
-        num_missing_shards: Those that are not there yet, because they are left to other machines.
-        counts: Samples that are there, by what they are to router training.
+        num_samples: Samples of the complete store.
+        num_shards: Shards of the complete store.
+        num_missing_shards: Shards that other machines have not computed yet.
+        counts: Samples in the store, by status.
     """
 
     num_samples: int
@@ -61,25 +60,25 @@ class Collection:
 
 
 def collect(config: TrainConfig, output: Path, num_processes: int | None = None) -> Collection:
-    """Computes the feedback of a stage-4 configuration's start on its data, or what is missing of it.
+    """Computes the missing shards of a store: feedback of a configuration's start on its data.
 
     Args:
-        config: The configuration of the router training; what it says of objective and optimizer does not matter, but
-            for `optim.micro_batch_size`, the samples that go through the model together.
+        config: Configuration of the router training. Of objective and optimizer only `optim.micro_batch_size`, the
+            samples per forward pass, is used.
         output: Folder of the store.
-        num_processes: None means one per GPU, or one per CPU core where there is none.
+        num_processes: None: one per GPU, or one per CPU core without a GPU.
 
     Raises:
-        ConfigError: It is no configuration of stage 4, or the folder holds feedback of something else.
+        ConfigError: The configuration is not of stage 4, or the folder holds other feedback.
         FeedbackError: A process was killed or ran out of memory, or a log-probability is not finite.
         DataError: A sample is unreadable, and `data.on_bad_sample` is `error`.
     """
     if not OBJECTIVES[STAGES[config.stage].objective].learns_from_feedback:
         raise ConfigError(f"feedback is what stage 4 learns from; the configuration is of stage {config.stage}")
-    config = replace(config, objective=replace(config.objective, feedback_store=None))  # here it is made, not read
+    config = replace(config, objective=replace(config.objective, feedback_store=None))  # feedback is computed, not read
     describe_start(config)
     store = _open_or_create(config, output)
-    todo = _share_of_this_machine(store.missing_shards())
+    todo = _shards_of_this_machine(store.missing_shards())
     if todo:
         done = store.manifest.num_samples - sum(len(store.manifest.samples_of(shard)) for shard in todo)
         with tqdm(
@@ -93,7 +92,7 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
             _compute(config, store, todo, num_processes or _default_processes(config), progress)
     num_missing = len(store.missing_shards())
     if not num_missing:
-        for leftover in output.glob(".*.new"):  # of processes that were killed while they wrote
+        for leftover in output.glob(".*.new"):  # from processes that were killed while writing
             leftover.unlink(missing_ok=True)
     return Collection(store.manifest.num_samples, store.manifest.num_shards, num_missing, store.count())
 
@@ -113,7 +112,7 @@ def _open_or_create(config: TrainConfig, output: Path) -> FeedbackStore:
     return store
 
 
-def _share_of_this_machine(shards: list[int]) -> list[int]:
+def _shards_of_this_machine(shards: list[int]) -> list[int]:
     num_nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
     return [shard for shard in shards if shard % num_nodes == node]
 
@@ -127,7 +126,7 @@ def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_p
     threads = torch.get_num_threads()
     try:
         for shard in run_in_workers(_start_worker, (config, store.folder), shards, num_processes, progress.update):
-            logger.debug("shard %d is written", shard)
+            logger.debug("wrote shard %d", shard)
     except BrokenProcessPool as error:
         raise FeedbackError(
             "a process that collects feedback was killed, perhaps for want of memory. Finished shards are kept: run "
@@ -142,19 +141,19 @@ def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_p
 
 def _start_worker(number: int, config: TrainConfig, folder: Path) -> "ShardCollector":
     disable_progress_bar()
-    torch.set_num_threads(1)  # the order of sums, and so the last digits, depend on the number of threads
+    torch.set_num_threads(1)  # the number of threads affects the order of sums, and so the last digits
     torch.set_float32_matmul_precision("high" if config.runtime.tf32 else "highest")
     device = torch.device("cpu") if uses_cpu(config) else torch.device("cuda", number % torch.cuda.device_count())
     return ShardCollector(config, FeedbackStore.open(folder), device)
 
 
 class ShardCollector:
-    """Computes shards of a store with a model of its own.
+    """Loads the model and computes shards of a store.
 
     Args:
         config: The stage-4 configuration.
         store: The store to write to.
-        device: Where to compute.
+        device: The device to compute on.
     """
 
     def __init__(self, config: TrainConfig, store: FeedbackStore, device: torch.device):
@@ -170,7 +169,7 @@ class ShardCollector:
         self.collate = Collator(processor.tokenizer.pad_token_id)
 
     def __call__(self, shard: int, advance: Advance) -> int:
-        """Computes and writes a shard; its number is the result."""
+        """Computes and writes a shard, and returns its number."""
         indices = self.unique[self.store.manifest.samples_of(shard)].tolist()
         rows: dict[int, dict[str, Any]] = {}
         for items in self._loader(indices):
@@ -182,8 +181,8 @@ class ShardCollector:
         return shard
 
     def _loader(self, indices: list[int]) -> DataLoader:
-        """Batches of a shard's samples: those without images apart, others with ones of similar length."""
-        ordered = sorted(indices, key=self.lengths.__getitem__)  # negative without image
+        """Batches of a shard's samples, sorted by length, with and without images separately."""
+        ordered = sorted(indices, key=self.lengths.__getitem__)  # lengths of samples without images are negative
         num_text_only = sum(self.lengths[index] < 0 for index in ordered)
         size = self.config.optim.micro_batch_size
         batches = [
@@ -197,14 +196,14 @@ class ShardCollector:
 
     @torch.inference_mode()
     def _answers(self, items: list[dict[str, Any]]) -> list[Answer | None]:
-        """What the language model makes of each sample of a batch; None where it is not asked."""
-        is_asked = [bool(item["pixel_values"]) and _num_supervised(item) > 0 for item in items]
-        asked = list(compress(items, is_asked))
-        if not asked:
+        """The answer of each sample of a batch; None for samples without images or supervised tokens."""
+        takes_part = [bool(item["pixel_values"]) and _num_supervised(item) > 0 for item in items]
+        scored = list(compress(items, takes_part))
+        if not scored:
             return [None] * len(items)
-        batch = {name: tensor.to(self.device) for name, tensor in self.collate(asked).items()}
+        batch = {name: tensor.to(self.device) for name, tensor in self.collate(scored).items()}
         runtime = self.config.runtime
-        # As the trainer without DeepSpeed: float32 weights under autocast.
+        # The same precision as the trainer's: without DeepSpeed, float32 weights under autocast.
         mixed = runtime.deepspeed is None and runtime.precision != "fp32"
         dtype = torch.float16 if runtime.precision == "fp16" else torch.bfloat16
         try:
@@ -214,14 +213,14 @@ class ShardCollector:
                 answers = score_answers(self.model, features, texts)
         except torch.OutOfMemoryError as error:
             raise FeedbackError(
-                f"out of GPU memory with {len(asked)} samples at a time; lower optim.micro_batch_size "
+                f"out of GPU memory with {len(scored)} samples at a time; lower optim.micro_batch_size "
                 f"{self.config.optim.micro_batch_size} and run again, finished shards are kept"
             ) from error
         found = map(Answer, answers.log_probs.tolist(), answers.num_tokens.tolist())
-        return [next(found) if ask else None for ask in is_asked]
+        return [next(found) if is_scored else None for is_scored in takes_part]
 
     def _row(self, item: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
-        """A sample's values of the store's columns; what is absent is null."""
+        """A sample's values for the columns of the store; absent ones are null."""
         index = item["index"]
         origin = self.dataset.origin(index)
         files = list(self.store.manifest.files)
@@ -258,6 +257,3 @@ def _status(item: dict[str, Any], answer: Answer | None) -> Status:
 
 def _num_supervised(item: dict[str, Any]) -> int:
     return int(num_supervised(item["labels"][None]))
-
-
-__all__ = ["Collection", "collect"]

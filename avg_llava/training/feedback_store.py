@@ -1,9 +1,9 @@
-"""The store of the language model's feedback: answers' log-probabilities under every level, as sharded Parquet.
+"""Store of the language model's feedback: log-probabilities of answers at every level, as sharded Parquet.
 
-The frozen model's feedback is a function of the sample, so it is computed once (`training/feedback.py`) and serves any
-number of router trainings. A store is a folder with `store.json`, which says what the feedback is of, and one file per
-shard of consecutive samples. A row knows its record by the hash of the data file and the place in it, so a store serves
-every selection and order of the samples that it holds.
+The frozen model's feedback is a function of the sample, so it is computed once (`training/feedback.py`) for any number
+of router trainings. A store is a folder with `store.json`, which holds the fingerprints of model and data, and one file
+per shard of consecutive samples. A row identifies its record by the hash of the data file and the position in it, so
+that a store serves any selection and order of its samples.
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ from avg_llava.model.processing import AvgLlavaProcessor
 
 MANIFEST_NAME = "store.json"
 FORMAT = 1
-SHARD_SIZE = 512  # samples: at most minutes of work that a kill undoes
+SHARD_SIZE = 512  # samples; a kill loses at most one shard per process, minutes of work
 
 Status = Literal["compared", "no image", "no supervised tokens", "cut off", "unreadable"]
-"""`compared` samples teach the router. `cut off`: levels see different numbers of the answer's tokens."""
+"""Only `compared` samples train the router. `cut off`: the levels have different numbers of answer tokens."""
 
-# Fields of a model's configuration that do not change what it computes, or that the store has fields of its own for.
-_BESIDE_THE_POINT = (
+# Fields of a model's configuration that do not affect the feedback, or that `FeedbackManifest` holds separately.
+_IGNORED_FIELDS = (
     "router_config", "router", "max_sequence_length", "granularities", "transformers_version", "dtype",
     "_name_or_path", "architectures", "use_cache", "_attn_implementation",
 )  # fmt: skip
 
 
 class FeedbackError(ValueError):
-    """Feedback cannot be collected or used; the message says what to do."""
+    """Feedback cannot be collected or used; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,33 @@ class FeedbackManifest:
     levels: list[int]
     """Visual tokens per crop, coarse to fine."""
     model: str
-    """Fingerprint of all weights but the router's."""
+    """Fingerprint of all weights except the router's."""
     architecture: str
-    """Fingerprint of the model's configuration, as far as it bears on the feedback."""
+    """Fingerprint of the configuration fields that affect the feedback."""
     processor: str
     """Fingerprint of tokenizer and image processor."""
     template: str
     max_length: int
     precision: str
     files: dict[str, str]
-    """SHA-256 of each data file, and its path, which is for people."""
+    """Path of each data file by its SHA-256; the path is informative only."""
     samples: str
-    """Fingerprint of which samples there are, in which order: what shards are cut from."""
+    """Fingerprint of the samples and their order, from which the shards are cut."""
     num_samples: int
     shard_size: int
     format: int = FORMAT
 
     @property
     def num_shards(self) -> int:
-        """Shards of the whole store."""
+        """Number of shards of the complete store."""
         return -(-self.num_samples // self.shard_size)
 
     def samples_of(self, shard: int) -> range:
-        """Positions of a shard's samples among the data set's `unique()` ones."""
+        """Indices of a shard's samples into the data set's `unique()` samples."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
 
 
-# What must be equal for a store to be used, and for its collection to be continued; in the words of messages.
+# Fields that must be equal to read from a store, and to continue its collection, with the error messages.
 _MUST_MATCH = {
     "format": "it is of format {theirs}, and this program reads {ours}",
     "model": "it is of other model weights (the router apart)",
@@ -98,11 +98,11 @@ _MUST_MATCH_TO_CONTINUE = {
 
 
 def describe(start: str, dataset: ConversationDataset, precision: str) -> FeedbackManifest:
-    """What feedback of a model on a data set depends on.
+    """The manifest of a model's feedback on a data set.
 
     Args:
-        start: The folder or hub id of the model.
-        dataset: The data set, made with the model's processor and configuration.
+        start: Folder or hub id of the model.
+        dataset: The data set, built with the model's processor and configuration.
         precision: `runtime.precision`.
     """
     _refuse_ambiguous_files(dataset)
@@ -111,7 +111,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
         model=fingerprint({name: each for name, each in tensors.items() if not name.startswith(ROUTER_KEYS)}),
-        architecture=hash_json(_to_the_point(dataset.config), default=str),
+        architecture=hash_json(_relevant_fields(dataset.config), default=str),
         processor=hash_json(_processor_parts(dataset.processor), default=str),
         template=dataset.template,
         max_length=dataset.max_length,
@@ -127,7 +127,7 @@ class FeedbackStore:
     """A folder with feedback.
 
     Args:
-        folder: The store.
+        folder: The folder.
         manifest: Contents of its `store.json`.
     """
 
@@ -137,10 +137,10 @@ class FeedbackStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeedbackStore":
-        """The store in a folder.
+        """Opens the store in a folder.
 
         Raises:
-            ConfigError: There is none, or it is not one of this program's.
+            ConfigError: The folder has no `store.json`, or one that is no manifest of this program.
         """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
@@ -156,7 +156,7 @@ class FeedbackStore:
 
     @classmethod
     def create(cls, folder: Path, manifest: FeedbackManifest) -> "FeedbackStore":
-        """An empty store in a folder that has none."""
+        """Creates an empty store."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest), concurrent=True)
         return cls(folder, manifest)
@@ -165,11 +165,11 @@ class FeedbackStore:
         """Refuses a store of another model or of other data.
 
         Args:
-            expected: What the feedback is to be of.
-            to_continue: Whether more is to be added to the store, not only read from it.
+            expected: The manifest of the feedback that is needed.
+            to_continue: Feedback will be added to the store, not only read from it.
 
         Raises:
-            ConfigError: Names everything that differs.
+            ConfigError: The manifests differ; the message names all differences.
         """
         differences = []
         for key, message in (_MUST_MATCH_TO_CONTINUE if to_continue else _MUST_MATCH).items():
@@ -188,15 +188,15 @@ class FeedbackStore:
             )
 
     def shard_path(self, shard: int) -> Path:
-        """The file of a shard."""
+        """Path of a shard."""
         return self.folder / f"feedback-{shard:05d}.parquet"
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not there, or were damaged."""
+        """Shards that are missing or damaged."""
         return [shard for shard in range(self.manifest.num_shards) if not self._is_whole(shard)]
 
     def write_shard(self, shard: int, columns: Mapping[str, list[Any]]) -> None:
-        """Writes the columns of `schema` as a shard, which appears whole or not at all."""
+        """Writes a shard with the columns of `schema` atomically."""
         table = pa.table(dict(columns), schema=self.schema())
         assert len(table) == len(self.manifest.samples_of(shard))
         with atomic_write(self.shard_path(shard), concurrent=True) as temporary:
@@ -205,9 +205,9 @@ class FeedbackStore:
     def schema(self) -> pa.Schema:
         """Columns of a shard.
 
-        `file` counts the manifest's `files`, `position` is the record's place in the file, `truncated` says that the
-        maximal length cuts the sample; `num_tokens` counts the answer's tokens, and `log_prob_<level>` is the sum of
-        their log-probabilities in nats, null unless the sample is `compared`.
+        `file` is an index into the manifest's `files`, `position` the record's index in that file, `truncated` is true
+        if the sample exceeds the maximal length, `num_tokens` is the number of answer tokens, and `log_prob_<level>`
+        the sum of their log-probabilities in nats, null unless the sample is `compared`.
         """
         return pa.schema(
             [
@@ -222,7 +222,7 @@ class FeedbackStore:
         )
 
     def count(self) -> dict[Status, int]:
-        """How many samples of the shards that are there have which status."""
+        """Numbers of samples in existing shards, by status."""
         counts: dict[Status, int] = {}
         for shard in range(self.manifest.num_shards):
             if self.shard_path(shard).is_file():
@@ -234,8 +234,8 @@ class FeedbackStore:
         """The feedback on the samples of a data set, in its order.
 
         Returns:
-            Sums of the answers' log-probabilities (samples, G), and their numbers of tokens (samples,): 0 for a sample
-            that takes no part.
+            Sums of the answers' log-probabilities (samples, G), and numbers of answer tokens (samples,), 0 for samples
+            that take no part.
 
         Raises:
             ConfigError: Shards or samples are missing.
@@ -255,21 +255,21 @@ class FeedbackStore:
         return torch.from_numpy(log_probs[rows].astype(np.float32)), torch.from_numpy(num_tokens[rows].astype(np.int64))
 
     def _rows(self, dataset: ConversationDataset, table: pa.Table) -> np.ndarray:
-        """(samples,) row of the store for each sample of a data set."""
-        numbers = {sha256: number for number, sha256 in enumerate(self.manifest.files)}
+        """(samples,) index of the store's row for each sample of a data set."""
+        file_indices = {sha256: index for index, sha256 in enumerate(self.manifest.files)}
         for file in dataset.files:
-            if file.sha256 not in numbers:
+            if file.sha256 not in file_indices:
                 raise ConfigError(
                     f"the feedback in {self.folder} is of other data: {file.path} is not among its files, or has "
                     "changed since it was collected. Collect it in another folder with `avg-llava feedback`"
                 )
-        of_sources = np.array([numbers[file.sha256] for file in dataset.files])
+        of_sources = np.array([file_indices[file.sha256] for file in dataset.files])
         origins = dataset.origins
         wanted = _key(of_sources[origins[:, 0]], origins[:, 1])
         stored = _key(table.column("file").to_numpy(), table.column("position").to_numpy())
         order = np.argsort(stored, kind="stable")
-        places = np.minimum(np.searchsorted(stored, wanted, sorter=order), len(stored) - 1)
-        rows: np.ndarray = order[places]
+        indices = np.minimum(np.searchsorted(stored, wanted, sorter=order), len(stored) - 1)
+        rows: np.ndarray = order[indices]
         absent = np.nonzero(stored[rows] != wanted)[0]
         if len(absent):
             raise ConfigError(
@@ -302,7 +302,7 @@ class FeedbackCollator:
     """Adds stored feedback to the batches of a collator.
 
     Attributes:
-        collator: Gives batches with `index`, the samples' positions in the data set.
+        collator: Builds batches with `index`, the samples' indices in the data set.
         log_probs: (samples, G), see `FeedbackStore.answers`.
         num_tokens: (samples,).
     """
@@ -319,18 +319,18 @@ class FeedbackCollator:
 
 
 def _serves(stored: list[int], wanted: list[int]) -> bool:
-    """Whether feedback of some levels has that of others: samples are cut at the finest, which must be the same."""
+    """True if the stored levels include the wanted ones, with the same finest level, at which samples are truncated."""
     return set(wanted) <= set(stored) and wanted[-1] == stored[-1]
 
 
 def _key(files: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One whole number per record: files are few, and no file has 2^40 records."""
+    """One int64 per record: the file's index above 40 bits of position."""
     keys: np.ndarray = files.astype(np.int64) << 40 | positions.astype(np.int64)
     return keys
 
 
 def _refuse_ambiguous_files(dataset: ConversationDataset) -> None:
-    """Two sources of the same bytes and different images could not be told apart."""
+    """Refuses two sources with the same content and different images, which could not be distinguished."""
     roots: dict[str, str] = {}
     for file in dataset.files:
         if roots.setdefault(file.sha256, file.image_root) != file.image_root:
@@ -340,9 +340,9 @@ def _refuse_ambiguous_files(dataset: ConversationDataset) -> None:
             )
 
 
-def _to_the_point(config: AvgLlavaConfig) -> dict[str, Any]:
+def _relevant_fields(config: AvgLlavaConfig) -> dict[str, Any]:
     def keep(fields: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in fields.items() if name not in _BESIDE_THE_POINT}
+        kept = {name: value for name, value in fields.items() if name not in _IGNORED_FIELDS}
         return {name: keep(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
     return keep(config.to_dict())
@@ -352,13 +352,3 @@ def _processor_parts(processor: AvgLlavaProcessor) -> list[Any]:
     settings = processor.image_processor.to_dict()
     tokenizer = processor.tokenizer
     return [settings, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, processor.image_token_id]
-
-
-__all__ = [
-    "FeedbackCollator",
-    "FeedbackError",
-    "FeedbackManifest",
-    "FeedbackStore",
-    "Status",
-    "describe",
-]

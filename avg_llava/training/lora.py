@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA) through peft: in the language model, and if asked for in the vision tower.
+"""Low-rank adapters (LoRA) through peft, in the language model and optionally in the vision tower.
 
-Projector, newline and router are no targets: the stage trains or freezes them whole. peft wraps every adapted layer, so
-`...q_proj.weight` becomes `...q_proj.base_layer.weight` beside `...q_proj.lora_A.default.weight` and `lora_B`. Outside
-of the training process these names do not exist: every checkpoint and every result is a whole model, the adapters
-merged into its weights, that all of this package takes like any other. The adapters themselves are kept beside it, in
-`adapter/`, in peft's own format: from them, and from the stage's start, a run continues without a rounding.
+Projector, newline and router have no adapters: a stage trains or freezes them whole. peft wraps every adapted layer, so
+that `...q_proj.weight` becomes `...q_proj.base_layer.weight`, `...q_proj.lora_A.default.weight` and `lora_B`. These
+names exist only in the training process: checkpoints and results are whole models with the adapters merged into their
+weights, and are loaded like any other. The adapters are saved next to them in `adapter/`, in peft's format; a run
+continues from these and from the stage's start, without rounding.
 """
 
 import re
@@ -22,16 +22,17 @@ from avg_llava.training.stages import Part, is_adapter, part_of
 
 ADAPTER_FOLDER = "adapter"
 _WEIGHTS_NAME = "adapter_model.safetensors"
-_BASE, _OWN, _PEFT_PREFIX = ".base_layer.", ".default.", "base_model.model."
+# Name parts of adapted weights, of adapters, and prefix in peft's files.
+_BASE, _ADAPTER, _PEFT_PREFIX = ".base_layer.", ".default.", "base_model.model."
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
-    """Wrap the linear layers that the settings name; the model computes what it did before.
+    """Add adapters to the linear layers that the settings name; the model's outputs do not change yet.
 
     Args:
         model: the whole model.
-        settings: which layers, and the adapters' shape.
-        seed: of the adapters' first values, the same however the model was loaded.
+        settings: layers, and shape of the adapters.
+        seed: seed of the adapters' initial values.
 
     Raises:
         ConfigError: the language model has no such layer.
@@ -52,7 +53,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> N
 
 
 def _linear_layers(model: nn.Module, part: Part) -> set[str]:
-    """Last parts of the names of a part's linear layers, the language model's head apart."""
+    """Last components of the names of a part's linear layers, without the language model's head."""
     return {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -61,7 +62,7 @@ def _linear_layers(model: nn.Module, part: Part) -> set[str]:
 
 
 def _pattern(prefix: str, known: set[str], wanted: tuple[str, ...] | None) -> str:
-    """A regular expression for the full names of the wanted layers; None wants all."""
+    """Regular expression for the full names of the wanted layers; None: all known ones."""
     unknown = sorted(set(wanted or ()) - known)
     if unknown:
         raise ConfigError(
@@ -72,12 +73,12 @@ def _pattern(prefix: str, known: set[str], wanted: tuple[str, ...] | None) -> st
 
 
 class AdapterShape(NamedTuple):
-    """What the adapters of a part cost a token.
+    """Sizes of the adapters of a part, summed over its layers.
 
     Attributes:
-        parameters: of all adapters.
-        inputs: features that enter the adapted layers, all layers together.
-        ranks: features between the two matrices, all layers together.
+        parameters: Number of parameters.
+        inputs: Input features of the adapted layers.
+        ranks: Features between the two matrices.
     """
 
     parameters: int = 0
@@ -86,7 +87,7 @@ class AdapterShape(NamedTuple):
 
 
 def adapter_shapes(model: nn.Module) -> dict[Part, AdapterShape]:
-    """The adapters of every part that has some; the model may be on the meta device."""
+    """Adapter sizes of every part with adapters; the model may be on the meta device."""
     shapes: dict[Part, AdapterShape] = {}
     for name, weight in model.named_parameters():
         if is_adapter(name):
@@ -99,14 +100,15 @@ def adapter_shapes(model: nn.Module) -> dict[Part, AdapterShape]:
 
 
 def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The weights of a model without adapters that computes the same, under its own names.
+    """State dict of the equivalent model without adapters.
 
     Args:
-        weights: state dict of the model with adapters; whole tensors, as ZeRO-3 gathers them.
-        settings: those that the adapters were made with.
+        weights: state dict of the model with adapters; whole tensors, as gathered by ZeRO-3.
+        settings: settings of the adapters.
 
     Returns:
-        Tensors of the types of the adapted weights; sums are taken in float32 and rounded once, and are in host memory.
+        Merged weights in the dtypes of the adapted ones, summed in float32 and rounded once, in host memory; all other
+        tensors unchanged.
     """
     scaling = settings.alpha / settings.rank
     merged = {}
@@ -122,13 +124,13 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
 
 
 def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], start: str) -> None:
-    """Write the adapters as peft does, for its `PeftModel.from_pretrained(model, folder / "adapter")`.
+    """Write the adapters in peft's format, for `PeftModel.from_pretrained(model, folder / "adapter")`.
 
     Args:
-        folder: of the checkpoint; they go into a folder inside it.
+        folder: folder of the checkpoint.
         model: the model with adapters.
         weights: its state dict, whole tensors.
-        start: what the adapters were trained on.
+        start: path of the base model, for peft's configuration.
     """
     target = folder / ADAPTER_FOLDER
     target.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Te
     config.base_model_name_or_path = start
     config.save_pretrained(target)
     adapters = {
-        _PEFT_PREFIX + name.replace(_OWN, "."): tensor.contiguous()
+        _PEFT_PREFIX + name.replace(_ADAPTER, "."): tensor.contiguous()
         for name, tensor in weights.items()
         if is_adapter(name)
     }
@@ -144,21 +146,21 @@ def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Te
 
 
 def unmerge(model: nn.Module, merged: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """State dict for a model with adapters, from a checkpoint of such a model.
+    """State dict of a model with adapters, from a checkpoint of it.
 
-    The adapted weights stay what they are in `model`, which comes from the stage's start: taking the adapters off the
+    The adapted weights are those of `model`, which was loaded from the stage's start: subtracting the adapters from the
     checkpoint's merged weights would round them.
 
     Args:
         model: the model with adapters, loaded from the start.
-        merged: the weights of the checkpoint, adapters merged.
-        folder: of the checkpoint.
+        merged: weights of the checkpoint, with the adapters merged.
+        folder: folder of the checkpoint.
     """
     adapters = load_file(folder / ADAPTER_FOLDER / _WEIGHTS_NAME)
     weights = {}
     for name, tensor in model.state_dict().items():
         if is_adapter(name):
-            weights[name] = adapters[_PEFT_PREFIX + name.replace(_OWN, ".")]
+            weights[name] = adapters[_PEFT_PREFIX + name.replace(_ADAPTER, ".")]
         elif name.endswith(f"{_BASE}weight"):
             weights[name] = tensor
         else:

@@ -15,11 +15,11 @@ from avg_llava.training.config import RankingVariant, Reduction
 
 
 def answer_log_prob(log_probs: Tensor, num_tokens: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Log-probability that the model gives to an answer, from that of its tokens together.
+    """Log-probability of an answer, from the sum over its tokens.
 
     Args:
         log_probs: (...) sums over the answer's tokens.
-        num_tokens: (...) how many these are.
+        num_tokens: (...) numbers of tokens.
         reduction: `mean` over the tokens (the released code's feedback), or their `sum` (the paper's equation as
             written).
 
@@ -31,7 +31,7 @@ def answer_log_prob(log_probs: Tensor, num_tokens: Tensor, reduction: Reduction 
 
 
 def num_supervised(labels: Tensor) -> Tensor:
-    """(B,) tokens of `labels` (B, L) that a loss can see: the first of a sequence is predicted from nothing."""
+    """(B,) supervised tokens in `labels` (B, L), without the first of a sequence, which nothing predicts."""
     return (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
 
 
@@ -39,8 +39,8 @@ def ranking_loss(router_logits: Tensor, log_probs: Tensor, variant: RankingVaria
     """Ranking loss that aligns the router with the language model's feedback (RGLF; paper equations 5 and 6).
 
     The levels are ordered by `log_probs`, best first, equal ones coarse to fine. With s the log-softmax of the
-    router's logits and l the log-probabilities in that order, a worse level j should stay below a better level i by
-    at least what the language model makes of the difference:
+    router's logits and l the log-probabilities in that order, a worse level j should score below a better level i by at
+    least the difference of their log-probabilities:
 
     - `paper`: sum over all pairs i < j of max(0, s_j - s_i + (l_i - l_j)), then the mean over the batch.
     - `released`: sum over gaps d = 1 .. G-1 of the mean, over batch and pairs (i, i + d), of
@@ -49,10 +49,10 @@ def ranking_loss(router_logits: Tensor, log_probs: Tensor, variant: RankingVaria
     Args:
         router_logits: (B, G) in level order.
         log_probs: (B, G) in level order; no gradient flows into it.
-        variant: which of the two forms.
+        variant: `paper` or `released`.
 
     Returns:
-        A scalar, float32 or wider. An empty batch gives 0, connected to `router_logits`.
+        A scalar, float32 or wider. For an empty batch, 0 with a gradient to `router_logits`.
     """
     _check_choice("variant", variant, RankingVariant)
     _check_levels(router_logits, log_probs)
@@ -79,7 +79,7 @@ def router_cross_entropy(router_logits: Tensor, log_probs: Tensor) -> Tensor:
         log_probs: (B, G) in level order; among equal best levels the coarsest is the label.
 
     Returns:
-        A scalar, float32 or wider. An empty batch gives 0, connected to `router_logits`.
+        A scalar, float32 or wider. For an empty batch, 0 with a gradient to `router_logits`.
     """
     _check_levels(router_logits, log_probs)
     if router_logits.shape[0] == 0:
@@ -88,19 +88,19 @@ def router_cross_entropy(router_logits: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def best_level(log_probs: Tensor) -> Tensor:
-    """(B,) index of the level of highest log-probability in (B, G); the coarsest of equal ones."""
+    """(B,) index of the level of highest log-probability in (B, G); the coarsest one among ties."""
     return log_probs.sort(dim=-1, descending=True, stable=True).indices[..., 0]
 
 
 def settle_ties(log_probs: Tensor, tolerance: float) -> Tensor:
-    """Count every level within `tolerance` nats of the best as equally good as the best.
+    """Raise every level within `tolerance` nats of the best to the best.
 
-    As both router losses settle equal levels in favour of the coarser one, this is what makes a router frugal where
-    the levels differ by noise only. It is not part of the paper; a tolerance of 0 changes nothing.
+    Both router losses break ties in favour of the coarser level, so a tolerance makes the router choose coarse levels
+    where the levels differ by noise only. Not part of the paper; a tolerance of 0 changes nothing.
 
     Args:
         log_probs: (B, G) in level order.
-        tolerance: in nats, at least 0.
+        tolerance: nats, at least 0.
     """
     if tolerance < 0:
         raise ValueError(f"the tie tolerance is a number of nats of at least 0, got {tolerance}")

@@ -1,21 +1,29 @@
-"""What a run is watched by: the figures of the log's lines, gathered without holding up the steps.
+"""Logging of a run: the metrics of each line of the log, the log file, the progress bar and warnings.
 
-Between two lines, sums stay on the device where they arise; a line brings them to the host, those of all processes in
-one exchange that every process takes part in. `docs/watching.md` explains the figures.
+Between two lines, sums stay on the device; a line transfers them to the host and gathers those of all processes in one
+collective. `docs/watching.md` explains the metrics.
 
-Shapes: B samples, K images whose level was chosen, S sources, G levels coarse to fine.
+Shapes: B samples, K images with a chosen level, S sources, G levels coarse to fine.
 """
 
+import json
+import logging
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from avg_llava.common.machine import known_peak, peak_memory
 from avg_llava.data.dataset import ConversationDataset
+from avg_llava.data.sampler import MicroBatches
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.flops import SampleShape, sequence_lengths, shapes_of, step_flops
@@ -24,23 +32,30 @@ from avg_llava.training.losses import num_supervised
 from avg_llava.training.objectives import ObjectiveOutput
 from avg_llava.training.stages import STAGES, Part
 
-# Figures of a line that are the machine's: those that a repeated run does not repeat.
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "log_history.jsonl"
+# Metrics that depend on the machine and differ between repeated runs.
 MACHINE_METRICS = ("samples_per_second", "tokens_per_second", "tflops", "mfu", "data_wait_share", "memory_gib")
+COLLAPSE_LINES = 20  # lines of the log over which a collapse is detected
+COLLAPSE_SHARE = 0.98  # share of their images with the same level
+
+# ---- metrics ------------------------------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
-    """What one process has seen since the last line, as plain numbers.
+    """Measurements of one process since the last line of the log, as Python numbers.
 
     Attributes:
-        metrics: Weighted sum and weight of each of the objective's metrics.
-        choices: (S, G) how often each level was chosen for images of each source; empty where nothing is chosen.
-        squares: Sum of the squared gradients of each part, as far as this process holds them, of the last step.
-        samples: Samples.
+        metrics: Weighted sum and weight of each metric of the objective.
+        choices: (S, G) counts of chosen levels for the images of each source; empty if nothing is chosen.
+        squares: Sum of squared gradients of each part at the last step, over this process's shard.
+        samples: Number of samples.
         tokens: Text and visual tokens through the language model.
-        flops: Operations of the passes.
+        flops: Floating-point operations.
         seconds: Wall time.
-        waited: Seconds of it in which the next batch was waited for.
-        memory: Peak in bytes, since the process began.
+        waited: Seconds of it spent waiting for batches.
+        memory: Peak in bytes since the process started.
     """
 
     metrics: dict[str, tuple[float, int]]
@@ -55,14 +70,14 @@ class Record(NamedTuple):
 
 
 class Monitor:
-    """One process's view of a run.
+    """Collects the measurements of one process.
 
     Args:
         config: the run's configuration.
-        model_config: of the model.
-        adapters: of LoRA, in the parts that are trained through them.
-        dataset: says which source a sample comes from.
-        device: where the run computes.
+        model_config: the model's configuration.
+        adapters: LoRA adapters, by part.
+        dataset: maps samples to their sources.
+        device: the device that the run computes on.
     """
 
     def __init__(
@@ -79,9 +94,9 @@ class Monitor:
         self.dataset = dataset
         self.device = device
         self._since: float | None = None
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._metrics: dict[str, tuple[Tensor, int]] = {}
         self._choices: Tensor | None = None
         self._squares: dict[str, Tensor] = {}
@@ -90,7 +105,7 @@ class Monitor:
         self._waited = 0.0
 
     def waiting_for(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The same batches; the time until each comes is counted."""
+        """Yield the same batches, and measure the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             if self._since is None:
@@ -102,7 +117,7 @@ class Monitor:
             yield batch
 
     def count(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Note what the micro-batches of a step are made of."""
+        """Record the numbers of images and tokens of a step's micro-batches."""
         for batch in batches:
             is_image = (batch["input_ids"] == self.model_config.image_token_id) & batch["attention_mask"].bool()
             self._counts.append(
@@ -112,11 +127,11 @@ class Monitor:
                 self._image_sizes.append(batch["image_sizes"])
 
     def add(self, outputs: ObjectiveOutput, indices: Sequence[int]) -> None:
-        """Note a micro-batch's metrics and choices.
+        """Record metrics and chosen levels of a micro-batch.
 
         Args:
-            outputs: what the objective gave.
-            indices: (B,) positions of its samples in the data set.
+            outputs: output of the objective.
+            indices: (B,) indices of its samples in the data set.
         """
         num_items = outputs["num_items"]
         for name, value in outputs["metrics"].items():
@@ -131,10 +146,10 @@ class Monitor:
             self._choices.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def measure_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the size of each part's gradients, of as many as this process holds.
+        """Record the squared gradients of each part, over this process's shard.
 
-        To be called when the optimizer is about to step, with groups named as `optim.parameter_groups` does. DeepSpeed
-        lets it step once for each group, on this process's share of the group's gradients.
+        To be called before the optimizer's step, with groups named as by `parameter_groups`. DeepSpeed makes one step
+        per group, on this process's shard of the group's gradients.
         """
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
@@ -145,14 +160,14 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what takes time and is no part of training."""
+        """Exclude the time spent in the context from the measured time."""
         start = time.perf_counter()
         yield
         if self._since is not None:
             self._since += time.perf_counter() - start
 
     def take(self) -> Record:
-        """What was seen since the last call."""
+        """The measurements since the last call."""
         shapes = self._shapes()
         lengths, flops = self._work(shapes)
         metrics = _to_host({name: total for name, (total, _) in self._metrics.items()})
@@ -171,19 +186,19 @@ class Monitor:
             waited=self._waited,
             memory=peak_memory(),
         )
-        self._start_anew()
+        self._reset()
         self._since = now
         return record
 
     def _shapes(self) -> list[SampleShape]:
-        """Of all samples since the last line."""
+        """Shapes of all samples since the last line."""
         if not self._counts:
             return []
         sizes = iter(torch.cat(self._image_sizes).tolist() if self._image_sizes else [])
         shapes = []
-        for num_images, num_seen, num_answer in torch.cat(self._counts, dim=1).T.tolist():
-            own = [tuple(next(sizes)) for _ in range(num_images)]
-            shapes += shapes_of(own, num_seen - num_images - num_answer, num_answer)
+        for num_images, num_tokens, num_answer in torch.cat(self._counts, dim=1).T.tolist():
+            image_sizes = [tuple(next(sizes)) for _ in range(num_images)]
+            shapes += shapes_of(image_sizes, num_tokens - num_images - num_answer, num_answer)
         return shapes
 
     def _work(self, shapes: list[SampleShape]) -> tuple[list[int], float]:
@@ -194,15 +209,16 @@ class Monitor:
         passes = self.config.passes
         if passes.sampled:
             return [], 0.0
-        flops = step_flops(STAGES[self.config.stage].trains, passes, shapes, self.model_config, adapters=self.adapters)
+        trains = STAGES[self.config.stage].trains
+        flops = step_flops(trains, passes, shapes, self.model_config, adapters=self.adapters)
         return sequence_lengths(passes, shapes, self.model_config), flops.total
 
     def line(self, records: Sequence[Record], grad_norm: float | None) -> dict[str, float]:
-        """What the records of all processes say together.
+        """One line of the log.
 
         Args:
             records: one of each process.
-            grad_norm: norm of the whole gradient at the last step, before it was clipped.
+            grad_norm: norm of the whole gradient at the last step, before clipping.
         """
         seconds = max(record.seconds for record in records)
         tokens, flops = sum(record.tokens for record in records), sum(record.flops for record in records)
@@ -222,7 +238,7 @@ class Monitor:
         return figures
 
     def _peak(self) -> float | None:
-        """Operations per second that a device could do; None where nobody has said."""
+        """Peak operations per second of a device; None if unknown."""
         if self.config.logging.peak_tflops is not None:
             return self.config.logging.peak_tflops * 1e12
         if self.device.type != "cuda":
@@ -232,7 +248,7 @@ class Monitor:
 
 
 def weighted_means(records: Sequence[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Means over all processes of metrics given as (weighted sum, weight); metrics without any weight are left out."""
+    """Means over all processes of metrics given as (weighted sum, weight), without metrics of weight 0."""
     totals: dict[str, tuple[float, int]] = {}
     for record in records:
         for name, (total, weight) in record.items():
@@ -244,10 +260,10 @@ def weighted_means(records: Sequence[dict[str, tuple[float, int]]]) -> dict[str,
 def _shares_by_source(
     records: Sequence[Record], sources: Sequence[str], granularities: Sequence[int]
 ) -> dict[str, float]:
-    """How often each level was chosen, of the images of each source, where there are several sources."""
+    """Share of each level among the images of each source; empty with a single source."""
     counts = {source: [0] * len(granularities) for source in sources}
     for record in records:
-        for source, row in zip(sources, record.choices, strict=False):  # a process may have seen no image
+        for source, row in zip(sources, record.choices, strict=False):  # empty if the process had no image
             counts[source] = [count + more for count, more in zip(counts[source], row, strict=True)]
     return {
         f"share_{granularity}/{source}": count / sum(row)
@@ -258,10 +274,9 @@ def _shares_by_source(
 
 
 def _norms_by_part(records: Sequence[Record], grad_norm: float | None) -> dict[str, float]:
-    """The norm of each part's gradient, from its share in the sum of squares.
+    """Gradient norm of each part, from its share in the sum of squares.
 
-    The share is the same whether each process holds a part of the gradients (ZeRO) or all of them, and whether they
-    were clipped or not.
+    The share is the same for sharded (ZeRO) and for replicated gradients, before and after clipping.
     """
     squares: dict[str, float] = {}
     for record in records:
@@ -274,10 +289,135 @@ def _norms_by_part(records: Sequence[Record], grad_norm: float | None) -> dict[s
 
 
 def _to_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars of one device, in one transfer."""
+    """Scalars of one device as numbers, in one transfer."""
     if not values:
         return {}
     return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
 
 
-__all__ = ["MACHINE_METRICS", "Monitor", "Record", "weighted_means"]
+# ---- callbacks ----------------------------------------------------------------------------------------------------
+
+
+class RunFiles(TrainerCallback):
+    """Writes `log_history.jsonl`, passes the epoch to the sampler, and skips the checkpoint of the last step."""
+
+    def __init__(self, output_dir: Path, sampler: MicroBatches):
+        self.path = output_dir / LOG_NAME
+        self.sampler = sampler
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the log with the lines up to the resumed checkpoint; lines of steps to be repeated are dropped."""
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+            self.path.write_text("".join(lines), encoding="utf-8")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the sampler's epoch; in a run resumed in a later epoch, accelerate does not find the wrapped sampler."""
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save no checkpoint at the last step: the stage's result follows at once."""
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar, with the loss next to the remaining time instead of a dictionary per line."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show loss and learning rate."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
+
+
+class CollapseAlarm(TrainerCallback):
+    """Warns when the router chooses one level for nearly all images; once per collapse."""
+
+    def __init__(self) -> None:
+        self._lines: deque[dict[str, float]] = deque(maxlen=COLLAPSE_LINES)
+        self._is_collapsed = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the shares of the levels over the last lines."""
+        shares = {name: value for name, value in (logs or {}).items() if name.startswith("share_") and "/" not in name}
+        if not state.is_world_process_zero or not shares:
+            return
+        self._lines.append({"router_agreement": float("nan"), **(logs or {})})
+        if len(self._lines) < COLLAPSE_LINES:
+            return
+        means = {name: sum(line[name] for line in self._lines) / COLLAPSE_LINES for name in shares}
+        most = max(means, key=lambda name: means[name])
+        was_collapsed, self._is_collapsed = self._is_collapsed, means[most] >= COLLAPSE_SHARE
+        if self._is_collapsed and not was_collapsed:
+            logger.warning("%s", self._message(most.removeprefix("share_"), means[most], state.global_step))
+
+    def _message(self, level: str, share: float, step: int) -> str:
+        agreement = sum(line["router_agreement"] for line in self._lines) / COLLAPSE_LINES
+        best = "" if math.isnan(agreement) else f", which the language model's feedback prefers for {agreement:.0%}"
+        return (
+            f"step {step}: the router has collapsed: level {level} for {share:.1%} of the images of the last "
+            f"{COLLAPSE_LINES} lines of the log{best}. If that is not what the data ask for, start again with a lower "
+            "optim.lr or a larger optim.global_batch_size, objective.tie_tolerance 0, or the data that need other "
+            "levels in a larger share"
+        )
+
+
+def finish_trackers(trackers: Sequence[str], failed: bool) -> None:
+    """Flush and finish the runs of wandb and trackio.
+
+    They would do so at the interpreter's shutdown, which distributed processes skip.
+    """
+    if "wandb" in trackers:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
+    if "trackio" in trackers:
+        import trackio
+
+        if trackio.context_vars.current_run.get() is not None:
+            trackio.finish()

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they need before DeepSpeed starts, and how they leave."""
+"""Processes of a run: ranks, logging, preparation for DeepSpeed, and exit."""
 
 import json
 import logging
@@ -18,40 +18,40 @@ from avg_llava.training.config import TrainConfig
 
 
 def rank() -> int:
-    """Number of this process, 0 where there is only one."""
+    """Rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes, over all nodes, as the launcher announces it."""
+    """Number of processes over all nodes, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def uses_cpu(config: TrainConfig) -> bool:
-    """Whether the run computes on the CPU."""
+    """True if the run computes on the CPU."""
     return config.runtime.device == "cpu" or not torch.cuda.is_available()
 
 
 def set_up_logging() -> None:
-    """Rank 0 says what happens, the others only what goes wrong."""
+    """Log from level INFO on rank 0, and from WARNING on other ranks; silence libraries."""
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("DeepSpeed", "deepspeed", "httpx", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("avg_llava").setLevel(level)
-    # accelerate warns that DeepSpeed, and not it, accumulates gradients: so transformers' Trainer wants it.
+    # accelerate warns that DeepSpeed accumulates gradients in its stead, which transformers' Trainer intends.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that newer releases of torch deprecate, at every step.
+    # At every step, DeepSpeed calls collectives by names that newer releases of torch deprecate.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # transformers shows a bar for every file it writes; the bar of the training itself is another one.
+    # Disables transformers' bar for every file it writes, not that of the training.
     disable_progress_bar()
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """Parse a DeepSpeed JSON file and refuse one whose result could not be saved.
+    """Parse a DeepSpeed JSON file, and refuse settings under which the result could not be saved.
 
     Raises:
-        ConfigError: no such file, no JSON, or ZeRO-3 that does not gather its weights when it saves.
+        ConfigError: the file is missing or not JSON, or ZeRO-3 does not gather weights when saving.
     """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -69,10 +69,10 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def prepare_deepspeed(use_cpu: bool) -> None:
-    """What DeepSpeed needs before its first process group.
+    """Prepare the environment for DeepSpeed's first process group.
 
-    On a CPU it would compile a shared-memory communication kernel, which takes minutes and a compiler; gloo does
-    without. A single process started without a launcher gets the variables that a launcher would set.
+    On a CPU, disables the shared-memory communication kernel, whose compilation takes minutes; gloo needs none. For a
+    single process without a launcher, sets the variables that a launcher would set.
     """
     import deepspeed.ops
 
@@ -84,10 +84,10 @@ def prepare_deepspeed(use_cpu: bool) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, after everything is saved.
+    """Exit the process at once, without the interpreter's shutdown.
 
-    Not through the interpreter's own shutdown: gloo frees its work there, and about one ZeRO-3 process in ten aborts
-    while it does, which would turn a finished run into a failed one.
+    During shutdown gloo frees its work objects, where about one ZeRO-3 process in ten aborts, which would turn a
+    finished run into a failed one.
     """
     if code == 0 and distributed.is_initialized():
         distributed.barrier()

@@ -1,7 +1,7 @@
-"""Train one stage: `python -m avg_llava.training.run CONFIG [--key.subkey value ...]`.
+"""Trains one stage: `python -m avg_llava.training.run CONFIG [--key.subkey value ...]`.
 
-Reads as the run goes: configuration, what there is already, model, trainable parts, data, trainer, train, save. The
-same command continues a run that was killed and leaves a finished one alone.
+`run_stage` is the whole run: start, model, trainable parts, objective, data, trainer, training, result. The same
+command continues a run that was killed, and does nothing if the stage is complete.
 """
 
 import logging
@@ -20,6 +20,8 @@ from avg_llava.training.assembly import (
     build_dataset,
     build_model,
     build_sampler,
+    check_compilation,
+    compile_layers,
     finished_dataset,
 )
 from avg_llava.training.checkpoint import (
@@ -30,7 +32,6 @@ from avg_llava.training.checkpoint import (
     find_earlier_run,
     make_universal,
 )
-from avg_llava.training.compilation import check_compilation, compile_layers
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.objectives import objective_class
 from avg_llava.training.processes import (
@@ -57,15 +58,19 @@ example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e
 
 
 def run_stage(config: TrainConfig) -> Path:
-    """Train the stage that `config` describes, or continue, or leave alone what is finished.
+    """Train a stage from its start or from its latest checkpoint, unless it is complete.
+
+    Args:
+        config: the run's configuration.
 
     Returns:
-        The folder with the stage's result.
+        The folder with the stage's result, `output.dir`.
 
     Raises:
         ConfigError: the configuration, the start or an earlier run in the output folder does not fit.
         ValueError: a sample or a checkpoint cannot be used; the message names it.
     """
+    # Start, and an earlier run of the same stage.
     stage = STAGES[config.stage]
     output_dir = Path(config.output.dir)
     parent = describe_start(config)
@@ -75,6 +80,7 @@ def run_stage(config: TrainConfig) -> Path:
         logger.info("stage %d is already complete in %s; nothing to do", stage.number, output_dir)
         return output_dir
 
+    # Device and sharding.
     use_cpu = uses_cpu(config)
     deepspeed = None
     if config.runtime.deepspeed is not None:
@@ -84,21 +90,23 @@ def run_stage(config: TrainConfig) -> Path:
         check_compilation(deepspeed, use_cpu)
     set_seed(config.seed)
 
+    # Model, trainable parts and objective.
     model, processor = build_model(config)
     if deepspeed is not None and earlier is not None and earlier.manifest.world_size != world_size():
         make_universal(earlier.folder)
         deepspeed |= LOAD_UNIVERSAL
-        # DeepSpeed itself gives the small parameters that ZeRO-3 keeps whole their values only after the next step.
+        # From a universal checkpoint, DeepSpeed updates small parameters that ZeRO-3 does not shard only after the
+        # next step: load them here.
         load_weights(model, earlier.folder)
     set_trainable(model, stage)
     if config.runtime.gradient_checkpointing and config.passes.language_backward:
-        # Not the reentrant kind: it hands out a parameter's gradient once for every level, which ZeRO-2 refuses, and
-        # ZeRO-3 takes and gets wrong.
+        # Reentrant checkpointing emits a parameter's gradient once per level: ZeRO-2 refuses it, ZeRO-3 miscounts it.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.runtime.compile:
         compile_layers(model)
     objective = objective_class(config.objective_name)(model, config.objective)
 
+    # Data.
     dataset = build_dataset(config, processor, model.config)
     manifest = StageManifest(
         stage=stage.number,
@@ -112,6 +120,7 @@ def run_stage(config: TrainConfig) -> Path:
     if earlier is not None:
         check_same_data(earlier.manifest, manifest.data_fingerprint)
 
+    # Training and result.
     trainer = StageTrainer(
         objective=objective,
         config=config,
@@ -133,7 +142,7 @@ def run_stage(config: TrainConfig) -> Path:
 
 
 def message_of(error: Exception) -> str:
-    """An error's message, without the traceback that torch puts before it where a loader's worker met the error."""
+    """The message of an error, without the traceback that torch prepends to errors of data-loader workers."""
     kind = type(error)
     text = str(error)
     if text.startswith("Caught ") and "DataLoader worker process" in text:
@@ -145,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line.
 
     Returns:
-        Exit code: 0 fine, 1 failed, 2 wrong usage. Where processes were joined, it exits instead of returning.
+        Exit code: 0 success, 1 failure, 2 wrong usage. With a process group, it exits the process instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):

@@ -1,8 +1,8 @@
-"""transformers' Trainer, told how this project optimizes, logs and saves.
+"""transformers' Trainer with this project's optimizer, loss normalization, logging and checkpoints.
 
-Loss normalisation: every supervised token of an optimizer step weighs the same (every image, where the router learns),
-in whichever micro-batch and process it is. The released training took the mean of each micro-batch, then the mean over
-micro-batches and processes, so that a token weighed less the more answers it shared its micro-batch with.
+Loss normalization: every supervised token of an optimizer step (for the router: every image) has the same weight,
+across micro-batches and processes. The released training averages over each micro-batch, then over micro-batches and
+processes, so that tokens of micro-batches with many answers have less weight.
 """
 
 import math
@@ -35,35 +35,33 @@ from avg_llava.training.checkpoint import (
     write_manifest,
     writing,
 )
-from avg_llava.training.config import TrainConfig
+from avg_llava.training.config import OptimSettings, TrainConfig
 from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
-from avg_llava.training.monitor import Monitor
+from avg_llava.training.monitor import LOG_NAME, CollapseAlarm, Monitor, ProgressBar, RunFiles, finish_trackers
 from avg_llava.training.objectives import Objective
-from avg_llava.training.optim import build_optimizer
-from avg_llava.training.progress import LOG_NAME, CollapseAlarm, ProgressBar, RunFiles, end_tracking
-from avg_llava.training.stages import STAGES, is_adapter
+from avg_llava.training.stages import STAGES, Part, is_adapter, trainable_parameters
 
 CONFIG_NAME = "train_config.yaml"
 TENSORBOARD_FOLDER, TRACKIO_FOLDER = "tensorboard", "trackio"
-PROJECT = "avg-llava"  # under which wandb and trackio file their runs
+PROJECT = "avg-llava"  # project of wandb and trackio
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the message says where it stopped and what to look at."""
+    """Training cannot continue; the message names the step and the samples."""
 
 
 class StageTrainer(Trainer):
-    """Trains one stage's objective and writes checkpoints that say what they are.
+    """Trains one stage's objective and writes its checkpoints and result.
 
     Args:
-        objective: model and loss, frozen and trainable parts already decided.
-        config: the run's configuration; dumped beside every checkpoint.
-        arguments: what transformers is told (see `training_arguments`).
-        dataset: its `samples` have a `name` each.
-        collator: samples to micro-batches with the arguments of `Objective.forward` and `index`.
+        objective: model and loss, with `requires_grad` set.
+        config: the run's configuration, saved with every checkpoint.
+        arguments: from `training_arguments`.
+        dataset: the samples.
+        collator: turns samples into micro-batches with the arguments of `Objective.forward` and `index`.
         sampler: the micro-batches; its `set_epoch` is called at the start of every epoch.
         processor: saved with the model.
-        manifest: the run's manifest; `finished` and `step` are filled in when it is written.
+        manifest: the run's manifest; `finished` and `step` are set when it is written.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -94,17 +92,17 @@ class StageTrainer(Trainer):
         self.add_callback(CollapseAlarm())
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
-        """As transformers does; a run that fails is ended in the trackers too."""
+        """Train as transformers does, and mark a failed run as failed in the trackers."""
         try:
             result = super().train(*arguments, **settings)
         except BaseException:
-            end_tracking(self.config.logging.trackers, failed=True)
+            finish_trackers(self.config.logging.trackers, failed=True)
             raise
-        end_tracking(self.config.logging.trackers, failed=False)
+        finish_trackers(self.config.logging.trackers, failed=False)
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the learning rates of the stage's parts."""
+        """AdamW with a learning rate per part."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model.model, self.config.optim)
             self.optimizer.register_step_pre_hook(self._before_optimizer_step)
@@ -114,14 +112,16 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Under DeepSpeed too, gradients are there: each process's share of them, where they are sharded."""
+        """Measure gradients; under DeepSpeed, this process's shard of them."""
         step = self.state.global_step + 1
         if step == 1 or step % self.config.logging.every == 0:  # the steps that transformers logs
             self.monitor.measure_gradients(optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers does. What ZeRO-3 gets wrong where it loads a converted checkpoint is put right: all groups
-        get the settings of the first, and one tensor, counted up by each group, as the number of steps.
+        """Load as transformers does, and correct what ZeRO-3 loads from a converted checkpoint.
+
+        ZeRO-3 gives all parameter groups the settings of the first one, and shares one step counter among them, which
+        each group would then increment.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -134,7 +134,7 @@ class StageTrainer(Trainer):
             state["step"] = state["step"].clone()
 
     def get_train_dataloader(self) -> DataLoader:
-        """The sampler's micro-batches, each process its share."""
+        """The sampler's micro-batches of this process."""
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             self.train_dataset,
@@ -149,15 +149,15 @@ class StageTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of an optimizer step and what they weigh together."""
+        """The micro-batches of an optimizer step and the sum of their weights."""
         batches, num_items = super().get_batch_samples(self.monitor.waiting_for(epoch_iterator), num_batches, device)
         self.monitor.count(batches)
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """What all micro-batches of an optimizer step weigh together, on all processes; transformers calls this."""
-        mine = sum(self.model.num_items(batch["input_ids"], batch["labels"]) for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([mine], device=device)).sum()
+        """Sum of the weights of an optimizer step's micro-batches over all processes; called by transformers."""
+        local = sum(self.model.num_items(batch["input_ids"], batch["labels"]) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([local], device=device)).sum()
 
     def compute_loss(
         self,
@@ -166,12 +166,12 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The objective's loss, times the micro-batch's share in the optimizer step; metrics are kept for the log.
+        """The objective's loss times the micro-batch's share of the optimizer step's weight.
 
-        Processes average their gradients, hence a share of 1 is one process's.
+        The share is multiplied by the number of processes, because these average their gradients.
 
         Raises:
-            TrainingError: the loss is not finite; the micro-batch's samples are named.
+            TrainingError: the loss is not finite; the message names the micro-batch's samples.
         """
         indices = inputs.pop("index").tolist()
         outputs = model(**inputs)
@@ -190,14 +190,14 @@ class StageTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what all processes have seen since the last line of the log to this one."""
+        """Add the measurements of all processes since the last line to this line of the log."""
         if "loss" in logs:
             logs |= self.monitor.line(gather_object([self.monitor.take()]), logs.get("grad_norm"))
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write the model itself (not the objective around it), its processor and the configuration."""
-        if not self.args.should_save:  # rank 0 alone holds the gathered weights
+        """Write the model (without the objective around it), its processor and the configuration."""
+        if not self.args.should_save:  # only rank 0 holds the gathered weights
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,12 +212,14 @@ class StageTrainer(Trainer):
         (folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The counterpart of `_save`, for runs without DeepSpeed (which loads its own files)."""
+        """Counterpart of `_save` for runs without DeepSpeed, which loads its own files."""
         load_weights(self.model.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint to continue from. Its manifest is written once every rank's files are, and only then are older
-        checkpoints removed: at any moment a kill leaves one complete checkpoint behind.
+        """Write a checkpoint, and remove older ones.
+
+        The manifest is written after the files of all ranks, and older checkpoints are removed after the manifest, so
+        that there is a complete checkpoint at any time.
         """
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
@@ -232,7 +234,7 @@ class StageTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def save_stage(self) -> None:
-        """Write the stage's result, and remove the checkpoints that are no longer needed to get there."""
+        """Write the stage's result, and remove all checkpoints."""
         output_dir = Path(self.args.output_dir)
         with self._writing(output_dir):
             self.save_model()
@@ -256,7 +258,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _writing(self, folder: Path) -> AbstractContextManager[None]:
-        """Around what writes `folder`: a full disk is an error in one line."""
+        """Turn a failure to write `folder` into an error of one line."""
         needed = checkpoint_bytes(self.model, has_master_weights=self.is_deepspeed_enabled)
         return writing(folder, Path(self.args.output_dir), needed)
 
@@ -268,7 +270,7 @@ class StageTrainer(Trainer):
 def training_arguments(
     config: TrainConfig, deepspeed: dict[str, Any] | None, world_size: int, use_cpu: bool
 ) -> TrainingArguments:
-    """What transformers' Trainer is told.
+    """Arguments of transformers' Trainer.
 
     Args:
         config: the run's configuration.
@@ -277,13 +279,13 @@ def training_arguments(
         use_cpu: compute on the CPU even where there is a GPU.
     """
     optim, output, runtime = config.optim, config.output, config.runtime
-    # DeepSpeed would cast all parameters and inputs to the run's type; a router that is trained stays float32, beside
-    # frozen parts that are in that type already.
+    # DeepSpeed would cast all parameters and inputs to the run's precision. A trained router stays float32, and the
+    # frozen parts have that precision already.
     is_mixed = deepspeed is not None and "router" in STAGES[config.stage].trains
     precision = "fp32" if is_mixed else runtime.precision
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(output.dir) / TENSORBOARD_FOLDER)
     os.environ["TRACKIO_DIR"] = str(Path(output.dir).resolve() / TRACKIO_FOLDER)
-    os.environ["WANDB_DIR"] = output.dir  # where it makes its own folder
+    os.environ["WANDB_DIR"] = output.dir  # wandb creates a folder in it
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
     return TrainingArguments(
         output_dir=output.dir,
@@ -318,9 +320,54 @@ def training_arguments(
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model, whole or for routing alone, the weights of a checkpoint of its own kind."""
-    load_own = load_routing_model if isinstance(model, RoutingModel) else load_model
-    # The router's type is the widest; where others are narrower, the values are theirs and come back unchanged.
-    weights = load_own(str(folder), dtype=model.model.router.dtype).state_dict()
+    """Load the weights of a checkpoint into a model or a `RoutingModel`, and adapters into a model that has some."""
+    load_weights_of = load_routing_model if isinstance(model, RoutingModel) else load_model
+    # The router has the widest dtype: narrower weights survive the round trip unchanged.
+    weights = load_weights_of(str(folder), dtype=model.model.router.dtype).state_dict()
     has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
+
+
+def learning_rate(part: Part, settings: OptimSettings, adapter: bool = False) -> float:
+    """Peak learning rate of a part or of its adapters; `lr` where the settings name no other."""
+    rates = {"vision": settings.vision_lr, "projector": settings.projector_lr}
+    rate = settings.lora_lr if adapter else rates.get(part)
+    return settings.lr if rate is None else rate
+
+
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Optimizer groups: per part, one with and one without weight decay.
+
+    Weight decay applies to matrices, not to vectors (norm weights, biases, the newline embedding, the router's norm).
+    Groups are in the order of the model's parameters, so that all ranks and resumed runs build the same groups.
+
+    Args:
+        model: the whole model, with `requires_grad` set.
+        settings: learning rates and weight decay.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `name`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for part, parameter_name, parameter in trainable_parameters(model):
+        decays = settings.weight_decay > 0 and parameter.dim() > 1
+        name = f"{part}/decay" if decays else part
+        group = groups.setdefault(
+            name,
+            {
+                "params": [],
+                "lr": learning_rate(part, settings, is_adapter(parameter_name)),
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "name": name,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("the model has no parameter that requires gradients: call set_trainable first")
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """Torch's AdamW over `parameter_groups`: it needs no compiler, and DeepSpeed shards its state."""
+    beta1, beta2 = settings.betas
+    return torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr, betas=(beta1, beta2), eps=settings.eps)

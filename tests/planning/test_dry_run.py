@@ -53,7 +53,7 @@ def test_a_run_that_is_right(world, capsys):
     assert cli.main(["train", str(path), "--optim.lr", "1e-3", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "dry run: no problems" in told
-    assert "8 samples; of 8 looked at 0 cannot be read" in told
+    assert "8 samples; of 8 checked 0 cannot be read" in told
     assert "names and shapes fit" in told
     assert _files(world.parent) == before, "not even the folders above output.dir"
 
@@ -147,7 +147,7 @@ def test_the_weights_are_not_read(world):
 def test_a_template_that_masks_everything(world):
     path = _write(world, 1, model={"max_length": 10})
     report = dry_run.dry_run(path)
-    assert any("no sample that was looked at has supervised tokens" in problem for problem in report.problems)
+    assert any("none of the checked samples has supervised tokens" in problem for problem in report.problems)
 
 
 def test_a_configuration_that_cannot_be_read(world, capsys):

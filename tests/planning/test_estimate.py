@@ -115,7 +115,7 @@ def test_samples_are_drawn_from_data_that_are_there(tmp_path):
     path = tmp_path / "stage1.yaml"
     path.write_text(yaml.safe_dump(values))
     result = estimate.estimate(path, estimate.Request(num_gpus=1))
-    assert result["assumptions"] == ["samples are as 6 drawn from the data"]
+    assert result["assumptions"] == ["samples are like 6 sampled from the data"]
     assert (result["samples"], result["steps"], result["sharding"]) == (6, 4, "none")
     config = load_config(path)
     processor, model_config = load_processor(config)

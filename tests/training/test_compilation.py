@@ -7,7 +7,7 @@ import torch
 
 from avg_llava.common.settings import ConfigError
 from avg_llava.planning import dry_run
-from avg_llava.training.compilation import check_compilation, compile_layers
+from avg_llava.training.assembly import check_compilation, compile_layers
 from avg_llava.training.config import LoraSettings, ObjectiveSettings
 from avg_llava.training.lora import add_adapters
 from avg_llava.training.objectives import objective_class

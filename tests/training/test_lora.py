@@ -18,8 +18,8 @@ from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, LoraSettings, ObjectiveSettings, TrainConfig, load_config
 from avg_llava.training.lora import add_adapters, merge_adapters
 from avg_llava.training.objectives import objective_class
-from avg_llava.training.optim import parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, is_adapter, part_of, set_trainable
+from avg_llava.training.trainer import parameter_groups
 from tests.tiny import images, pad, prompt, stage_values, tiny_model, write_backbones, write_data
 from tests.training.interruption import interrupt_at
 

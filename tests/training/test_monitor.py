@@ -21,8 +21,14 @@ from avg_llava.training import monitor, run
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.flops import step_flops
-from avg_llava.training.monitor import MACHINE_METRICS, Monitor, weighted_means
-from avg_llava.training.progress import COLLAPSE_LINES, COLLAPSE_SHARE, CollapseAlarm
+from avg_llava.training.monitor import (
+    COLLAPSE_LINES,
+    COLLAPSE_SHARE,
+    MACHINE_METRICS,
+    CollapseAlarm,
+    Monitor,
+    weighted_means,
+)
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import StageTrainer
 from tests.tiny import stage_values, write_backbones, write_data

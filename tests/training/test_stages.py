@@ -1,8 +1,8 @@
 import pytest
 
 from avg_llava.training.config import OptimSettings
-from avg_llava.training.optim import build_optimizer, parameter_groups
 from avg_llava.training.stages import STAGES, count_parameters, part_of, set_trainable
+from avg_llava.training.trainer import build_optimizer, parameter_groups
 from tests.tiny import tiny_model
 
 SETTINGS = {"lr": 1e-3, "global_batch_size": 1, "micro_batch_size": 1}
