@@ -23,7 +23,7 @@ from avg_llava.evaluation.results import Failure, Granularity
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
-from avg_llava.inference.predictor import Choice, Encoded, Predictor
+from avg_llava.inference.predictor import EncodedRequests, LevelChoice, Predictor
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
@@ -141,7 +141,7 @@ def _answer_group(
 
 
 def _answer_keys(
-    encoded: Encoded,
+    encoded: EncodedRequests,
     indices: list[int],
     setting: Setting,
     questions: Questions,
@@ -149,7 +149,7 @@ def _answer_keys(
 ) -> tuple[dict[str, list[Answer]], list[Any] | None]:
     """Key -> predictions, and each question's router log-probabilities, image by image."""
 
-    def answer(granularity: int | Sequence[int] | Choice | None) -> list[Answer]:
+    def answer(granularity: int | Sequence[int] | LevelChoice | None) -> list[Answer]:
         return predictor.answer(encoded, granularity, Decoding(questions.max_new_tokens, stop=questions.stop))
 
     if encoded.features is None:
@@ -159,7 +159,7 @@ def _answer_keys(
     if setting.granularity == RANDOM:
         levels = [
             random.Random(f"{index}/{image}").choice(predictor.granularities)
-            for index, count in zip(indices, encoded.images_of_request, strict=True)
+            for index, count in zip(indices, encoded.images_per_request, strict=True)
             for image in range(count)
         ]
         return {RANDOM: answer(levels)}, None
@@ -171,9 +171,9 @@ def _answer_keys(
     return answers, _by_request(choice.log_probs.tolist(), encoded)
 
 
-def _by_request(rows: list[Any], encoded: Encoded) -> list[Any]:
+def _by_request(rows: list[Any], encoded: EncodedRequests) -> list[Any]:
     remaining = iter(rows)
-    return [[next(remaining) for _ in range(count)] for count in encoded.images_of_request]
+    return [[next(remaining) for _ in range(count)] for count in encoded.images_per_request]
 
 
 def _to_json(prediction: Answer, num_questions: int) -> dict[str, Any]:

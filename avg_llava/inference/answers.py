@@ -1,4 +1,4 @@
-"""What is asked and what comes back: requests, how answers are written, and answers."""
+"""Requests, decoding options and answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 ImageInput = Image.Image | Path | str | bytes
-"""A Pillow image, the path of an image file, or what such a file holds."""
+"""A Pillow image, the path of an image file, or the bytes of one."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,9 @@ class Request:
     """A question about images.
 
     Attributes:
-        prompt: What the user says, or a conversation as transformers' chat templates take it: messages with `role` and
-            `content`. With one `<image>` per image, these are where the images stand; with none in a single question,
-            the images come before the text.
-        images: The images, in the order of their places. Empty for a text-only question.
+        prompt: A question, or a conversation in the format of transformers' chat templates: messages with `role` and
+            `content`. It holds one `<image>` per image; a question without any gets them before its text.
+        images: The images, in the order of their placeholders. Empty for a text-only question.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -28,14 +27,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written.
+    """Length, sampling and stop texts of an answer.
 
     Attributes:
-        max_new_tokens: Longest answer in tokens.
-        temperature: 0 takes the likeliest token, the paper's way; above it, tokens are drawn.
-        top_p: Draw from the likeliest tokens that together have this probability.
+        max_new_tokens: Maximum length in tokens.
+        temperature: 0 decodes greedily, as in the paper; above 0, tokens are sampled.
+        top_p: Nucleus sampling: the smallest set of most probable tokens with this total probability.
         stop: Texts at which an answer ends; they are not part of it.
-        seed: Draws with the same seed are the same, whatever else is in the batch; None draws anew each time.
+        seed: Makes sampling reproducible, independent of the rest of the batch; None differs from call to call.
     """
 
     max_new_tokens: int = 128
@@ -52,14 +51,14 @@ class Decoding:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if "" in self.stop:
-            raise ValueError("a text at which an answer stops must not be empty")
+            raise ValueError("a stop text must not be empty")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be 0 or more and below 2**63, got {self.seed}")
 
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Milliseconds that each phase took for a batch; `route` is 0 where the level was forced."""
+    """Milliseconds of each phase for a batch; `route` is 0 if the level was forced."""
 
     encode: float
     route: float
@@ -68,7 +67,7 @@ class PhaseTimes:
 
     @property
     def first_token(self) -> float:
-        """Milliseconds until the first token was there."""
+        """Time to first token in milliseconds."""
         return self.encode + self.route + self.prefill
 
 
@@ -77,15 +76,15 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        text: The answer.
-        granularity: Visual tokens per crop, for each image of the request.
-        router_probs: The router's probabilities, levels coarse to fine, for each image; None at a forced level.
-        num_visual_tokens: Visual tokens that the language model saw, newlines included, over all images.
-        num_prompt_tokens: Tokens of the prompt, visual ones included.
-        num_new_tokens: Tokens of the answer, the closing one included.
-        finish_reason: "stop", "length" where `max_new_tokens` cut the answer off, "abandoned" where its streamer did.
-        timings: Of the batch in which the request was answered: encoding and routing of all its requests, prefill of
-            those at the same level, and decoding of these up to this answer's end.
+        text: The answer, without special tokens.
+        granularity: Visual tokens per crop of each image.
+        router_probs: For each image the router's probabilities, levels coarse to fine; None at a forced level.
+        num_visual_tokens: Visual tokens in the prompt, newlines included, over all images.
+        num_prompt_tokens: Tokens of the prompt, visual tokens included.
+        num_new_tokens: Tokens of the answer, the closing token included.
+        finish_reason: "stop", "length" (`max_new_tokens` reached) or "abandoned" (by its streamer).
+        timings: Times of the request's batch: encoding and routing of all requests, prefill of those at the same level,
+            decoding up to the end of this answer.
     """
 
     text: str
@@ -99,10 +98,7 @@ class Answer:
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """An answer up to the first of the texts at which it ends."""
+    """Cuts an answer at its first stop text and strips it."""
     for stop in stops:
         text = text.split(stop)[0]
     return text.strip()
-
-
-__all__ = ["Answer", "Decoding", "ImageInput", "PhaseTimes", "Request", "cut_at"]

@@ -1,25 +1,31 @@
-"""What visual tokens may cost: who chooses an image's level, at which price, and below which limit."""
+"""Budgets on visual tokens, and the selection of levels within them.
+
+Shapes: N images, G levels, coarse to fine.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.configuration import AvgLlavaConfig
+
 
 class BudgetError(ValueError):
-    """A budget that makes no sense, or that a prompt's images cannot meet."""
+    """A budget is invalid, or the images of a prompt do not fit into it."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How the levels of a prompt's images are found.
+    """Chooses between routing and a forced level, and limits the visual tokens of one request.
 
     Attributes:
-        granularity: Visual tokens per crop for every image; None lets the router choose.
-        token_cost: The router's price in nats per doubling of visual tokens; 0 is the paper's argmax.
-        max_visual_tokens: Limit on the visual tokens, newlines included, of all the prompt's images together.
+        granularity: Visual tokens per crop for every image; None routes.
+        token_cost: Price of the router's choice in nats per doubling of visual tokens; 0 is the paper's argmax.
+        max_visual_tokens: Limit on the visual tokens, newlines included, of all images of the request together.
 
     Raises:
-        BudgetError: A price that is negative or not finite, a limit below 1, or a price for a forced level.
+        BudgetError: `token_cost` is negative, not finite or given with `granularity`; or the limit is below 1.
     """
 
     granularity: int | None = None
@@ -35,42 +41,86 @@ class Budget:
             raise BudgetError("token_cost is the router's price, but granularity forces a level: give one of the two")
 
 
-def best_levels(values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
-    """The levels of a prompt's images with the highest sum of values among those whose tokens stay within a limit.
+def check_level(granularity: int, granularities: Sequence[int]) -> None:
+    """Raises a `ValueError` that names the known levels, unless `granularity` is one of them."""
+    if granularity not in granularities:
+        known = ", ".join(map(str, granularities))
+        raise ValueError(f"granularity {granularity} is not one of this model's levels: {known}")
 
-    A dynamic program over images: for each total of tokens only the best choice so far is kept, and of these only such
-    as are worth more than all that take fewer tokens. Among equally good choices the one with fewest tokens is taken.
+
+def select_levels(
+    config: AvgLlavaConfig,
+    image_sizes: Sequence[Sequence[tuple[int, int]]],
+    budgets: Sequence[Budget],
+    values: Sequence[Sequence[float]] | None,
+) -> list[int]:
+    """Selects the level of each image: the one that its budget forces, else the most valuable within the limit.
 
     Args:
-        values: For each image what each level is worth, coarse to fine.
-        tokens: For each image its visual tokens at each level.
-        max_tokens: The limit on their sum.
+        config: The model's configuration.
+        image_sizes: For each request (height, width) in pixels of its images.
+        budgets: The budget of each request.
+        values: (N, G) values of the levels, image after image; None counts all levels as equal.
 
     Returns:
-        The index of each image's level.
+        N numbers of visual tokens per crop.
 
     Raises:
-        BudgetError: All images at their coarsest level take more.
+        BudgetError: The images of a request do not fit into its limit.
     """
-    fronts: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
-    for worth, counts in zip(values, tokens, strict=True):
-        reached = [
+    selected: list[int] = []
+    for budget, sizes in zip(budgets, image_sizes, strict=True):
+        if budget.granularity is None:
+            levels = config.granularities
+        else:
+            check_level(budget.granularity, config.granularities)
+            levels = [budget.granularity]
+        if values is None or budget.granularity is not None:
+            rows = [[0.0] * len(levels)] * len(sizes)
+        else:
+            rows = [list(row) for row in values[len(selected) : len(selected) + len(sizes)]]
+        if budget.max_visual_tokens is None:
+            indices = [row.index(max(row)) for row in rows]
+        else:
+            tokens = [[num_visual_tokens(size, level, config) for level in levels] for size in sizes]
+            indices = best_levels(rows, tokens, budget.max_visual_tokens)
+        selected += [levels[index] for index in indices]
+    return selected
+
+
+def best_levels(values: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
+    """Levels of a request's images with the highest sum of values whose tokens stay within a limit.
+
+    A dynamic program over images: it keeps, for each total number of tokens, the best choice so far, and drops choices
+    that are not better than one with fewer tokens. Ties go to the choice with the fewest tokens.
+
+    Args:
+        values: (N, G) value of each level of each image.
+        tokens: (N, G) visual tokens of each image at each level.
+        max_tokens: Limit on the sum of tokens.
+
+    Returns:
+        N indices of levels.
+
+    Raises:
+        BudgetError: The images exceed the limit at their coarsest level.
+    """
+    frontier: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]  # (tokens, value, levels), both increasing
+    for level_values, counts in zip(values, tokens, strict=True):
+        candidates = [
             (total + count, value + more, (*levels, level))
-            for total, value, levels in fronts
-            for level, (count, more) in enumerate(zip(counts, worth, strict=True))
+            for total, value, levels in frontier
+            for level, (count, more) in enumerate(zip(counts, level_values, strict=True))
             if total + count <= max_tokens
         ]
-        fronts = []
-        for choice in sorted(reached, key=lambda choice: (choice[0], -choice[1])):
-            if not fronts or choice[1] > fronts[-1][1]:
-                fronts.append(choice)
-    if not fronts:
+        frontier = []
+        for candidate in sorted(candidates, key=lambda candidate: (candidate[0], -candidate[1])):
+            if not frontier or candidate[1] > frontier[-1][1]:
+                frontier.append(candidate)
+    if not frontier:
         least = sum(min(counts) for counts in tokens)
         raise BudgetError(
             f"max_visual_tokens {max_tokens} is too low: at the coarsest level the images take {least} visual tokens; "
             "raise the limit, or use fewer or smaller images"
         )
-    return list(fronts[-1][2])
-
-
-__all__ = ["Budget", "BudgetError", "best_levels"]
+    return list(frontier[-1][2])

@@ -1,8 +1,9 @@
-"""Writing answers: a batch is generated together, and each of its answers has its own end, draw and streamer.
+"""Generates the answers to a batch of spliced prompts; sampling, streaming and stopping are per answer.
 
-Shapes: B answers, L tokens of them so far, V vocabulary.
+Shapes: B answers, L tokens generated so far, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,19 @@ from avg_llava.model.splice import SplicedInputs
 
 
 class AnswerAbandoned(Exception):
-    """What a streamer's `put` raises when nobody waits for the rest of its answer: that answer ends, no other."""
+    """Raised by a streamer's `put` to end its answer early; the rest of the batch goes on."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """An answer as it was written.
+class GeneratedAnswer:
+    """The tokens of one answer.
 
     Attributes:
-        ids: Its tokens, the closing one included.
-        text: What they say, up to the first text at which the answer had to stop.
-        finish_reason: "stop", "length" where `max_new_tokens` cut it off, "abandoned" where its streamer did.
-        first: When the first token of the batch was there, on the clock in milliseconds.
-        ended: When this answer's last token was there.
+        ids: Token ids, the closing one included.
+        text: Decoded answer, cut at the first stop text.
+        finish_reason: "stop", "length" (`max_new_tokens` reached) or "abandoned" (by its streamer).
+        first: Time of the batch's first token, milliseconds of :func:`now`.
+        ended: Time of this answer's last token.
     """
 
     ids: list[int]
@@ -42,127 +43,194 @@ class Written:
 
 
 def now(device: torch.device) -> float:
-    """Milliseconds of a running clock, after the device has done what it was told to."""
+    """Milliseconds of a monotonic clock, read after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() * 1000
 
 
-class Draws(LogitsProcessor):
-    """Draws the next token of each answer that has a temperature; the likeliest of the others stays the likeliest.
+class GumbelSampler(LogitsProcessor):
+    """Gumbel-max sampling; greedy rows are unchanged.
 
-    Scores get Gumbel noise, under which the largest is a draw from their softmax. So drawn and other answers share a
-    batch, and as each has a generator of its own, a seed gives the same answer in every batch.
+    The argmax of logits plus Gumbel noise is a sample of their softmax, so sampled and greedy answers can share a batch
+    that is decoded greedily. Each row has a separate generator: a seed gives the same answer in every batch.
     """
 
     def __init__(self, decodings: Sequence[Decoding]) -> None:
-        self._drawn = [(row, own, _generator(own.seed)) for row, own in enumerate(decodings) if own.temperature > 0]
+        self._sampled = [
+            (row, decoding, _generator(decoding.seed))
+            for row, decoding in enumerate(decodings)
+            if decoding.temperature > 0
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, L) tokens and (B, V) logits -> (B, V) scores whose largest is the next token."""
+        """(B, L) tokens and (B, V) logits -> (B, V) scores whose argmax is the next token."""
         scores = scores.clone()
-        for row, decoding, generator in self._drawn:
-            # At most 0 and, in double precision, a number at any temperature.
-            own = (scores[row] - scores[row].max()).double() / decoding.temperature
-            own = TopPLogitsWarper(decoding.top_p)(input_ids, own[None])[0] if decoding.top_p < 1 else own
-            uniform = torch.rand(own.shape, generator=generator, dtype=torch.float64)
-            scores[row] = (own - (-uniform.log()).log().to(own)).to(scores)
+        for row, decoding, generator in self._sampled:
+            # Shifted to at most 0 and in double precision, so that no temperature overflows.
+            logits = (scores[row] - scores[row].max()).double() / decoding.temperature
+            logits = TopPLogitsWarper(decoding.top_p)(input_ids, logits[None])[0] if decoding.top_p < 1 else logits
+            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+            scores[row] = (logits - (-uniform.log()).log().to(logits)).to(scores)
         return scores
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    """Without a seed, torch's own generator gives one."""
+    """A generator with the given seed; None takes one from torch's global generator."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
 
-class Ends(StoppingCriteria):
-    """Ends each answer by itself, tells each streamer its tokens, and reads the clock.
+class StepTimer:
+    """Records when the first and the latest token of a batch were ready, in milliseconds of :func:`now`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.first = self.latest = math.nan
+
+    def tick(self) -> None:
+        """Records the end of a step."""
+        self.latest = now(self._device)
+        if math.isnan(self.first):
+            self.first = self.latest
+
+
+class TokenStream:
+    """Collects the tokens of one answer and forwards them to its streamer.
 
     Attributes:
-        written: The answers that have ended; None for the others.
+        ids: Tokens so far.
+        abandoned: True once the streamer has raised :class:`AnswerAbandoned`.
+    """
+
+    def __init__(self, streamer: BaseStreamer | None) -> None:
+        self._streamer = streamer
+        self.ids: list[int] = []
+        self.abandoned = False
+        self._forward(torch.empty(1, 0, dtype=torch.long))  # streamers expect the prompt first
+
+    def put(self, token: int) -> None:
+        """Takes the next token, unless the answer is abandoned."""
+        if not self.abandoned:
+            self.ids.append(token)
+            self._forward(torch.tensor([token]))
+
+    def end(self) -> None:
+        """Ends the streamer, unless it has abandoned the answer."""
+        if self._streamer is not None and not self.abandoned:
+            self._streamer.end()
+
+    def _forward(self, tokens: Tensor) -> None:
+        try:
+            if self._streamer is not None:
+                self._streamer.put(tokens)
+        except AnswerAbandoned:
+            self.abandoned = True
+
+
+class PerRequestStopping:
+    """Decides when each answer of a batch ends.
+
+    Args:
+        decodings: For each answer its stop texts and maximum length.
+        closing_ids: Tokens that end every answer.
+        tokenizer: Decodes answers that have stop texts.
+    """
+
+    def __init__(
+        self, decodings: Sequence[Decoding], closing_ids: set[int], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._decodings, self._closing_ids, self._tokenizer = decodings, closing_ids, tokenizer
+
+    def finish_reason(self, row: int, stream: TokenStream) -> str | None:
+        """The reason for which an answer ends at its latest token; None if it goes on."""
+        decoding = self._decodings[row]
+        if stream.abandoned:
+            return "abandoned"
+        if stream.ids[-1] in self._closing_ids:
+            return "stop"
+        if decoding.stop:
+            text = decode(self._tokenizer, stream.ids)
+            if any(stop in text for stop in decoding.stop):
+                return "stop"
+        return "length" if len(stream.ids) >= decoding.max_new_tokens else None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class TokenHook(StoppingCriteria):
+    """Called by transformers after each token: ticks the timer, streams the token and ends finished answers.
+
+    Only stopping criteria may end single answers of a batch, and they run before transformers' own streamer; so the
+    streamers, which may abandon an answer, are fed here.
+
+    Args:
+        timer: Ticks once per step.
+        streams: One for each answer.
+        stopping: Decides when an answer ends.
+        on_finish: Called with an answer's row and finish reason in the step in which it ends.
     """
 
     def __init__(
         self,
-        decodings: Sequence[Decoding],
-        streamers: Sequence[BaseStreamer | None],
-        closing: set[int],
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        tell: Callable[[int, Written], object],
+        timer: StepTimer,
+        streams: Sequence[TokenStream],
+        stopping: PerRequestStopping,
+        on_finish: Callable[[int, str], None],
     ) -> None:
-        self.decodings, self.streamers, self.closing = decodings, streamers, closing
-        self.tokenizer, self.device, self.tell = tokenizer, device, tell
-        self.written: list[Written | None] = [None] * len(decodings)
-        self._ids: list[list[int]] = [[] for _ in decodings]
-        self._first: float | None = None
-        prompt = torch.empty(1, 0, dtype=torch.long)  # not told; but streamers expect it before all else
-        self._abandoned = [not self._is_taken(row, prompt) for row in range(len(decodings))]
+        self._timer, self._streams, self._stopping, self._on_finish = timer, streams, stopping, on_finish
+        self._is_finished = [False] * len(streams)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """(B, L) tokens so far -> (B,) bool, True where the answer has ended."""
-        moment = now(self.device)
-        self._first = moment if self._first is None else self._first
+        """(B, L) tokens so far -> (B,) bool, True for answers that have ended."""
+        self._timer.tick()
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if self.written[row] is None:
-                self._add(row, token, self._first, moment)
-        return torch.tensor([written is not None for written in self.written], device=input_ids.device)
-
-    def _add(self, row: int, token: int, first: float, moment: float) -> None:
-        ids, decoding = self._ids[row], self.decodings[row]
-        if not self._abandoned[row]:
-            ids.append(token)
-            self._abandoned[row] = not self._is_taken(row, torch.tensor([token]))
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)) if decoding.stop else ""
-        if self._abandoned[row]:
-            reason = "abandoned"
-        elif token in self.closing or any(stop in text for stop in decoding.stop):
-            reason = "stop"
-        elif len(ids) >= decoding.max_new_tokens:
-            reason = "length"
-        else:
-            return
-        text = cut_at(str(self.tokenizer.decode(ids, skip_special_tokens=True)), decoding.stop)
-        written = self.written[row] = Written(ids, text, reason, first, moment)
-        self.tell(row, written)
-        streamer = self.streamers[row]
-        if streamer is not None and reason != "abandoned":
-            streamer.end()
-
-    def _is_taken(self, row: int, tokens: Tensor) -> bool:
-        streamer = self.streamers[row]
-        try:
-            if streamer is not None:
-                streamer.put(tokens)
-        except AnswerAbandoned:
-            return False
-        return True
+            if self._is_finished[row]:
+                continue
+            self._streams[row].put(token)
+            reason = self._stopping.finish_reason(row, self._streams[row])
+            if reason is not None:
+                self._is_finished[row] = True
+                self._on_finish(row, reason)
+        return torch.tensor(self._is_finished, device=input_ids.device)
 
 
-def write(
+def generate(
     model: GenerationMixin,
     tokenizer: PreTrainedTokenizerBase,
     spliced: SplicedInputs,
     decodings: Sequence[Decoding],
     streamers: Sequence[BaseStreamer | None],
-    tell: Callable[[int, Written], object] = lambda row, written: None,
+    on_answer: Callable[[int, GeneratedAnswer], object] = lambda row, answer: None,
     cache: Cache | None = None,
-) -> list[Written]:
+) -> list[GeneratedAnswer]:
     """Generates the answers to B spliced prompts.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         spliced: The prompts, padded on the left.
-        decodings: How each answer is written.
-        streamers: What takes each answer's tokens as they come.
-        tell: Called with each answer's place in the batch and the answer, as soon as it has ended.
-        cache: Holds a beginning of the prompts that is not computed anew.
+        decodings: Length, sampling and stop texts of each answer.
+        streamers: Receives the tokens of each answer as they are generated; None for none.
+        on_answer: Called with an answer's row and the answer as soon as it ends.
+        cache: Keys and values of a prefix of the prompts, which is not computed again.
     """
-    closing = model.generation_config.eos_token_id
     device = spliced.inputs_embeds.device
-    ends = Ends(decodings, streamers, set(closing if isinstance(closing, list) else [closing]), tokenizer, device, tell)
-    drawn = any(decoding.temperature > 0 for decoding in decodings)
+    eos = model.generation_config.eos_token_id
+    timer, streams = StepTimer(device), [TokenStream(streamer) for streamer in streamers]
+    stopping = PerRequestStopping(decodings, set(eos if isinstance(eos, list) else [eos]), tokenizer)
+    answers: dict[int, GeneratedAnswer] = {}
+
+    def finish(row: int, reason: str) -> None:
+        stream = streams[row]
+        text = cut_at(decode(tokenizer, stream.ids), decodings[row].stop)
+        answers[row] = GeneratedAnswer(stream.ids, text, reason, timer.first, timer.latest)
+        on_answer(row, answers[row])
+        stream.end()
+
+    is_sampled = any(decoding.temperature > 0 for decoding in decodings)
     model.generate(
         inputs_embeds=spliced.inputs_embeds,
         attention_mask=spliced.attention_mask,
@@ -171,12 +239,8 @@ def write(
         max_new_tokens=max(decoding.max_new_tokens for decoding in decodings),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[Draws(decodings)] if drawn else [],
-        stopping_criteria=[ends],
+        logits_processor=[GumbelSampler(decodings)] if is_sampled else [],
+        stopping_criteria=[TokenHook(timer, streams, stopping, finish)],
     )
-    written = [own for own in ends.written if own is not None]
-    assert len(written) == len(decodings), "generation stopped before every answer had ended"
-    return written
-
-
-__all__ = ["AnswerAbandoned", "Draws", "Ends", "Written", "now", "write"]
+    assert len(answers) == len(decodings), "generation stopped before every answer had ended"
+    return [answers[row] for row in range(len(decodings))]

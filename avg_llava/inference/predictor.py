@@ -1,10 +1,11 @@
-"""Answers to questions about images: each image is encoded once, then routed or forced to a level, then answered.
+"""Answers requests in three steps: encode the images once, choose their levels, generate the answers.
 
 Legend: B requests, N images (request after request), G levels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -14,9 +15,8 @@ from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
-from avg_llava.inference.budget import Budget, best_levels
-from avg_llava.inference.generation import Written, now, write
-from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.inference.budget import Budget, check_level, select_levels
+from avg_llava.inference.generation import GeneratedAnswer, generate, now
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
@@ -25,52 +25,49 @@ from avg_llava.model.router import level_values
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A batch of requests whose images are encoded; each level can be answered from it.
+class EncodedRequests:
+    """A batch of requests whose images are encoded; it can be answered at every level.
 
     Attributes:
         input_ids: (B, L) prompts with one placeholder per image, padded on the left.
         attention_mask: (B, L).
-        features: The encoded images; None where no request has any.
-        images_of_request: How many images each request has.
-        milliseconds: What the encoding took.
+        features: The encoded images; None if no request has any.
+        images_per_request: Number of images of each request.
+        milliseconds: Encoding time.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     features: ImageFeatures | None
-    images_of_request: tuple[int, ...]
+    images_per_request: tuple[int, ...]
     milliseconds: float
 
-    def slices(self) -> list[slice]:
-        """The images of each request."""
-        ends = [sum(self.images_of_request[: row + 1]) for row in range(len(self.images_of_request))]
-        return [slice(end - count, end) for end, count in zip(ends, self.images_of_request, strict=True)]
+    def image_slices(self) -> list[slice]:
+        """For each request the slice of its images."""
+        ends = list(accumulate(self.images_per_request))
+        return [slice(end - count, end) for end, count in zip(ends, self.images_per_request, strict=True)]
 
-    def of_requests(self, rows: Sequence[int]) -> "Encoded":
-        """Some of the requests."""
-        return Encoded(
+    def of_requests(self, rows: Sequence[int]) -> "EncodedRequests":
+        """A batch of some of the requests."""
+        slices = self.image_slices()
+        images = [image for row in rows for image in range(slices[row].start, slices[row].stop)]
+        return EncodedRequests(
             self.input_ids[rows],
             self.attention_mask[rows],
-            None if self.features is None else self.features.of_images(self.numbers(rows)),
-            tuple(self.images_of_request[row] for row in rows),
+            None if self.features is None else self.features.of_images(images),
+            tuple(self.images_per_request[row] for row in rows),
             self.milliseconds,
         )
 
-    def numbers(self, rows: Sequence[int]) -> list[int]:
-        """The images of some of the requests."""
-        images = self.slices()
-        return [number for row in rows for number in range(images[row].start, images[row].stop)]
-
 
 @dataclass(frozen=True)
-class Choice:
-    """The levels of an encoded batch.
+class LevelChoice:
+    """The levels of a batch's images.
 
     Attributes:
         levels: Visual tokens per crop for each of the N images.
-        log_probs: (N, G) the router's log-probabilities; None where every level was forced, so that it did not run.
-        milliseconds: What the routing took.
+        log_probs: (N, G) log-probabilities of the router; None if every level was forced and it did not run.
+        milliseconds: Routing time.
     """
 
     levels: list[int]
@@ -78,22 +75,22 @@ class Choice:
     milliseconds: float = 0.0
 
     def router_probs(self, images: slice) -> tuple[tuple[float, ...], ...] | None:
-        """The router's probabilities for some images; None for no images, or where it did not run."""
+        """The router's probabilities for some images; None for no images, or if it did not run."""
         if self.log_probs is None or not self.levels[images]:
             return None
         return tuple(map(tuple, self.log_probs[images].exp().tolist()))
 
 
 Streamers: TypeAlias = BaseStreamer | Sequence[BaseStreamer | None] | None
-"""What takes tokens as they come: of a single request, or one for each of several, None where nobody listens."""
+"""The streamer of a single request, or one or None for each of several."""
 
 
 class Predictor:
-    """Answers requests with a model, routed or at a forced level.
+    """Answers batches of requests, routed or at forced levels.
 
     Args:
-        model: The model, on the device where it shall run.
-        processor: Its processor.
+        model: The model, on the device on which it runs; it is set to evaluation mode.
+        processor: The model's processor.
     """
 
     def __init__(self, model: AvgLlavaForConditionalGeneration, processor: AvgLlavaProcessor) -> None:
@@ -112,187 +109,178 @@ class Predictor:
         decoding: Decoding | Sequence[Decoding] = Decoding(),
         streamer: Streamers = None,
     ) -> list[Answer]:
-        """Answers a batch. Requests at the same level are answered together, so that none waits for a finer one.
+        """Answers a batch.
 
         Args:
             requests: The batch.
-            budget: How the levels are found; one for all requests, or one for each.
-            decoding: How the answers are written; likewise.
-            streamer: Takes the tokens as they come.
+            budget: One for all requests, or one for each.
+            decoding: One for all requests, or one for each.
+            streamer: Receives the tokens as they are generated.
+
+        Raises:
+            DataError: An image cannot be read.
+            BudgetError: The images of a request do not fit into its budget.
+            PromptTooLongError: A prompt exceeds `config.max_sequence_length`.
         """
         encoded = self.encode(requests)
         levels = None if encoded.features is None else self.choose(encoded, budget)
         return self.answer(encoded, levels, decoding, streamer)
 
     def inputs(self, requests: Sequence[Request]) -> BatchFeature:
-        """What the model takes of a batch: prompts padded on the left, and the pixels of all images."""
+        """Model inputs of a batch: prompts padded on the left, and the pixels of all images."""
         texts = [self.prompt_text(request) for request in requests]
-        images = [[open_image(image, place) for place, image in enumerate(request.images, 1)] for request in requests]
+        images = [[open_image(image, number) for number, image in enumerate(request.images, 1)] for request in requests]
         return self.processor(images=images, text=texts, padding=True, padding_side="left")
 
     @torch.inference_mode()
-    def encode(self, requests: Sequence[Request]) -> Encoded:
-        """Tokenises the prompts, and sends all images through the vision tower and the projector."""
+    def encode(self, requests: Sequence[Request]) -> EncodedRequests:
+        """Tokenises the prompts and encodes all images with vision tower and projector."""
         inputs = self.inputs(requests)
         device = self.model.device
-        began = now(device)
+        start = now(device)
         features = None
         if "pixel_values" in inputs:
             features = self.model.encode_images(inputs["pixel_values"].to(device), inputs["image_sizes"])
-        return Encoded(
+        return EncodedRequests(
             input_ids=inputs["input_ids"].to(device),
             attention_mask=inputs["attention_mask"].to(device),
             features=features,
-            images_of_request=tuple(len(request.images) for request in requests),
-            milliseconds=now(device) - began,
+            images_per_request=tuple(len(request.images) for request in requests),
+            milliseconds=now(device) - start,
         )
 
     @torch.inference_mode()
-    def choose(self, encoded: Encoded, budget: Budget | Sequence[Budget] = Budget()) -> Choice:
-        """Finds the level of each image of a batch that has images; the router runs only where it is asked.
+    def choose(self, encoded: EncodedRequests, budget: Budget | Sequence[Budget] = Budget()) -> LevelChoice:
+        """Chooses the level of each image; the router runs only if at least one request is routed.
+
+        Args:
+            encoded: A batch that has images.
+            budget: One for all requests, or one for each.
 
         Raises:
             BudgetError: The images of a request do not fit into its budget.
         """
         if encoded.features is None:
-            raise ValueError("the router chooses a level for images, and none of these requests has one")
-        budgets = [budget] * len(encoded.images_of_request) if isinstance(budget, Budget) else list(budget)
-        sizes = [encoded.features.image_sizes[own] for own in encoded.slices()]
-        owners = [own for own, count in zip(budgets, encoded.images_of_request, strict=True) for _ in range(count)]
-        if all(own.granularity is not None for own in owners):
-            values = [[0.0] * len(self.granularities)] * len(owners)
-            return Choice(self.levels_within(sizes, budgets, values))
-        began = now(self.model.device)
+            raise ValueError("only images have a level, and none of these requests has one")
+        counts = encoded.images_per_request
+        budgets = [budget] * len(counts) if isinstance(budget, Budget) else list(budget)
+        sizes = [encoded.features.image_sizes[images] for images in encoded.image_slices()]
+        if all(own.granularity is not None for own, count in zip(budgets, counts, strict=True) if count):
+            return LevelChoice(select_levels(self.model.config, sizes, budgets, None))
+        start = now(self.model.device)
         logits = self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
-        prices = torch.tensor([own.token_cost for own in owners], device=logits.device)
-        worth = level_values(logits, self.granularities, prices)
-        levels = self.levels_within(sizes, budgets, worth.tolist())
-        return Choice(levels, logits.log_softmax(-1), now(self.model.device) - began)
+        token_costs = [own.token_cost for own, count in zip(budgets, counts, strict=True) for _ in range(count)]
+        values = level_values(logits, self.granularities, torch.tensor(token_costs, device=logits.device))
+        levels = select_levels(self.model.config, sizes, budgets, values.tolist())
+        return LevelChoice(levels, logits.log_softmax(-1), now(self.model.device) - start)
 
     @torch.inference_mode()
     def answer(
         self,
-        encoded: Encoded,
-        granularity: int | Sequence[int] | Choice | None,
+        encoded: EncodedRequests,
+        granularity: int | Sequence[int] | LevelChoice | None,
         decoding: Decoding | Sequence[Decoding] = Decoding(),
         streamer: Streamers = None,
-        tell: Callable[[int, Answer], object] = lambda row, answer: None,
+        on_answer: Callable[[int, Answer], object] = lambda row, answer: None,
     ) -> list[Answer]:
-        """Answers an encoded batch at given levels.
+        """Answers an encoded batch at given levels; requests whose finest level is the same are generated together.
 
         Args:
             encoded: The batch.
-            granularity: Visual tokens per crop: one number, one per image, or the router's choice. May be None for
-                text-only requests.
-            decoding: How the answers are written; one for all requests, or one for each.
-            streamer: Takes the tokens as they come.
-            tell: Called with a request's place in the batch and its answer, as soon as that has ended.
+            granularity: Visual tokens per crop: one number, one per image, or the choice of :meth:`choose`. May be None
+                for text-only requests.
+            decoding: Length, sampling and stop texts; one for all requests, or one for each.
+            streamer: Receives the tokens as they are generated.
+            on_answer: Called with a request's row in the batch and its answer as soon as it ends.
         """
-        num_requests = len(encoded.images_of_request)
+        num_requests = len(encoded.images_per_request)
         decodings = [decoding] * num_requests if isinstance(decoding, Decoding) else list(decoding)
         streamers: list[BaseStreamer | None] = list(streamer) if isinstance(streamer, Sequence) else [streamer]
         if streamer is None:
             streamers *= num_requests
         if not len(decodings) == len(streamers) == num_requests:
             raise ValueError(
-                f"{num_requests} requests come with {len(decodings)} decodings and {len(streamers)} streamers; each "
-                "needs its own"
+                f"{num_requests} requests come with {len(decodings)} decodings and {len(streamers)} streamers; give "
+                "one for each"
             )
-        levels = self._levels(granularity, sum(encoded.images_of_request))
+        choice = self._as_choice(granularity, sum(encoded.images_per_request))
         rows_of_level: dict[int, list[int]] = {}
-        for row, own in enumerate(encoded.slices()):
-            rows_of_level.setdefault(max(levels[own], default=0), []).append(row)
+        for row, images in enumerate(encoded.image_slices()):
+            rows_of_level.setdefault(max(choice.levels[images], default=0), []).append(row)
         answers: dict[int, Answer] = {}
+
+        def finish(row: int, answer: Answer) -> None:
+            answers[row] = answer
+            on_answer(row, answer)
+
         for rows in rows_of_level.values():
-            numbers = encoded.numbers(rows)
-            group = Choice([levels[number] for number in numbers])
-            if isinstance(granularity, Choice) and granularity.log_probs is not None:
-                group = replace(group, log_probs=granularity.log_probs[numbers], milliseconds=granularity.milliseconds)
+            self._answer_together(encoded, rows, choice, decodings, streamers, finish)
+        return [answers[row] for row in range(num_requests)]
 
-            def keep(place: int, answer: Answer, rows: Sequence[int] = rows) -> None:
-                answers[rows[place]] = answer
-                tell(rows[place], answer)
-
-            own_decodings, own_streamers = [decodings[row] for row in rows], [streamers[row] for row in rows]
-            self._answer_group(encoded.of_requests(rows), group, own_decodings, own_streamers, keep)
-        return [answers[row] for row in range(len(answers))]
-
-    def _answer_group(
+    def _answer_together(
         self,
-        encoded: Encoded,
-        choice: Choice,
+        encoded: EncodedRequests,
+        rows: Sequence[int],
+        choice: LevelChoice,
         decodings: Sequence[Decoding],
         streamers: Sequence[BaseStreamer | None],
-        keep: Callable[[int, Answer], None],
+        on_answer: Callable[[int, Answer], None],
     ) -> None:
-        """Answers requests at the same level together."""
-        began = now(self.model.device)
+        """Generates the answers to some rows of a batch."""
+        start = now(self.model.device)
+        group, images_of_row = encoded.of_requests(rows), encoded.image_slices()
         spliced = self.model.splice(
-            encoded.features, encoded.input_ids, encoded.attention_mask, granularity=choice.levels, padding_side="left"
+            group.features,
+            group.input_ids,
+            group.attention_mask,
+            granularity=[level for row in rows for level in choice.levels[images_of_row[row]]],
+            padding_side="left",
         )
-        images_of_row = encoded.slices()
         visual_tokens, prompt_tokens = spliced.num_visual_tokens.tolist(), spliced.attention_mask.sum(1).tolist()
+        visual_tokens_of_row = [sum(visual_tokens[images]) for images in group.image_slices()]
 
-        def tell(row: int, written: Written) -> None:
-            own = images_of_row[row]
+        def finish(index: int, generated: GeneratedAnswer) -> None:
+            images = images_of_row[rows[index]]
             answer = Answer(
-                text=written.text,
-                granularity=tuple(choice.levels[own]),
-                router_probs=choice.router_probs(own),
-                num_visual_tokens=sum(visual_tokens[own]),
-                num_prompt_tokens=prompt_tokens[row],
-                num_new_tokens=len(written.ids),
-                finish_reason=written.finish_reason,
+                text=generated.text,
+                granularity=tuple(choice.levels[images]),
+                router_probs=choice.router_probs(images),
+                num_visual_tokens=visual_tokens_of_row[index],
+                num_prompt_tokens=prompt_tokens[index],
+                num_new_tokens=len(generated.ids),
+                finish_reason=generated.finish_reason,
                 timings=PhaseTimes(
-                    encoded.milliseconds, choice.milliseconds, written.first - began, written.ended - written.first
+                    encoded.milliseconds,
+                    choice.milliseconds,
+                    generated.first - start,
+                    generated.ended - generated.first,
                 ),
             )
-            keep(row, answer)
+            on_answer(rows[index], answer)
 
-        write(self.model, self.processor.tokenizer, spliced, decodings, streamers, tell)
+        generate(
+            self.model,
+            self.processor.tokenizer,
+            spliced,
+            [decodings[row] for row in rows],
+            [streamers[row] for row in rows],
+            finish,
+        )
 
-    def levels_within(
-        self,
-        image_sizes: Sequence[Sequence[tuple[int, int]]],
-        budgets: Sequence[Budget],
-        values: Sequence[Sequence[float]],
-    ) -> list[int]:
-        """Visual tokens per crop for each image: the level that its request forces, or those of most value.
-
-        Args:
-            image_sizes: For each request its images' (height, width) in pixels.
-            budgets: The budget of each request.
-            values: What each level is worth, image after image.
-        """
-        granularities, rows, chosen = self.granularities, iter(values), []
-        for budget, sizes in zip(budgets, image_sizes, strict=True):
-            known = granularities if budget.granularity is None else self._levels(budget.granularity, 1)
-            places = [granularities.index(level) for level in known]
-            worth = [[row[place] for place in places] for _, row in zip(sizes, rows, strict=False)]
-            if budget.max_visual_tokens is None:
-                best = [row.index(max(row)) for row in worth]
-            else:
-                tokens = [[num_visual_tokens(size, level, self.model.config) for level in known] for size in sizes]
-                best = best_levels(worth, tokens, budget.max_visual_tokens)
-            chosen += [known[place] for place in best]
-        return chosen
-
-    def _levels(self, granularity: int | Sequence[int] | Choice | None, num_images: int) -> list[int]:
-        if isinstance(granularity, Choice):
-            return granularity.levels
+    def _as_choice(self, granularity: int | Sequence[int] | LevelChoice | None, num_images: int) -> LevelChoice:
+        if isinstance(granularity, LevelChoice):
+            return granularity
         if granularity is None:
             if num_images:
-                raise ValueError("a level is needed for each image: give one, or the router's choice")
-            return []
+                raise ValueError("a level is needed for each image: give one, or the result of `choose`")
+            return LevelChoice([])
         levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
         for level in levels:
-            if level not in self.granularities:
-                known = ", ".join(map(str, self.granularities))
-                raise ValueError(f"granularity {level} is not one of this model's levels: {known}")
-        return levels
+            check_level(level, self.granularities)
+        return LevelChoice(levels)
 
     def prompt_text(self, request: Request) -> str:
-        """A request in the format of the model's training, ready for the answer."""
+        """The chat template applied to a request, up to where the answer starts."""
         messages = request.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": with_placeholders(messages, len(request.images))}]
@@ -301,20 +289,17 @@ class Predictor:
 
 
 def with_placeholders(question: str, num_images: int) -> str:
-    """A question with its images before it, unless it says itself where they stand."""
+    """Puts image placeholders before a question that has none."""
     return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
-def open_image(image: ImageInput, place: int) -> Image.Image:
-    """An RGB image."""
+def open_image(image: ImageInput, number: int) -> Image.Image:
+    """Opens an image in RGB; `number` names it in errors."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    return decode_image(image, f"image {place}") if isinstance(image, bytes) else load_image(image)
+    return decode_image(image, f"image {number}") if isinstance(image, bytes) else load_image(image)
 
 
 def as_images(images: ImageInput | Sequence[ImageInput] | None) -> tuple[ImageInput, ...]:
-    """One image, several or none, as a tuple."""
+    """A tuple of one image, several or none."""
     return () if images is None else (images,) if isinstance(images, ImageInput) else tuple(images)
-
-
-__all__ = ["Choice", "Encoded", "Predictor"]

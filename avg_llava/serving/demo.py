@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 
 from avg_llava.inference.answers import Answer, Decoding, Request
 from avg_llava.inference.budget import Budget
-from avg_llava.inference.predictor import Choice, Predictor
+from avg_llava.inference.predictor import LevelChoice, Predictor
 from avg_llava.mini.tokenizer import build_tokenizer
 from avg_llava.mini.world import encode_png, scene_of
 from avg_llava.model.anyres import num_visual_tokens
@@ -261,7 +261,7 @@ class Demo:
     def _pictures(self, image: Image.Image) -> TokenPictures:
         return TokenPictures(image, self.predictor.processor.image_processor, self.config)
 
-    def _rows(self, image: Image.Image, budget: Budget, choice: Choice) -> tuple[list[LevelRow], str]:
+    def _rows(self, image: Image.Image, budget: Budget, choice: LevelChoice) -> tuple[list[LevelRow], str]:
         """Returns the levels of an image and a description of its number of visual tokens."""
         size, level = (image.height, image.width), choice.levels[0]
         probabilities = choice.router_probs(slice(0, 1))

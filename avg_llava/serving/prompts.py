@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from avg_llava.inference.answers import Decoding, Request
-from avg_llava.inference.budget import Budget, BudgetError
+from avg_llava.inference.budget import Budget, BudgetError, select_levels
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.processing import IMAGE_PLACEHOLDER, tokenize_with_images
 from avg_llava.serving.images import read_images
@@ -114,9 +114,8 @@ class PromptBuilder:
         ids = tokenize_with_images(predictor.prompt_text(request), tokenizer, config.image_token_id).input_ids
         num_text = len(ids) - len(images)
         sizes = [(image.height, image.width) for image in images]
-        values = [[0.0] * len(predictor.granularities)] * len(sizes)  # any: only feasibility matters here
         try:
-            predictor.levels_within([sizes], [budget], values)
+            select_levels(config, [sizes], [budget], None)
         except ValueError as error:
             raise invalid_request(str(error)) from error
         available = config.max_sequence_length - num_text
@@ -130,7 +129,7 @@ class PromptBuilder:
             return budget
         fitting = replace(budget, max_visual_tokens=min(available, budget.max_visual_tokens or available))
         try:
-            predictor.levels_within([sizes], [fitting], values)
+            select_levels(config, [sizes], [fitting], None)
         except BudgetError as error:
             raise too_long from error
         return fitting

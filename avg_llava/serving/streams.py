@@ -8,7 +8,7 @@ from transformers import TextIteratorStreamer
 
 from avg_llava.inference.answers import Answer, Decoding, cut_at
 from avg_llava.inference.generation import AnswerAbandoned
-from avg_llava.inference.predictor import Choice, Encoded, Predictor
+from avg_llava.inference.predictor import EncodedRequests, LevelChoice, Predictor
 
 _INCOMPLETE = "\ufffd"  # decoded in place of a character while some of its bytes are missing
 
@@ -63,7 +63,7 @@ class _CancellableStreamer(TextIteratorStreamer):
 
 
 def stream_answer(
-    predictor: Predictor, encoded: Encoded, choice: Choice | None, decoding: Decoding
+    predictor: Predictor, encoded: EncodedRequests, choice: LevelChoice | None, decoding: Decoding
 ) -> Iterator[str | Answer]:
     """Generates the answer to one encoded request in a background thread; closing the iterator cancels it.
 

@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
-from avg_llava.inference.generation import AnswerAbandoned, Draws
+from avg_llava.inference.generation import AnswerAbandoned, GumbelSampler
 from avg_llava.inference.pipeline import Pipeline
 from tests.tiny import make_checkpoint, noise_images
 
@@ -25,7 +25,7 @@ def requests():
 
 
 class Recorder(BaseStreamer):
-    """Keeps what it is told, and gives up at a number of tokens."""
+    """Keeps what it is reported, and gives up at a number of tokens."""
 
     def __init__(self, patience=1000):
         self.ids, self.patience, self.num_ends = [], patience, 0
@@ -49,7 +49,7 @@ def test_draws_have_the_distribution_of_transformers(temperature, top_p):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
     expected = transformers_scores(logits[None], temperature, top_p).softmax(-1)[0]
     num_draws = 4000
-    draws = Draws([Decoding(temperature=temperature, top_p=top_p, seed=seed) for seed in range(num_draws)])
+    draws = GumbelSampler([Decoding(temperature=temperature, top_p=top_p, seed=seed) for seed in range(num_draws)])
     counts = torch.bincount(draws(None, logits.repeat(num_draws, 1)).argmax(-1), minlength=12)
     assert counts[expected == 0].sum() == 0
     # Five standard deviations of a count, of which none of a few dozen goes beyond.
@@ -60,7 +60,7 @@ def test_draws_have_the_distribution_of_transformers(temperature, top_p):
 def test_rows_without_temperature_keep_their_scores():
     logits = torch.randn(3, 9)
     given = logits.clone()
-    scores = Draws([Decoding(), Decoding(temperature=1.0, seed=1), Decoding()])(None, logits)
+    scores = GumbelSampler([Decoding(), Decoding(temperature=1.0, seed=1), Decoding()])(None, logits)
     assert torch.equal(scores[[0, 2]], given[[0, 2]])
     assert not torch.equal(scores[1], given[1])
     assert torch.equal(logits, given)
@@ -69,7 +69,7 @@ def test_rows_without_temperature_keep_their_scores():
 def test_the_smallest_temperature_takes_the_likeliest_token():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     for temperature in (5e-324, 1e-30, 1e-4):
-        scores = Draws([Decoding(temperature=temperature, top_p=0.5, seed=0)])(None, logits)
+        scores = GumbelSampler([Decoding(temperature=temperature, top_p=0.5, seed=0)])(None, logits)
         assert scores.argmax(-1).tolist() == [1]
         assert not scores.isnan().any()
 
@@ -120,9 +120,9 @@ def test_all_answers_of_a_batch_stream(predictor, requests):
         assert "".join(streamer).strip() == answer.text
 
 
-def test_an_answer_is_told_as_soon_as_it_has_ended(predictor, requests):
+def test_an_answer_is_reported_as_soon_as_it_has_ended(predictor, requests):
     encoded = predictor.encode(requests)
-    steps, told = [], {}
+    steps, reported = [], {}
     handle = predictor.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
     lengths = [2, 9, 1, 5, 9]
     try:
@@ -130,12 +130,12 @@ def test_an_answer_is_told_as_soon_as_it_has_ended(predictor, requests):
             encoded,
             4,
             [Decoding(length) for length in lengths],
-            tell=lambda row, answer: told.update({row: (answer, len(steps))}),
+            on_answer=lambda row, answer: reported.update({row: (answer, len(steps))}),
         )
     finally:
         handle.remove()
     for row, answer in enumerate(answers):
-        assert told[row] == (answer, answer.num_new_tokens)
+        assert reported[row] == (answer, answer.num_new_tokens)
     assert [answers[row].num_new_tokens for row in (0, 2)] == [2, 1]
     assert answers[2].timings.decode == 0 < answers[0].timings.decode < max(answer.timings.decode for answer in answers)
 
