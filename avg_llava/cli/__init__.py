@@ -16,7 +16,7 @@ from avg_llava.cli.evaluation import add_evaluation
 from avg_llava.cli.export import add_export
 from avg_llava.cli.inference import add_inference
 from avg_llava.cli.mini import add_mini
-from avg_llava.cli.parsing import FAILED, INTERRUPTED
+from avg_llava.cli.options import FAILED, INTERRUPTED
 from avg_llava.cli.report import add_report
 from avg_llava.cli.serving import add_serving
 from avg_llava.cli.training import add_training

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from avg_llava.cli.parsing import (
+from avg_llava.cli.options import (
     FAILED,
     FINE,
     JSON,

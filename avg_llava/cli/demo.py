@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, MODEL, add_command, load_pipeline
+from avg_llava.cli.options import FINE, MODEL, add_command, load_pipeline
 
 _SHIPPED = Path(__file__).parent.parent / "mini" / "checkpoint"
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, at_least_one, tell
+from avg_llava.cli.options import FINE, JSON, add_command, at_least_one, tell
 
 GPU_NAMES = ("a100", "a100-40gb", "h100", "h200", "l40s", "rtx4090")
 ZERO_NAMES = ("none", "0", "1", "2", "3", "3-offload")

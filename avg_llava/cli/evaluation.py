@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
+from avg_llava.cli.options import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import (
+from avg_llava.cli.options import (
     ANSWERING,
     CHECKPOINT,
     DTYPE,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avg_llava.cli.parsing import (
+from avg_llava.cli.options import (
     ANSWERING,
     FAILED,
     FINE,

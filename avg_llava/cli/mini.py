@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, add_group, tell
+from avg_llava.cli.options import FAILED, FINE, JSON, add_command, add_group, tell
 
 
 def mini_data(arguments: argparse.Namespace) -> int:

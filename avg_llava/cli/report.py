@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FINE, JSON, add_command, tell
+from avg_llava.cli.options import FINE, JSON, add_command, tell
 
 
 def report(arguments: argparse.Namespace) -> int:

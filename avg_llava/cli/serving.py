@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from avg_llava.cli.parsing import FAILED, FINE, MODEL, add_command, at_least_one, load_pipeline
+from avg_llava.cli.options import FAILED, FINE, MODEL, add_command, at_least_one, load_pipeline
 from avg_llava.serving.limits import Limits
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avg_llava.cli.parsing import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
+from avg_llava.cli.options import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
 
 if TYPE_CHECKING:
     from avg_llava.data.verify import Verification
