@@ -1,37 +1,57 @@
 """The command line: help with an example, exit codes, one-line errors, and answers that programs can read."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from avg_llava import cli
+from avg_llava.cli.inference import Generate
+from avg_llava.cli.options import AnswerOptions, ModelOptions
 from avg_llava.data.records import DataError
+from avg_llava.serving.limits import Limits
 from tests.tiny import make_checkpoint
 
-COMMANDS = [
-    ["train"],
-    ["feedback"],
-    ["verify-data"],
-    ["estimate"],
-    ["generate"],
-    ["chat"],
-    ["demo"],
-    ["serve"],
-    ["convert"],
-    ["export", "model"],
-    ["export", "prompts"],
-    ["report"],
-    ["mini", "data"],
-    ["mini", "pretrain"],
-    ["mini", "claims"],
-    ["mini", "routers"],
-    ["bench", "train"],
-    ["bench", "inference"],
-    ["bench", "serve"],
-]
+MODEL = "--model --device --dtype --quantization --static-cache"
+ANSWER = "--granularity --token-cost --max-visual-tokens --max-new-tokens"
+OPTIONS = {
+    "train": "CONFIG --dry-run --force-start",
+    "feedback": "--config --output --num-processes --json",
+    "verify-data": "--config --output --model-of --num-processes --json",
+    "estimate": "--config --gpus --gpu --zero --mfu --num-samples --image-size --prompt-tokens --answer-tokens "
+    "--model-of --json",
+    "generate": f"{MODEL} --image --prompt --input --output --image-root --batch-size {ANSWER} --json",
+    "chat": f"{MODEL} --image {ANSWER}",
+    "convert": "SOURCE OUTPUT --json",
+    "export model": "--model --dtype --output --json",
+    "export prompts": f"{MODEL} --input --image-root --output --format {ANSWER} --json",
+    "demo": f"{MODEL} --host --port",
+    "serve": f"{MODEL} --name --host --port --api-key-file --max-batch --batch-wait-ms --max-queue --timeout --grace "
+    "--max-body-mib --max-images --max-pixels --max-tokens --remote-images",
+    "evaluate": "--benchmark --model --output --data --protocol --granularity --token-cost --limit --batch-size "
+    "--workers --timed --dtype --check --json",
+    "report": "RESULT --against --output --json",
+    "mini data": "--output --seed --json",
+    "mini benchmarks": "--output --seed --json",
+    "mini pretrain": "--output --seed --json",
+    "mini claims": "--runs --data --output --token-cost --workers --check --json",
+    "mini routers": "DIR --model --answers --data --workers --json",
+    "bench train": "--stage --preset --repeats --stored-feedback --json",
+    "bench inference": "--preset --batch-size --new-tokens --repeats --static-cache --json",
+    "bench data": "--repeats --json",
+    "bench serve": "--model --clients --seconds --json",
+}
+"""Options of every command: the names that scripts rely on."""
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -56,33 +76,136 @@ def fails_in_one_line(capsys, arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["mini"], ["bench"], ["export"]], ids=" ".join)
-def test_help_has_an_example(capsys, command):
+def leaves(group, prefix=""):
+    for name, node in group.commands.items():
+        yield from leaves(node, f"{prefix}{name} ") if isinstance(node, cli.Group) else [f"{prefix}{name}"]
+
+
+def help_of(capsys, *words):
     with pytest.raises(SystemExit) as exit_:
-        cli.main([*command, "--help"])
+        cli.main([*words, "--help"])
     assert exit_.value.code == 0
-    assert f"example:\n  avg-llava {' '.join(command)}" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_examples_are_right_usage(capsys, command):
+def test_every_command_is_in_the_table():
+    assert set(OPTIONS) == set(leaves(cli.COMMANDS))
+
+
+@pytest.mark.parametrize("width", ["60", "200"])
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_lists_every_option_and_a_valid_example(capsys, monkeypatch, command, width):
+    monkeypatch.setenv("COLUMNS", width)
+    text = help_of(capsys, *command.split())
+    listed = {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert {*OPTIONS[command].split(), "--debug"} <= listed
+    example = text.split("example:\n  avg-llava ")[1].strip()
+    assert example.startswith(command)
+    assert type(cli.parse(shlex.split(example))).__name__ == command.title().replace("-", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("group", ["", "mini", "bench", "export"])
+def test_help_of_a_group_lists_its_commands(capsys, group):
+    text = help_of(capsys, *group.split())
+    for command in (name.removeprefix(group).split()[0] for name in OPTIONS if name.startswith(group)):
+        assert f"• {command} " in text
+    assert f"example:\n  avg-llava {group}" in text
+
+
+def test_help_of_training_lists_the_configuration(capsys):
+    text = help_of(capsys, "train")
+    assert "  optim.lr: float\n" in text
+    assert "  optim.scheduler: cosine|linear|constant_with_warmup = cosine\n" in text
+    assert "  output.dir: str\n      Folder of the run" in text
+    assert "  lora.rank: int = 128\n" in text
+
+
+@pytest.mark.parametrize("command", ["", *OPTIONS])
+def test_help_imports_nothing_heavy(command):
+    heavy = ["torch", "transformers", "numpy", "pandas", "gradio", "fastapi", "datasets"]
+    code = f"""
+import sys
+from avg_llava import cli
+try:
+    cli.main({[*command.split(), "--help"]})
+except SystemExit:
+    print("loaded:", *set({heavy}) & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(tmp_path, shell):
     with pytest.raises(SystemExit):
-        cli.main([*command, "--help"])
-    example = capsys.readouterr().out.split("example:\n  avg-llava ")[1].strip()
-    words = [word.strip("'") for word in example.replace("What is this?", "What?").split()]
-    assert cli.build_parser().parse_args(words).run is not None
+        cli.main(["--tyro-write-completion", shell, str(tmp_path / "script")])
+    script = (tmp_path / "script").read_text()
+    assert "verify-data" in script
+    assert "max-visual-tokens" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n", tmp_path / "script"], check=True)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["fly"], ["generate"], ["generate", "--model", "m", "--prompt", "p", "--granularity", "many"], ["mini"]],
-    ids=" ".join,
+    ("arguments", "message"),
+    [
+        ("", "Expected one of {train, feedback,"),
+        ("mini", "Expected one of {data, benchmarks,"),
+        ("fly", "avg-llava: unknown command 'fly'; there are train, feedback,"),
+        ("generat --model m", "avg-llava: unknown command 'generat'; did you mean 'generate'?"),
+        ("mini clams", "avg-llava mini: unknown command 'clams'; did you mean 'claims'?"),
+        ("generate", "Missing from avg-llava generate:"),
+        ("generate --model m --promt p", "--prompt TEXT"),
+        ("generate --model m --mod m", "Unrecognized options: --mod"),
+        ("generate --model m --granularity many", "'many' is not a whole number of at least 1"),
+        ("generate --model m --batch-size 0", "'0' is not a whole number of at least 1"),
+        ("generate --model m --quantization 9bit", "invalid choice '9bit'"),
+        ("generate --model m --no-json", "Unrecognized options: --no-json"),
+        ("evaluate --benchmark gqa --model m --granularity x", "'x' is none of auto, random, all"),
+        ("estimate --config c --image-size 640", "expected WIDTHxHEIGHT such as 640x480, got '640'"),
+        ("serve --model m --port 70000", "'70000' is not a port"),
+        ("demo --port x", "'x' is not a port"),
+        ("serve --model m --max-queue 0", "--max-queue must be at least 1, got 0"),
+        ("report", "at least one result file"),
+        ("mini routers --model m --answers a", "at least one checkpoint"),
+    ],
 )
-def test_wrong_usage_is_2(capsys, arguments):
+def test_wrong_usage_is_2(capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
+        cli.main(arguments.split())
     assert exit_.value.code == 2
-    assert "usage: avg-llava" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+
+
+def test_options_are_read():
+    words = "--model=m --image a.png --image b.png --prompt None --max-visual-tokens 9 --dtype bfloat16"
+    assert cli.parse(["generate", *words.split()]) == Generate(
+        loading=ModelOptions(model="m", dtype="bfloat16"),
+        image=(Path("a.png"), Path("b.png")),
+        prompt="None",
+        answering=AnswerOptions(max_visual_tokens=9),
+    )
+    command = cli.parse(["serve", "--model", "m", "--port", "0", "--max-batch", "3", "--remote-images"])
+    assert (command.listening.port, command.limits) == (0, Limits(max_batch=3, remote_images=True))
+    command = cli.parse(["estimate", "--config", "c", "--image-size", "640x480", "--zero", "3-offload"])
+    assert (command.image_size, command.zero, command.json) == ((480, 640), "3-offload", False)
+    for text, value in {"auto": "auto", "all": "all", "64": 64}.items():
+        command = cli.parse(["evaluate", "--benchmark", "all", "--model", "m", "--granularity", text])
+        assert command.granularity == value
+    command = cli.parse(["report", "a", "b", "--against", "c", "d", "--output", "e", "--json"])
+    assert (command.results, command.against) == ((Path("a"), Path("b")), (Path("c"), Path("d")))
+
+
+def test_further_options_of_training_go_to_the_configuration():
+    overrides = ["--optim.lr", "1e-3", "--output.overwrite", "--optim.betas", "[0.9,0.95]", "--seed=-1"]
+    command = cli.parse(["train", "--debug", "c.yaml", *overrides, "--dry-run"])
+    assert (command.config, command.debug, command.dry_run, command.force_start) == (Path("c.yaml"), True, True, False)
+    assert command.overrides == tuple(overrides)
 
 
 def test_installed_command_answers():

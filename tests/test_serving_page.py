@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from avg_llava import cli
+from avg_llava.cli.serving import Serve
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ERRORS
@@ -35,8 +36,9 @@ def server():
 
 def test_the_examples(server, tmp_path, monkeypatch, capsys):
     start, draw, curl, *_ = blocks("bash")
-    arguments = cli.build_parser().parse_args(shlex.split(start)[1:])
-    assert (arguments.name, arguments.port, Path(arguments.model)) == ("mini", 8000, MINI.relative_to(ROOT))
+    command = cli.parse(shlex.split(start)[1:])
+    assert isinstance(command, Serve)
+    assert (command.name, command.listening.port, command.loading.model) == ("mini", 8000, str(MINI.relative_to(ROOT)))
 
     monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

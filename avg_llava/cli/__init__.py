@@ -1,69 +1,135 @@
-"""`avg-llava <command>`: one small function per command, grouped in modules.
+"""The command line, `avg-llava COMMAND`: one dataclass of options per command, read by tyro.
 
-What a command needs is imported inside its function, so that help and wrong usage answer at once.
-Exit codes: 0 fine, 1 failed, 2 wrong usage. Results go to standard output, everything else to standard error.
+A command imports what it needs inside `run`, so that help and usage errors take a fraction of a second. Results go to
+standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage.
 """
 
-import argparse
+import difflib
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
 
-from avg_llava.cli.bench import add_bench
-from avg_llava.cli.demo import add_demo
-from avg_llava.cli.estimate import add_estimate
-from avg_llava.cli.evaluation import add_evaluation
-from avg_llava.cli.export import add_export
-from avg_llava.cli.inference import add_inference
-from avg_llava.cli.mini import add_mini
-from avg_llava.cli.options import FAILED, INTERRUPTED
-from avg_llava.cli.report import add_report
-from avg_llava.cli.serving import add_serving
-from avg_llava.cli.training import add_training
+import tyro
+
+from avg_llava.cli.bench import BENCH
+from avg_llava.cli.evaluation import Evaluate, Report
+from avg_llava.cli.export import EXPORT
+from avg_llava.cli.inference import Chat, Convert, Generate
+from avg_llava.cli.mini import MINI
+from avg_llava.cli.options import FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
+from avg_llava.cli.serving import Demo, Serve
+from avg_llava.cli.training import Estimate, Feedback, Train, VerifyData
+
+COMMANDS = Group(
+    "LLaVA-NeXT that picks its visual granularity from the image and the instruction.",
+    "avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?'\n\n"
+    "completion of commands and options in bash (likewise zsh, fish):\n"
+    "  avg-llava --tyro-write-completion bash ~/.local/share/bash-completion/completions/avg-llava",
+    {
+        "train": Train,
+        "feedback": Feedback,
+        "verify-data": VerifyData,
+        "estimate": Estimate,
+        "generate": Generate,
+        "chat": Chat,
+        "convert": Convert,
+        "export": EXPORT,
+        "demo": Demo,
+        "serve": Serve,
+        "evaluate": Evaluate,
+        "report": Report,
+        "mini": MINI,
+        "bench": BENCH,
+    },
+)
+# Switches have no --no-... twin, and the word None means itself.
+_MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+tyro._experimental_options["utf8_boxes"] = False  # plain text, also in terminals
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="avg-llava",
-        description="LLaVA-NeXT that picks its visual granularity from the image and the instruction.",
-        epilog="example:\n  avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?'",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
-    add_training(commands)
-    add_estimate(commands)
-    add_inference(commands)
-    add_export(commands)
-    add_demo(commands)
-    add_serving(commands)
-    add_evaluation(commands)
-    add_report(commands)
-    add_mini(commands)
-    add_bench(commands)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
+    Args:
+        arguments: The words after `avg-llava`; None means those of this process.
+
     Returns:
-        The exit code; wrong usage leaves with 2 from the parser.
+        The exit code.
+
+    Raises:
+        SystemExit: After help, and after wrong usage with code 2.
     """
-    arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("avg_llava").setLevel(logging.INFO)
+    command = parse(sys.argv[1:] if arguments is None else arguments)
+    _set_up_logging(command.debug)
     try:
-        code: int = arguments.run(arguments)
+        return command.run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if arguments.debug:
+        if command.debug:
             raise
         print(f"avg-llava: {_one_line(error)}", file=sys.stderr)
         return FAILED
-    return code
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command and its options.
+
+    Raises:
+        SystemExit: After help, and after wrong usage with code 2.
+    """
+    words, rest = ["avg-llava"], list(arguments)
+    node: type[Command] | Group = COMMANDS
+    while isinstance(node, Group) and rest and not rest[0].startswith("-"):
+        if rest[0] not in node.commands:
+            _refuse_command(" ".join(words), rest[0], node)
+        words.append(rest[0])
+        node = node.commands[rest.pop(0)]
+    prog = " ".join(words)
+    try:
+        if isinstance(node, Group):
+            return _subcommands(node).cli(prog=prog, description=node.description, args=rest, config=_MARKERS)
+        if issubclass(node, Train):
+            train, overrides = tyro.cli(node, prog=prog, args=rest, config=_MARKERS, return_unknown_args=True)
+            return replace(train, overrides=tuple(overrides))
+        return tyro.cli(node, prog=prog, args=rest, config=_MARKERS)
+    except SystemExit as stop:
+        if stop.code == 0:  # after help
+            print(node.epilog())
+        raise
+
+
+def _subcommands(group: Group) -> tyro.extras.SubcommandApp:
+    app = tyro.extras.SubcommandApp()
+    for name, node in group.commands.items():
+        if isinstance(node, Group):
+            app.command(_subcommands(node), name=name, help=node.description)
+        else:
+            app.command(name=name)(node)
+    return app
+
+
+def _refuse_command(prog: str, name: str, group: Group) -> NoReturn:
+    matches = difflib.get_close_matches(name, group.commands, n=1)
+    hint = f"did you mean {matches[0]!r}?" if matches else f"there are {', '.join(group.commands)}"
+    print(f"{prog}: unknown command {name!r}; {hint}", file=sys.stderr)
+    raise SystemExit(WRONG_USAGE)
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Logs this package's messages from level INFO, and those of libraries from ERROR, or WARNING with `--debug`."""
+    logging.basicConfig(
+        level=logging.WARNING if debug else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("avg_llava").setLevel(logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,158 +1,150 @@
-"""Commands that measure."""
+"""Commands that evaluate a model on benchmarks and report the results."""
 
-import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from avg_llava.cli.options import FAILED, FINE, JSON, add_command, at_least_one, hide_bars_from_files, tell
+from tyro.conf import Positional, arg
 
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Scores a model on a benchmark; the same command continues a killed run."""
-    import dataclasses
-
-    import torch
-
-    from avg_llava.evaluation.answering import Setting
-    from avg_llava.evaluation.benchmarks import BENCHMARKS
-    from avg_llava.evaluation.evaluate import evaluate as evaluate_benchmark
-    from avg_llava.evaluation.published import compare_with_expected, load_expected
-
-    hide_bars_from_files()
-    names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no benchmark; there are {', '.join(BENCHMARKS)}, and all")
-    expected = load_expected(arguments.check, names) if arguments.check else []
-    results, lines, differences, failures = [], [], [], []
-    for name in names:
-        setting = Setting(
-            benchmark=name,
-            model=arguments.model,
-            protocol=arguments.protocol,
-            granularity=arguments.granularity,
-            token_cost=arguments.token_cost,
-            data=arguments.data,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            dtype=getattr(torch, arguments.dtype),
-        )
-        result = evaluate_benchmark(setting, arguments.output, arguments.workers, arguments.timed)
-        results.append(result)
-        failures += [f"failed: {failure.error}" for failure in result.failures]
-        compared = {item.expected.metric: item for item in compare_with_expected(result, expected)} if expected else {}
-        differences += [f"{name} {metric}" for metric, item in compared.items() if not item.agrees]
-        lines += _lines(result, compared)
-    text = "\n".join([_HEAD, *lines, *failures, *(f"differs from what is expected: {name}" for name in differences)])
-    tell(arguments, [dataclasses.asdict(result) for result in results], text)
-    return FAILED if failures or differences else FINE
-
-
-_HEAD = (
-    f"{'benchmark':12s}{'metric':36s}{'measured':>9s}{'expected':>9s}{'questions':>10s}{'failed':>7s}{'tokens':>8s}"
-    f"{'s':>8s}"
+from avg_llava.cli.options import (
+    COUNT,
+    Count,
+    DType,
+    NumWorkers,
+    ReportingCommand,
+    TokenCost,
+    command,
+    parsed_by,
+    unset,
 )
 
-
-def _lines(result: Any, compared: Any) -> list[str]:
-    """One line per metric: value in percent or points, and for the benchmark: share of tokens, seconds per question."""
-    from avg_llava.evaluation.published import in_table_units
-
-    lines = []
-    for name, metric in result.metrics.items():
-        measured = in_table_units(metric.value, metric.kind, metric.maximum)
-        wanted = f"{compared[name].expected.published:9.1f}" if name in compared else " " * 9
-        lines.append(
-            f"{result.benchmark:12s}{metric.label:36s}{measured:9.1f}{wanted}{result.dataset.num_questions:10d}"
-            f"{result.num_failed:7d}{result.efficiency.token_share:8.1%}"
-            f"{result.efficiency.seconds_per_question.median:8.3f}"
-        )
-    return lines
+if TYPE_CHECKING:
+    from avg_llava.evaluation.published import Comparison
+    from avg_llava.evaluation.results import Result
 
 
 def _granularity(text: str) -> str | int:
-    if text in ("auto", "random", "all"):
+    if text == "auto" or text == "random" or text == "all":
         return text
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, random, all, and no number of visual tokens per crop")
+    raise ValueError(f"{text!r} is none of auto, random, all, and no number of visual tokens per crop")
 
 
-def add_evaluation(commands: Any) -> None:
-    """Adds the commands of this module."""
-    add_command(
-        commands,
-        "evaluate",
-        evaluate,
-        "avg-llava evaluate --benchmark textvqa --model checkpoints/avg-llava-7b --output runs/eval",
-        [
-            (("--benchmark",), {"required": True, "metavar": "NAME", "help": "one of the paper's twelve, or all"}),
-            (("--model",), {"required": True, "type": Path, "metavar": "DIR", "help": "checkpoint folder"}),
-            (
-                ("--output",),
-                {"type": Path, "default": Path("runs/eval"), "metavar": "DIR", "help": "results (runs/eval)"},
-            ),
-            (
-                ("--data",),
-                {"type": Path, "metavar": "DIR", "help": "folder with copies of the data sets (default: the hub)"},
-            ),
-            (
-                ("--protocol",),
-                {
-                    "choices": ["current", "paper"],
-                    "default": "current",
-                    "help": "today's lmms-eval (default), or prompts and metrics of the paper's harness",
-                },
-            ),
-            (
-                ("--granularity",),
-                {
-                    "type": _granularity,
-                    "default": "auto",
-                    "metavar": "N|auto|random|all",
-                    "help": "visual tokens per crop; auto: the router (default); all: the router and every level, for "
-                    "the oracle and the curve over token_cost",
-                },
-            ),
-            (
-                ("--token-cost",),
-                {
-                    "type": float,
-                    "default": 0.0,
-                    "metavar": "X",
-                    "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
-                },
-            ),
-            (("--limit",), {"type": at_least_one, "metavar": "N", "help": "only the first N questions"}),
-            (
-                ("--batch-size",),
-                {"type": at_least_one, "default": 1, "metavar": "N", "help": "questions at once (1)"},
-            ),
-            (
-                ("--workers",),
-                {"type": at_least_one, "metavar": "N", "help": "processes (default: one per GPU, or per core)"},
-            ),
-            (
-                ("--timed",),
-                {
-                    "type": int,
-                    "default": 16,
-                    "metavar": "N",
-                    "help": "questions on which speed is compared with the finest level and LLaVA-NeXT (16; 0: none)",
-                },
-            ),
-            (
-                ("--dtype",),
-                {"choices": ["float32", "bfloat16", "float16"], "default": "float32", "help": "of weights (float32)"},
-            ),
-            (
-                ("--check",),
-                {
-                    "type": Path,
-                    "metavar": "FILE",
-                    "help": "expected figures, or `published` for the paper's; fail if a measured one differs",
-                },
-            ),
-            JSON,
-        ],
+@command("avg-llava evaluate --benchmark textvqa --model checkpoints/avg-llava-7b --output runs/eval")
+class Evaluate(ReportingCommand):
+    """Scores a model on a benchmark; run again, an interrupted evaluation continues."""
+
+    benchmark: Annotated[str, arg(metavar="NAME")]
+    """One of the paper's twelve benchmarks, or all."""
+    model: Path
+    """Checkpoint folder."""
+    output: Path = Path("runs/eval")
+    """Folder of the results."""
+    data: Annotated[Path | None, unset("the hub")] = None
+    """Folder with local copies of the data sets."""
+    protocol: Literal["current", "paper"] = "current"
+    """Prompts and metrics: those of the installed lmms-eval, or those of the paper's harness."""
+    granularity: Annotated[Literal["auto", "random", "all"] | int, parsed_by(_granularity, "N|auto|random|all")] = (
+        "auto"
     )
+    """Visual tokens per crop. auto: chosen by the router; random: uniformly sampled; all: the router and every level,
+    for the oracle and the curve over token_cost."""
+    token_cost: TokenCost = 0.0
+    """The router's price in nats per doubling of visual tokens; 0 is the paper."""
+    limit: Annotated[int | None, COUNT, unset("all questions")] = None
+    """Evaluate only the first N questions."""
+    batch_size: Count = 1
+    """Questions per batch."""
+    workers: NumWorkers = None
+    """Number of worker processes."""
+    timed: int = 16
+    """Questions on which the time is compared with the finest level and with LLaVA-NeXT; 0: none."""
+    dtype: DType = "float32"
+    """Data type of the weights."""
+    check: Annotated[Path | None, unset("none")] = None
+    """File of expected figures, or `published` for the paper's; exit with 1 if a measured one differs."""
+
+    def run(self) -> int:
+        import torch
+
+        from avg_llava.common.tables import render_table
+        from avg_llava.evaluation.answering import Setting
+        from avg_llava.evaluation.benchmarks import BENCHMARKS
+        from avg_llava.evaluation.evaluate import evaluate
+        from avg_llava.evaluation.published import compare_with_expected, load_expected
+
+        names = list(BENCHMARKS) if self.benchmark == "all" else [self.benchmark]
+        if not set(names) <= set(BENCHMARKS):
+            raise ValueError(f"{self.benchmark!r} is no benchmark; there are {', '.join(BENCHMARKS)}, and all")
+        expected = load_expected(self.check, names) if self.check else []
+        results, differences, failures = [], [], []
+        rows: list[tuple[str, ...]] = []
+        for name in names:
+            setting = Setting(
+                benchmark=name,
+                model=self.model,
+                protocol=self.protocol,
+                granularity=self.granularity,
+                token_cost=self.token_cost,
+                data=self.data,
+                limit=self.limit,
+                batch_size=self.batch_size,
+                dtype=getattr(torch, self.dtype),
+            )
+            result = evaluate(setting, self.output, self.workers, self.timed)
+            results.append(result)
+            failures += [f"failed: {failure.error}" for failure in result.failures]
+            comparisons = compare_with_expected(result, expected) if expected else []
+            differences += [f"{name} {item.expected.metric}" for item in comparisons if not item.agrees]
+            rows += _rows(result, {item.expected.metric: item for item in comparisons})
+        notes = [*failures, *(f"differs from what is expected: {name}" for name in differences)]
+        text = "\n".join([render_table(_COLUMNS, rows, num_left=2), *notes])
+        return self.report([asdict(result) for result in results], text, failed=bool(notes))
+
+
+@command("avg-llava report runs/eval/gqa.json runs/eval/mme.json --output runs/report")
+class Report(ReportingCommand):
+    """Makes the paper's tables and figures from result files, published rows beside measured ones."""
+
+    results: Annotated[
+        tuple[Path, ...], Positional, arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)")
+    ]
+    """Results of `avg-llava evaluate`, or report.json of the mini world."""
+    against: Annotated[tuple[Path, ...], arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(default: none)")] = ()
+    """Results of another run, for paired tests on every benchmark of both runs."""
+    output: Path = Path("runs/report")
+    """Folder for index.html, tables (.md, .tex) and figures (.png, .svg)."""
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("give at least one result file")
+
+    def run(self) -> int:
+        from avg_llava.reports.paper import write_paper_report
+
+        report = write_paper_report(self.results, self.against, self.output)
+        return self.report(report.as_json(), f"{report.as_text()}\nreport: {report.files[0]}")
+
+
+_COLUMNS = ("benchmark", "metric", "measured", "expected", "questions", "failed", "tokens", "s")
+
+
+def _rows(result: "Result", comparisons: "Mapping[str, Comparison]") -> Iterator[tuple[str, ...]]:
+    """One row per metric: its value in percent or points, and the benchmark's token share and seconds per question."""
+    from avg_llava.evaluation.published import in_table_units
+
+    seconds = result.efficiency.seconds_per_question
+    assert seconds is not None, "measured by every evaluation"
+    for name, metric in result.metrics.items():
+        yield (
+            result.benchmark,
+            metric.label,
+            f"{in_table_units(metric.value, metric.kind, metric.maximum):.1f}",
+            f"{comparisons[name].expected.published:.1f}" if name in comparisons else "",
+            str(result.dataset.num_questions),
+            str(result.num_failed),
+            f"{result.efficiency.token_share:.1%}",
+            f"{seconds.median:.3f}",
+        )

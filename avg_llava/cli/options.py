@@ -1,140 +1,186 @@
-"""What all commands share: how one is declared, and how it answers."""
+"""Base classes of commands, and the types and groups of options that commands share."""
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
     from avg_llava.inference.budget import Budget
     from avg_llava.inference.pipeline import Pipeline
 
-FINE, FAILED, INTERRUPTED = 0, 1, 130
+FINE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+T = TypeVar("T")
 
 
-def add_group(commands: Any, name: str, description: str, example: str) -> Any:
-    """A command that has commands of its own: where to add them."""
-    parser = commands.add_parser(
-        name,
-        help=description,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def parsed_by(parse: Callable[[str], T], metavar: str) -> Any:
+    """Annotation of an option whose one word `parse` converts; its `ValueError` is the message to the user."""
+    return PrimitiveConstructorSpec[T](
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
     )
-    return parser.add_subparsers(title="commands", metavar="<command>", required=True)
 
 
-def add_command(
-    commands: Any, name: str, run: Any, example: str, arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
-) -> None:
-    """A command with its help, an example and `--debug`; the function's docstring is its description."""
-    description = run.__doc__.strip()
-    parser = commands.add_parser(
-        name,
-        help=description,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for flags, options in arguments:
-        parser.add_argument(*flags, **options)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=run)
+def unset(meaning: str) -> Any:
+    """Annotation of an option whose default is None: the help shows `(default: <meaning>)`."""
+    return arg(help_behavior_hint=f"(default: {meaning})")
 
 
-def at_least_one(text: str) -> int:
-    """The type of an argument that counts something."""
+def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+        raise ValueError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-CHECKPOINT = (("--model",), {"required": True, "metavar": "DIR", "help": "checkpoint folder or hub id"})
-DTYPE = (
-    ("--dtype",),
-    {"choices": ["float32", "bfloat16", "float16"], "help": "of weights (default: as in the checkpoint)"},
-)
-STATIC_CACHE = (
-    ("--static-cache",),
-    {"action": "store_true", "help": "write answers with a cache of fixed size; compiles decoding on a GPU"},
-)
-MODEL: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    CHECKPOINT,
-    (("--device",), {"default": "auto", "help": "auto, cpu or cuda (default auto)"}),
-    DTYPE,
-    (
-        ("--quantization",),
-        {"choices": ["8bit", "4bit"], "help": "of the language model's weights, through bitsandbytes"},
-    ),
-    STATIC_CACHE,
-]
-"""Which model answers, and how its weights are held; for :func:`load_pipeline`."""
-
-ANSWERING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (
-        ("--granularity",),
-        {"type": int, "metavar": "N", "help": "visual tokens per crop; without it the router chooses"},
-    ),
-    (
-        ("--token-cost",),
-        {
-            "type": float,
-            "default": 0.0,
-            "metavar": "X",
-            "help": "the router's price in nats per doubling of visual tokens (default 0, the paper)",
-        },
-    ),
-    (
-        ("--max-visual-tokens",),
-        {"type": at_least_one, "metavar": "N", "help": "limit on the visual tokens of all images together"},
-    ),
-    (("--max-new-tokens",), {"type": at_least_one, "default": 128, "metavar": "N", "help": "longest answer (128)"}),
-]
-"""How answers are found; for :func:`budget_of`."""
-
-JSON = (("--json",), {"action": "store_true", "help": "print JSON for a program to read"})
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
 
 
-def tell(arguments: argparse.Namespace, facts: Any, text: str) -> None:
-    """Prints a command's result: JSON where it was asked for, else text."""
-    print(json.dumps(facts, indent=2) if arguments.json else text)
+COUNT = parsed_by(_at_least_one, "N")
+NUMBER = parsed_by(float, "X")
+Count = Annotated[int, COUNT]
+TokenCost = Annotated[float, NUMBER]
+Port = Annotated[int, parsed_by(_port, "N")]
+DType = Literal["float32", "bfloat16", "float16"]
+Checkpoint = Annotated[str, arg(metavar="DIR")]
+OptionalDType = Annotated[DType | None, unset("that of the checkpoint")]
+NumWorkers = Annotated[int | None, COUNT, unset("one per GPU or, without GPUs, per core")]
 
 
-def load_pipeline(arguments: argparse.Namespace) -> "Pipeline":
-    """Loads the model that the arguments `MODEL` name."""
-    from avg_llava.inference.pipeline import Pipeline
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command: its fields are the options, and their docstrings the help texts."""
 
-    hide_bars_from_files()
-    device = pick_device(arguments.device)
-    return Pipeline.load(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=device,
-        quantization=arguments.quantization,
-        static_cache=arguments.static_cache,
-    )
+    example: ClassVar[str]
 
+    debug: bool = False
+    """Show the traceback of an error, and the warnings of libraries."""
 
-def budget_of(arguments: argparse.Namespace) -> "Budget":
-    """How levels are found, as a user said by `ANSWERING`."""
-    from avg_llava.inference.budget import Budget
+    @abstractmethod
+    def run(self) -> int:
+        """Runs the command.
 
-    return Budget(arguments.granularity, arguments.token_cost, arguments.max_visual_tokens)
+        Returns:
+            The exit code.
+        """
 
-
-def hide_bars_from_files() -> None:
-    """Progress bars of loading are for people: where errors go to a file or a program, one line stays one line."""
-    from transformers.utils.logging import disable_progress_bar
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    @classmethod
+    def epilog(cls) -> str:
+        """Text after the list of options."""
+        return f"example:\n  {cls.example}"
 
 
-def pick_device(name: str) -> str:
-    """The device that a user's choice means."""
+CommandT = TypeVar("CommandT", bound=type[Command])
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def command(example: str) -> Callable[[CommandT], CommandT]:
+    """Decorates a class of options: makes it a frozen dataclass, with an example of its use for the help."""
+
+    def decorate(cls: CommandT) -> CommandT:
+        cls.example = example
+        dataclass(frozen=True, kw_only=True)(cls)
+        return cls
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportingCommand(Command):
+    """A command with a result that programs may read."""
+
+    json: bool = False
+    """Print JSON for a program to read."""
+
+    def report(self, facts: Any, text: str, failed: bool = False) -> int:
+        """Prints the facts as JSON if requested, else the text, and returns the exit code."""
+        print(json.dumps(facts, indent=2) if self.json else text)
+        return FAILED if failed else FINE
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command that consists of further commands."""
+
+    description: str
+    example: str
+    commands: dict[str, "type[Command] | Group"]
+
+    def epilog(self) -> str:
+        """Text after the list of commands."""
+        return f"example:\n  {self.example}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model that answers, and how its weights are held."""
+
+    model: Checkpoint
+    """Checkpoint folder or hub id."""
+    device: str = "auto"
+    """Device: auto, cpu or cuda."""
+    dtype: OptionalDType = None
+    """Data type of the weights."""
+    quantization: Annotated[Literal["8bit", "4bit"] | None, unset("none")] = None
+    """Quantization of the language model's weights by bitsandbytes."""
+    static_cache: bool = False
+    """Use a KV cache of fixed size for decoding, which is compiled on a GPU."""
+
+    def load(self) -> "Pipeline":
+        """Loads model and processor."""
+        from avg_llava.inference.pipeline import Pipeline
+
+        return Pipeline.load(
+            self.model,
+            dtype=self.dtype,
+            device=_pick_device(self.device),
+            quantization=self.quantization,
+            static_cache=self.static_cache,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Granularity and length of answers."""
+
+    granularity: Annotated[int | None, COUNT, unset("chosen by the router")] = None
+    """Visual tokens per crop."""
+    token_cost: TokenCost = 0.0
+    """The router's price in nats per doubling of visual tokens; 0 is the paper."""
+    max_visual_tokens: Annotated[int | None, COUNT, unset("no limit")] = None
+    """Maximum number of visual tokens of all images together."""
+    max_new_tokens: Count = 128
+    """Maximum number of generated tokens."""
+
+    def budget(self) -> "Budget":
+        """The constraints on the granularity."""
+        from avg_llava.inference.budget import Budget
+
+        return Budget(self.granularity, self.token_cost, self.max_visual_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """Address of a server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on: 127.0.0.1 is reachable from this machine only, 0.0.0.0 from the network."""
+    port: Port
+    """Port to listen on; 0 picks a free one."""
+
+
+def _pick_device(name: str) -> str:
     import torch
 
     if name == "auto":

@@ -6,13 +6,15 @@ nearest known one, a value of the wrong type with the type that was expected.
 
 import dataclasses
 import difflib
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import yaml
 
 ConfigT = TypeVar("ConfigT")
@@ -216,6 +218,28 @@ def _convert_scalar(expected: Any, value: Any, key: str) -> Any:
     raise AssertionError(f"{key}: fields of type {expected} are not supported")
 
 
+def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
+    """Lines of help, at most `width` wide, on every key of a configuration: path, type, default and docstring."""
+    hints = typing.get_type_hints(cls)
+    docs = {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
+    for field in dataclasses.fields(cls):
+        key, expected = _join(prefix, field.name), hints[field.name]
+        choices: tuple[Any, ...] = (expected, *typing.get_args(expected))
+        sections = [choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
+        doc = docs.get(field.name) or (sections[0].__doc__ if sections else None) or ""
+        yield f"  {key}: {_type_name(expected)}{_default_text(field)}"
+        yield from textwrap.wrap(" ".join(doc.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for section in sections:
+            yield from describe(section, width, f"{key}[]" if typing.get_origin(expected) is tuple else key)
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    if default is dataclasses.MISSING:
+        return "" if field.default_factory is dataclasses.MISSING else " = {}"
+    return f" = {yaml.safe_dump(default, default_flow_style=True).splitlines()[0]}"
+
+
 def _set_dotted(values: dict[str, Any], key: str, value: RawValue) -> None:
     *sections, name = key.split(".")
     node = values
@@ -245,3 +269,18 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+def _type_name(expected: Any) -> str:
+    origin, choices = typing.get_origin(expected), typing.get_args(expected)
+    if origin is typing.Literal:
+        return "|".join(map(str, choices))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_type_name(choice) for choice in choices)
+    if origin is tuple:
+        return f"[{_type_name(choices[0])}, ...]"
+    if origin is dict:
+        return f"{{{_type_name(choices[0])}: {_type_name(choices[1])}}}"
+    if dataclasses.is_dataclass(expected):
+        return "section"
+    return "null" if expected is type(None) else expected.__name__

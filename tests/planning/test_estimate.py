@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from avg_llava import AvgLlavaForConditionalGeneration, cli, load_model
 from avg_llava.bench.presets import PRESETS
 from avg_llava.bench.training import make_batch, sample_shapes
 from avg_llava.checkpoints.loading import load_model_config
-from avg_llava.cli.estimate import GPU_NAMES, ZERO_NAMES
+from avg_llava.cli.training import Gpu, Zero
 from avg_llava.common.machine import GPUS
 from avg_llava.common.settings import ConfigError
 from avg_llava.model.anyres import num_visual_tokens
@@ -142,8 +143,8 @@ def test_a_start_that_nothing_describes(tmp_path):
 
 
 def test_names_of_the_command_line():
-    assert tuple(GPUS) == GPU_NAMES
-    assert tuple(sharding.name for sharding in SHARDINGS) == ZERO_NAMES
+    assert tuple(GPUS) == get_args(Gpu)
+    assert tuple(sharding.name for sharding in SHARDINGS) == get_args(Zero)
 
 
 @pytest.mark.parametrize(

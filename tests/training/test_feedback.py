@@ -249,7 +249,7 @@ def test_command(root, store, tmp_path, capsys):
     assert "17 samples" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main([*command, "--num-processes", "0"])
-    assert "is no number of at least 1" in capsys.readouterr().err
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_only_stage_4_has_feedback(root, tmp_path):
