@@ -6,7 +6,6 @@ collective. `docs/watching.md` explains the metrics.
 Shapes: B samples, K images with a chosen level, S sources, G levels coarse to fine.
 """
 
-import json
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import known_peak, peak_memory
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.data.sampler import MicroBatches
@@ -302,7 +302,7 @@ class RunFiles(TrainerCallback):
     """Writes `log_history.jsonl`, passes the epoch to the sampler, and skips the checkpoint of the last step."""
 
     def __init__(self, output_dir: Path, sampler: MicroBatches):
-        self.path = output_dir / LOG_NAME
+        self.log = JsonLines(output_dir / LOG_NAME)
         self.sampler = sampler
 
     def on_train_begin(
@@ -310,9 +310,8 @@ class RunFiles(TrainerCallback):
     ) -> None:
         """Start the log with the lines up to the resumed checkpoint; lines of steps to be repeated are dropped."""
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            self.path.write_text("".join(lines), encoding="utf-8")
+            self.log.path.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write(state.log_history)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -335,8 +334,7 @@ class RunFiles(TrainerCallback):
     ) -> None:
         """Append a line."""
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
+            self.log.append([{**(logs or {}), "step": state.global_step}])
 
 
 class ProgressBar(ProgressCallback):
