@@ -35,6 +35,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def encode_json(value: Any, **options: Any) -> bytes:
+    """UTF-8 of a value's JSON text; a lone surrogate, e.g. of a path that is not UTF-8, becomes its JSON escape.
+
+    Args:
+        value: Any value that `json` accepts.
+        options: Further arguments of `json.dumps`.
+    """
+    # Surrogates occur only inside strings, where Python's escape of one is also JSON's.
+    return json.dumps(value, **options).encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, content: Any, concurrent: bool = False, indent: int = 2, **options: Any) -> None:
     """Writes a value as an indented JSON file that ends in a newline, atomically.
 
@@ -45,9 +56,9 @@ def write_json(path: Path, content: Any, concurrent: bool = False, indent: int =
         indent: Spaces per level.
         options: Further arguments of `json.dumps`.
     """
-    text = json.dumps(content, indent=indent, **options)
+    text = encode_json(content, indent=indent, **options)
     with atomic_write(path, concurrent) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(text + b"\n")
 
 
 def hash_bytes(content: bytes) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from avg_llava.common.files import write_bytes, write_json
+from avg_llava.common.files import encode_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ class JsonLines:
 
     def write(self, values: Iterable[Any]) -> None:
         """Replaces the file by one line per value, atomically."""
-        write_bytes(self.path, "".join(map(_to_line, values)).encode())
+        write_bytes(self.path, b"".join(map(_to_line, values)))
 
     def append(self, values: Iterable[Any]) -> None:
         """Appends one line per value; they are in the file when the call returns."""
-        text = "".join(map(_to_line, values))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        lines = b"".join(map(_to_line, values))
+        with self.path.open("ab") as file:
+            file.write(lines)
 
 
-def _to_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _to_line(value: Any) -> bytes:
+    return encode_json(value, ensure_ascii=False) + b"\n"
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:

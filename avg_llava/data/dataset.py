@@ -421,7 +421,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 def _check_inside(path: Path, root: Path) -> None:
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(root.resolve())
+    except UnicodeEncodeError as error:
+        raise DataError(f"image path {str(path)!r} holds half a character pair ({error.reason})") from error
+    if not is_inside:
         raise OutsideRootError(
             f"{path} leads out of the image root {root} through a link; copy the image, or set follow_links for the "
             "source"

@@ -51,6 +51,8 @@ def test_contents(tmp_path):
     assert (tmp_path / "b").read_text() == '{\n  "\\u00fc": [\n    1\n  ]\n}\n'
     write_json(tmp_path / "b", ["ü"], indent=1, ensure_ascii=False)
     assert (tmp_path / "b").read_text("utf-8") == '[\n "ü"\n]\n'
+    write_json(tmp_path / "b", "ü\udcff\ud800", ensure_ascii=False)
+    assert json.loads((tmp_path / "b").read_text("utf-8")) == "ü\udcff\ud800"
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "b", float("nan"), allow_nan=False)
     assert names(tmp_path) == ["a", "b"]

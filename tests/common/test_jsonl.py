@@ -4,7 +4,7 @@ import pytest
 
 from avg_llava.common.jsonl import JsonLines, open_folder
 
-ODD = {"id": "ü", "text": "a\u2028b\x85c\r\nd"}
+ODD = {"id": "ü", "text": "a\u2028b\x85c\r\nd", "path": "\udcff.png"}
 
 
 def test_values_are_read_as_appended(tmp_path):

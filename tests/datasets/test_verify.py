@@ -180,6 +180,14 @@ def test_a_killed_verification_continues(folder, make, tmp_path, monkeypatch):
     assert verify(make(path), 1, output).sources[0].problems == {"missing": 4}
 
 
+def test_image_paths_that_are_not_unicode(folder, make, tmp_path):
+    path = write_records(folder, record("bad", "<image>\nWhat?", "A car.", "\ud800.png"))
+    found = verify(make(path), 1, tmp_path / "skip.json")
+    (records,) = read_skip_list(tmp_path / "skip.json").files.values()
+    assert "half a character pair" in records.skip[0]
+    assert found.num_skipped == 1
+
+
 def test_findings_of_other_data_are_dropped(folder, make, tmp_path):
     output = tmp_path / "skip.json"
     path = write_records(folder, record("good", "<image>\nWhat?", "A car.", WIDE))
