@@ -1,171 +1,226 @@
-"""The figures of the mini world's report, and what all figures share. Rows are those of `report.json`."""
+"""The paper's figures from result files: levels per benchmark, score against time and tokens, the price's curve."""
 
-import io
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-Row = Mapping[str, Any]
-FileType = Literal["png", "svg"]
+from avg_llava.evaluation.benchmarks import BENCHMARKS
+from avg_llava.evaluation.published import in_table_units
+from avg_llava.evaluation.results import Result
+from avg_llava.evaluation.statistics import Metric, bootstrap_interval
+from avg_llava.reports.mini_figures import BLUE, GREEN, GREY, ORANGE, PURPLE, grid, stack_levels, tidy
+from avg_llava.reports.series import Series, SeriesResults
 
-BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#805ad5"
+_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
+_PANEL = (3.1, 2.6)
 
-
-def encode(figure: Figure, file_type: FileType) -> bytes:
-    """The figure as the content of a file; the same figure gives the same bytes."""
-    FigureCanvasAgg(figure)  # no display, no global state of pyplot
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "avg-llava"}):
-        figure.savefig(buffer, format=file_type, dpi=130, metadata={"Date": None} if file_type == "svg" else None)
-    return buffer.getvalue()
+Panels = Mapping[tuple[str, str], Mapping[Series, Result]]
 
 
-def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, and the panels; unused places of the last line stay empty."""
-    columns = min(columns, count)
-    lines = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
-    for empty in panels[count:]:
-        empty.set_axis_off()
-    return figure, panels[:count]
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    value: float
+    low: float
+    high: float
 
 
-def tidy(axes: Axes) -> None:
-    """A light grid, and no frame on the sides that carry no numbers."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-
-
-def stack_levels(axes: Axes, bars: Sequence[Mapping[str, float]], levels: Sequence[str]) -> None:
-    """A horizontal bar for each mapping level -> share, its levels from light (coarse) to dark (fine)."""
-    left = np.zeros(len(bars))
-    for level, step in zip(levels, np.linspace(0, 1, len(levels)), strict=True):
-        share = np.array([shares.get(level, 0.0) for shares in bars])
-        color = (0.86 - 0.7 * step, 0.91 - 0.5 * step, 0.97 - 0.3 * step)
-        axes.barh(range(len(bars)), share, left=left, color=color, label=level, height=0.74)
-        left += share
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def _value(row: Row, group: str, name: str | None) -> tuple[float, float]:
-    """(visual tokens, accuracy) of a row: overall, or of one family or kind."""
-    if name is None:
-        return row["mean_visual_tokens"], row["accuracy"]
-    tokens = {"families": "family_tokens", "kinds": "kind_tokens"}[group]
-    return row[tokens][name], row[group][name]
-
-
-def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str | None = None) -> None:
-    """Accuracy against visual tokens for all rows: fixed levels and the router's curve as lines, others as marks."""
-    rows = report["rows"]
-
-    def points(chosen: Sequence[Row]) -> tuple[list[float], list[float]]:
-        pairs = [_value(row, group, name) for row in chosen]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-    fixed = [row for row in rows if row["name"].startswith("fixed-")]
-    routers = [row for row in rows if row["token_cost"] is not None]
-    axes.plot(*points(fixed), "o-", color=GREY, markersize=5, label="fixed level")
-    axes.plot(*points(routers), ".-", color=BLUE, markersize=6, linewidth=1.2, label="router, rising token cost")
-    marks = {
-        "router": ("^", BLUE, "router, token cost 0"),
-        "random": ("X", ORANGE, "random"),
-        "random@router-tokens": ("P", ORANGE, "random at the router's tokens"),
-        "llava-next": ("s", PURPLE, "LLaVA-NeXT (stage 2)"),
-        "oracle": ("*", GREEN, "oracle"),
+def draw_charts(grouped: SeriesResults) -> dict[str, Figure]:
+    """Name -> figure, of all for which there are results."""
+    drawn = {
+        "routing": draw_routing(grouped),
+        "time": draw_scores(grouped, "seconds per question (median)", _seconds),
+        "tokens": draw_scores(grouped, "visual tokens per question (mean)", _tokens),
+        "token_cost": draw_curve(grouped),
     }
-    for row in rows:
-        if row["name"] in marks:
-            marker, color, label = marks[row["name"]]
-            axes.plot(*points([row]), marker, color=color, markersize=9, linestyle="none", label=label, alpha=0.9)
-        if row["token_cost"] == report["token_cost"]:
-            label = f"router, token cost {row['token_cost']:g} (judged)"
-            axes.plot(*points([row]), "o", color=BLUE, markersize=12, fillstyle="none", markeredgewidth=2, label=label)
-    ticks = sorted({round(tokens) for tokens in points(fixed)[0]})
-    axes.set_xscale("log", base=2)
-    axes.margins(x=0.08)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(-0.03, 1.05)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    tidy(axes)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def draw_accuracy(report: Mapping[str, Any]) -> Figure:
-    """Accuracy against visual tokens, over all questions and for each kind of family."""
-    kinds = list(report["rows"][0]["kinds"])
-    figure, panels = grid(1 + len(kinds), 2, 5.4, 3.7)
-    _trade_off(panels[0], report)
-    panels[0].set_title("all questions")
-    for axes, kind in zip(panels[1:], kinds, strict=True):
-        _trade_off(axes, report, "kinds", kind)
-        axes.set_title(f"{kind} families")
-    figure.supxlabel("visual tokens per question")
-    figure.supylabel("accuracy")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+def draw_routing(grouped: SeriesResults) -> Figure | None:
+    """Share of images at each level, a bar per benchmark, a panel per series in which the router chose (figure 5)."""
+    shown = {
+        series: {name: entry.result.routing.levels for name, entry in results.items() if entry.result.routing.levels}
+        for series, results in grouped.items()
+        if series.is_routed
+    }
+    shown = {series: bars for series, bars in shown.items() if bars}
+    if not shown:
+        return None
+    num_bars = max(map(len, shown.values()))
+    height = 0.3 * num_bars + 1.6
+    figure, panels = grid(len(shown), 2, 5.2, height)
+    for axes, (series, bars) in zip(panels, shown.items(), strict=True):
+        stack_levels(axes, list(bars.values()), list(map(str, series.granularities)))
+        axes.set_yticks(range(len(bars)), [BENCHMARKS[name].title for name in bars])
+        axes.set_ylim(num_bars - 0.5, -0.5)  # bars are as thick in every panel; the first is at the top
+        axes.set_xlabel("share of images", fontsize=9)
+        axes.set_title(", ".join(series.labels), fontsize=9)
+        axes.legend(
+            title="visual tokens per crop",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.6 / (height - 1.2)),
+            ncols=len(series.granularities),
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
     return figure
 
 
-def draw_families(report: Mapping[str, Any]) -> Figure:
-    """Accuracy against visual tokens, a small panel per question family."""
-    figure, panels = grid(len(report["families"]), 4, 2.9, 2.5)
-    for axes, (family, kind) in zip(panels, report["families"].items(), strict=True):
-        _trade_off(axes, report, "families", family)
-        axes.set_title(f"{family} ({kind})", fontsize=10)
-        axes.tick_params(labelsize=8)
-    figure.supxlabel("visual tokens per question")
-    figure.supylabel("accuracy")
-    return figure
+def _seconds(result: Result) -> float | None:
+    spread = result.efficiency.seconds_per_question
+    return None if spread is None else spread.median
 
 
-def draw_routing(report: Mapping[str, Any]) -> Figure:
-    """Share of each level per question family, at token cost 0 and at the one that is judged."""
-    shown = [row for row in report["rows"] if row["token_cost"] in (0, report["token_cost"])]
-    shown += [row for row in report["rows"] if row["name"] == "oracle"]
-    families = list(report["families"])
-    levels = [str(level) for level in report["granularities"]]
-    figure = Figure(figsize=(4.0 * len(shown) + 1.2, 0.34 * len(families) + 1.6), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-    for axes, row in zip(panels, shown, strict=True):
-        stack_levels(axes, [row["family_levels"][family] for family in families], levels)
-        axes.set_title(row["name"], fontsize=11)
-    panels[0].set_yticks(range(len(families)), [f"{family} ({report['families'][family]})" for family in families])
-    panels[0].invert_yaxis()  # scene families at the top
-    handles, labels = panels[0].get_legend_handles_labels()
+def _tokens(result: Result) -> float:
+    return result.efficiency.mean_visual_tokens
+
+
+def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], float | None]) -> Figure | None:
+    """Headline score with its interval against a cost, a panel per benchmark and protocol.
+
+    Args:
+        grouped: The results.
+        label: Of the cost's axis.
+        read: The cost of a result; None where it was not measured.
+    """
+    panels = {
+        key: {series: result for series, result in results.items() if read(result) is not None}
+        for key, results in _by_benchmark(grouped).items()
+    }
+    panels = {key: results for key, results in panels.items() if len(results) > 1}  # one point shows no trade-off
+    if not panels:
+        return None
+    colors = _model_colors(grouped)
+    figure, places = grid(len(panels), 4, *_PANEL)
+    legend: dict[str, Any] = {}
+    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+        for model in dict.fromkeys(series.model for series in results):
+            mine = {series: result for series, result in results.items() if series.model == model}
+            for name, handle in _draw_model(axes, model, mine, colors[model], read).items():
+                legend.setdefault(name, handle)
+        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        if label.startswith("visual"):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel(label, fontsize=9)
     figure.legend(
-        handles, labels, title="visual tokens per crop", loc="outside lower center", ncols=len(labels), frameon=False
+        list(legend.values()),
+        list(legend),
+        loc="outside upper center",
+        ncols=_legend_columns(len(legend), len(panels)),
+        frameon=False,
+        fontsize=8,
     )
     return figure
 
 
-def draw_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Training loss against the optimiser's step, a panel per stage: each logged value, and a running mean."""
-    figure, panels = grid(len(histories), 2, 5.4, 2.6)
-    for axes, (stage, history) in zip(panels, histories.items(), strict=True):
-        logged = [(line["step"], line["loss"]) for line in history if "loss" in line and "step" in line]
-        axes.set_title(stage)
-        tidy(axes)
-        if not logged:
-            continue
-        steps, losses = (np.array(column, dtype=float) for column in zip(*logged, strict=True))
-        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
-        window = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        middle = (window - 1) // 2  # the mean stands in the middle of its window, so that it does not lag
-        axes.plot(steps[middle : middle + len(smooth)], smooth, color=BLUE, linewidth=1.6)
-        axes.set_ylim(bottom=0)
-    figure.supxlabel("step")
-    figure.supylabel("loss")
+def _draw_model(
+    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, read: Callable[[Result], float | None]
+) -> dict[str, Any]:
+    """One model's points: fixed levels and the router's prices joined by lines, chance as a mark. Label -> handle."""
+    groups: dict[str, dict[Series, Result]] = {}
+    for series, result in results.items():
+        name = "fixed level" if isinstance(series.granularity, int) else "router" if series.is_routed else "random"
+        groups.setdefault(name, {})[series] = result
+    handles = {}
+    for name, members in groups.items():
+        points = sorted((_point(result, read) for result in members.values()), key=lambda point: point.x)
+        handles[f"{model}, {name}"] = axes.errorbar(
+            [point.x for point in points],
+            [point.value for point in points],
+            yerr=[
+                [point.value - point.low for point in points],
+                [point.high - point.value for point in points],
+            ],
+            fmt={"fixed level": "o-", "router": "^-", "random": "X"}[name],
+            color={"fixed level": GREY, "router": BLUE, "random": ORANGE}[name] if color is None else color,
+            alpha=0.9 if name != "fixed level" else 0.6,
+            markersize=7 if name != "fixed level" else 4.5,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=1.5,
+            zorder=3 if name == "router" else 2,
+        )
+    return handles
+
+
+def _point(result: Result, read: Callable[[Result], float | None]) -> _Point:
+    metric = result.headline
+    x = read(result)
+    assert x is not None
+    low, high = bootstrap_interval(metric.kind, metric.units)
+    return _Point(x, *(in_table_units(value, metric.kind, metric.maximum) for value in (metric.value, low, high)))
+
+
+def draw_curve(grouped: SeriesResults) -> Figure | None:
+    """Headline score against the share of tokens as the router's price rises, a panel per benchmark and protocol."""
+    panels = {
+        key: {series: result for series, result in results.items() if result.routing.curve}
+        for key, results in _by_benchmark(grouped).items()
+    }
+    panels = {key: results for key, results in panels.items() if results}
+    if not panels:
+        return None
+    colors = _model_colors(grouped)
+    figure, places = grid(len(panels), 4, *_PANEL)
+    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+        for series, result in results.items():
+            metric, curve = result.headline, sorted(result.routing.curve or (), key=lambda point: point.token_cost)
+            shares = [point.token_share for point in curve]
+            values = [in_table_units(point.value, metric.kind, metric.maximum) for point in curve]
+            axes.plot(shares, values, "o-", color=colors[series.model] or BLUE, markersize=4, label=series.model)
+            for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # the prices: first, middle, last
+                axes.annotate(
+                    f"{curve[index].token_cost:g}",
+                    (shares[index], values[index]),
+                    xytext=(5, -7),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        axes.set_xlim(0, 1.08)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.supxlabel("share of the finest level's visual tokens\n(small figures: token cost)", fontsize=9)
+    if len(colors) > 1:
+        handles, labels = places[0].get_legend_handles_labels()
+        num_columns = _legend_columns(len(labels), len(panels))
+        figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False, fontsize=8)
     return figure
+
+
+def _legend_columns(num_entries: int, num_panels: int) -> int:
+    """As many as fit above the panels."""
+    return min(4, num_entries, num_panels)
+
+
+def _by_benchmark(grouped: SeriesResults) -> Panels:
+    panels: dict[tuple[str, str], dict[Series, Result]] = {}
+    for series, results in grouped.items():
+        for benchmark, entry in results.items():
+            panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
+    names = list(BENCHMARKS)
+    return dict(sorted(panels.items(), key=lambda item: (item[0][1], names.index(item[0][0]))))
+
+
+def _model_colors(grouped: SeriesResults) -> dict[str, str | None]:
+    """A colour per model; none where there is one model, so that colours can tell its choosers apart."""
+    models = dict.fromkeys(series.model for series in grouped)
+    if len(models) == 1:
+        return dict.fromkeys(models)
+    return {model: _COLORS[index % len(_COLORS)] for index, model in enumerate(models)}
+
+
+def _finish(axes: Axes, benchmark: str, protocol: str, metric: Metric) -> None:
+    tidy(axes)
+    axes.set_title(f"{BENCHMARKS[benchmark].title} ({protocol})", fontsize=9)
+    axes.set_ylabel(metric.label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.12, y=0.15)

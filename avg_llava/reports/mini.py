@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from avg_llava.common.files import write_json
 from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.results import ResultError
-from avg_llava.reports import figures
+from avg_llava.reports import mini_figures as figures
 from avg_llava.reports.rendering import html_table, page, picture
 
 Report = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 from avg_llava.evaluation.published import load_published, score_columns
 from avg_llava.evaluation.results import ResultError, parse_result, read_json
 from avg_llava.reports import mini, tables
-from avg_llava.reports.charts import draw_charts
-from avg_llava.reports.figures import FileType, encode
+from avg_llava.reports.figures import draw_charts
+from avg_llava.reports.mini_figures import FileType, encode
 from avg_llava.reports.rendering import Table, page, picture, to_html, to_latex, to_markdown
 from avg_llava.reports.series import Measured, SeriesResults, group
 

@@ -12,7 +12,7 @@ from avg_llava import cli
 from avg_llava.evaluation.published import load_published
 from avg_llava.evaluation.results import ResultError, parse_result
 from avg_llava.evaluation.statistics import paired_test
-from avg_llava.reports import charts, tables
+from avg_llava.reports import figures, tables
 from avg_llava.reports.series import Measured, group
 from tests.reports.fixture_results import LEVELS, make_result, write, write_all
 
@@ -259,7 +259,7 @@ class TestComparison:
 
 class TestCharts:
     def test_bars_add_up_and_are_in_the_benchmarks_order(self):
-        figure = charts.draw_routing(grouped(make_result("mmmu"), make_result("gqa")))
+        figure = figures.draw_routing(grouped(make_result("mmmu"), make_result("gqa")))
         (axes,) = [axes for axes in figure.axes if axes.axison]
         assert [label.get_text() for label in axes.get_yticklabels()] == ["GQA", "MMMU"]
         widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
@@ -268,7 +268,7 @@ class TestCharts:
 
     def test_points_are_the_results(self):
         contents = [make_result("gqa", granularity=level) for level in LEVELS] + [make_result("gqa")]
-        drawn = charts.draw_charts(grouped(*contents))
+        drawn = figures.draw_charts(grouped(*contents))
         assert set(drawn) == {"routing", "time", "tokens"}
         for name, read in (
             ("tokens", lambda content: content["efficiency"]["mean_visual_tokens"]),
@@ -285,11 +285,11 @@ class TestCharts:
             for level in (36, 576)
             for protocol in ("current", "paper")
         ]
-        figure = charts.draw_charts(grouped(*contents))["tokens"]
+        figure = figures.draw_charts(grouped(*contents))["tokens"]
         assert [axes.get_title() for axes in figure.axes if axes.axison] == ["GQA (current)", "GQA (paper)"]
 
     def test_curve(self):
-        figure = charts.draw_curve(grouped(make_result("gqa", granularity="all", routing__curve=CURVE[::-1])))
+        figure = figures.draw_curve(grouped(make_result("gqa", granularity="all", routing__curve=CURVE[::-1])))
         (line,) = figure.axes[0].lines
         np.testing.assert_allclose(np.stack(line.get_data()).T, [[1, 70], [1 / 1.5, 65], [0.5, 60]])
         assert [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5", "1"]
