@@ -125,7 +125,7 @@ class Report(ReportingCommand):
         from avg_llava.reports.paper import write_paper_report
 
         report = write_paper_report(self.results, self.against, self.output)
-        return self.report(report.as_json(), f"{report.as_text()}\nreport: {report.files[0]}")
+        return self.report(report.to_json(), f"{report.to_text()}\nreport: {report.files[0]}")
 
 
 _COLUMNS = ("benchmark", "metric", "measured", "expected", "questions", "failed", "tokens", "s")

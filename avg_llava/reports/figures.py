@@ -1,10 +1,18 @@
-"""The paper's figures from result files: levels per benchmark, score against time and tokens, the price's curve."""
+"""Figures of the paper from result files: routing per benchmark, score against time and tokens, price curve.
 
-from collections.abc import Callable, Mapping
+The helpers at the head are shared with the mini world's figures.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
@@ -12,25 +20,79 @@ from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import in_table_units
 from avg_llava.evaluation.results import Result
 from avg_llava.evaluation.statistics import Metric, bootstrap_interval
-from avg_llava.reports.mini_figures import BLUE, GREEN, GREY, ORANGE, PURPLE, grid, stack_levels, tidy
 from avg_llava.reports.series import Series, SeriesResults
 
+FileType = Literal["png", "svg"]
+
+BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#805ad5"
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _PANEL = (3.1, 2.6)
 
 Panels = Mapping[tuple[str, str], Mapping[Series, Result]]
 
 
+def encode_figure(figure: Figure, file_type: FileType) -> bytes:
+    """Renders a figure as the content of a file; the same figure gives the same bytes."""
+    FigureCanvasAgg(figure)  # no display, no global state of pyplot
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "avg-llava"}):
+        figure.savefig(buffer, format=file_type, dpi=130, metadata={"Date": None} if file_type == "svg" else None)
+    return buffer.getvalue()
+
+
+def make_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Creates a figure with `count` panels; the rest of the last row is empty.
+
+    Args:
+        count: Number of panels.
+        columns: Largest number of panels in a row.
+        width: Width of a panel in inches.
+        height: Height of a panel in inches.
+    """
+    columns = min(columns, count)
+    num_rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * num_rows + 0.5), layout="constrained")
+    panels = figure.subplots(num_rows, columns, squeeze=False).flatten().tolist()
+    for empty in panels[count:]:
+        empty.set_axis_off()
+    return figure, panels[:count]
+
+
+def style_axes(axes: Axes) -> None:
+    """Draws a light grid and removes the frame at the top and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def stack_levels(axes: Axes, bars: Sequence[Mapping[str, float]], levels: Sequence[str]) -> None:
+    """Draws one horizontal bar per mapping level -> share, from light (coarse) to dark (fine)."""
+    left = np.zeros(len(bars))
+    for level, step in zip(levels, np.linspace(0, 1, len(levels)), strict=True):
+        share = np.array([shares.get(level, 0.0) for shares in bars])
+        color = (0.86 - 0.7 * step, 0.91 - 0.5 * step, 0.97 - 0.3 * step)
+        axes.barh(range(len(bars)), share, left=left, color=color, label=level, height=0.74)
+        left += share
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+# ---- figures of results -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class _Point:
+    """A score with its confidence interval at a cost `x`."""
+
     x: float
     value: float
     low: float
     high: float
 
 
-def draw_charts(grouped: SeriesResults) -> dict[str, Figure]:
-    """Name -> figure, of all for which there are results."""
+def draw_figures(grouped: SeriesResults) -> dict[str, Figure]:
+    """Draws all figures for which there are results: name -> figure."""
     drawn = {
         "routing": draw_routing(grouped),
         "time": draw_scores(grouped, "seconds per question (median)", _seconds),
@@ -41,7 +103,7 @@ def draw_charts(grouped: SeriesResults) -> dict[str, Figure]:
 
 
 def draw_routing(grouped: SeriesResults) -> Figure | None:
-    """Share of images at each level, a bar per benchmark, a panel per series in which the router chose (figure 5)."""
+    """Draws the share of images at each level (figure 5): a bar per benchmark, a panel per routed series."""
     shown = {
         series: {name: entry.result.routing.levels for name, entry in results.items() if entry.result.routing.levels}
         for series, results in grouped.items()
@@ -52,11 +114,11 @@ def draw_routing(grouped: SeriesResults) -> Figure | None:
         return None
     num_bars = max(map(len, shown.values()))
     height = 0.3 * num_bars + 1.6
-    figure, panels = grid(len(shown), 2, 5.2, height)
+    figure, panels = make_grid(len(shown), 2, 5.2, height)
     for axes, (series, bars) in zip(panels, shown.items(), strict=True):
         stack_levels(axes, list(bars.values()), list(map(str, series.granularities)))
         axes.set_yticks(range(len(bars)), [BENCHMARKS[name].title for name in bars])
-        axes.set_ylim(num_bars - 0.5, -0.5)  # bars are as thick in every panel; the first is at the top
+        axes.set_ylim(num_bars - 0.5, -0.5)  # equally thick bars in every panel, the first at the top
         axes.set_xlabel("share of images", fontsize=9)
         axes.set_title(", ".join(series.labels), fontsize=9)
         axes.legend(
@@ -81,29 +143,29 @@ def _tokens(result: Result) -> float:
 
 
 def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], float | None]) -> Figure | None:
-    """Headline score with its interval against a cost, a panel per benchmark and protocol.
+    """Draws the headline score with its interval against a cost, a panel per benchmark and protocol.
 
     Args:
         grouped: The results.
-        label: Of the cost's axis.
-        read: The cost of a result; None where it was not measured.
+        label: Label of the cost's axis.
+        read: Returns the cost of a result, or None if it was not measured.
     """
     panels = {
         key: {series: result for series, result in results.items() if read(result) is not None}
         for key, results in _by_benchmark(grouped).items()
     }
-    panels = {key: results for key, results in panels.items() if len(results) > 1}  # one point shows no trade-off
+    panels = {key: results for key, results in panels.items() if len(results) > 1}  # a single point shows no trade-off
     if not panels:
         return None
     colors = _model_colors(grouped)
-    figure, places = grid(len(panels), 4, *_PANEL)
+    figure, grid = make_grid(len(panels), 4, *_PANEL)
     legend: dict[str, Any] = {}
-    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+    for axes, ((benchmark, protocol), results) in zip(grid, panels.items(), strict=True):
         for model in dict.fromkeys(series.model for series in results):
-            mine = {series: result for series, result in results.items() if series.model == model}
-            for name, handle in _draw_model(axes, model, mine, colors[model], read).items():
+            of_model = {series: result for series, result in results.items() if series.model == model}
+            for name, handle in _draw_model(axes, model, of_model, colors[model], read).items():
                 legend.setdefault(name, handle)
-        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        _label(axes, benchmark, protocol, next(iter(results.values())).headline)
         if label.startswith("visual"):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")
@@ -125,7 +187,11 @@ def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], flo
 def _draw_model(
     axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, read: Callable[[Result], float | None]
 ) -> dict[str, Any]:
-    """One model's points: fixed levels and the router's prices joined by lines, chance as a mark. Label -> handle."""
+    """Draws one model: fixed levels and the router's prices joined by lines, random levels as a mark.
+
+    Returns:
+        Label -> handle for the legend.
+    """
     groups: dict[str, dict[Series, Result]] = {}
     for series, result in results.items():
         name = "fixed level" if isinstance(series.granularity, int) else "router" if series.is_routed else "random"
@@ -161,7 +227,7 @@ def _point(result: Result, read: Callable[[Result], float | None]) -> _Point:
 
 
 def draw_curve(grouped: SeriesResults) -> Figure | None:
-    """Headline score against the share of tokens as the router's price rises, a panel per benchmark and protocol."""
+    """Draws the headline score against the share of tokens for rising prices, a panel per benchmark and protocol."""
     panels = {
         key: {series: result for series, result in results.items() if result.routing.curve}
         for key, results in _by_benchmark(grouped).items()
@@ -170,14 +236,14 @@ def draw_curve(grouped: SeriesResults) -> Figure | None:
     if not panels:
         return None
     colors = _model_colors(grouped)
-    figure, places = grid(len(panels), 4, *_PANEL)
-    for axes, ((benchmark, protocol), results) in zip(places, panels.items(), strict=True):
+    figure, grid = make_grid(len(panels), 4, *_PANEL)
+    for axes, ((benchmark, protocol), results) in zip(grid, panels.items(), strict=True):
         for series, result in results.items():
             metric, curve = result.headline, sorted(result.routing.curve or (), key=lambda point: point.token_cost)
             shares = [point.token_share for point in curve]
             values = [in_table_units(point.value, metric.kind, metric.maximum) for point in curve]
             axes.plot(shares, values, "o-", color=colors[series.model] or BLUE, markersize=4, label=series.model)
-            for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # the prices: first, middle, last
+            for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # label the first, middle and last price
                 axes.annotate(
                     f"{curve[index].token_cost:g}",
                     (shares[index], values[index]),
@@ -185,19 +251,19 @@ def draw_curve(grouped: SeriesResults) -> Figure | None:
                     textcoords="offset points",
                     fontsize=7,
                 )
-        _finish(axes, benchmark, protocol, next(iter(results.values())).headline)
+        _label(axes, benchmark, protocol, next(iter(results.values())).headline)
         axes.set_xlim(0, 1.08)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     figure.supxlabel("share of the finest level's visual tokens\n(small figures: token cost)", fontsize=9)
     if len(colors) > 1:
-        handles, labels = places[0].get_legend_handles_labels()
+        handles, labels = grid[0].get_legend_handles_labels()
         num_columns = _legend_columns(len(labels), len(panels))
         figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False, fontsize=8)
     return figure
 
 
 def _legend_columns(num_entries: int, num_panels: int) -> int:
-    """As many as fit above the panels."""
+    """Number of legend columns that fit above the panels."""
     return min(4, num_entries, num_panels)
 
 
@@ -211,15 +277,15 @@ def _by_benchmark(grouped: SeriesResults) -> Panels:
 
 
 def _model_colors(grouped: SeriesResults) -> dict[str, str | None]:
-    """A colour per model; none where there is one model, so that colours can tell its choosers apart."""
+    """One colour per model; None for a single model, whose colours show who chose the level."""
     models = dict.fromkeys(series.model for series in grouped)
     if len(models) == 1:
         return dict.fromkeys(models)
     return {model: _COLORS[index % len(_COLORS)] for index, model in enumerate(models)}
 
 
-def _finish(axes: Axes, benchmark: str, protocol: str, metric: Metric) -> None:
-    tidy(axes)
+def _label(axes: Axes, benchmark: str, protocol: str, metric: Metric) -> None:
+    style_axes(axes)
     axes.set_title(f"{BENCHMARKS[benchmark].title} ({protocol})", fontsize=9)
     axes.set_ylabel(metric.label, fontsize=8)
     axes.tick_params(labelsize=8)

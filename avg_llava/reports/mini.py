@@ -1,38 +1,54 @@
-"""The mini world's report (see `avg_llava.mini`): what it holds, its figures and its self-contained page."""
+"""The mini world's report (see `avg_llava.mini`): its content, figures and page."""
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
-from avg_llava.common.files import write_json
+from avg_llava.common.files import write_bytes, write_json
 from avg_llava.common.settings import ConfigError, build
+from avg_llava.common.tables import render_table
 from avg_llava.evaluation.results import ResultError
-from avg_llava.reports import mini_figures as figures
-from avg_llava.reports.rendering import html_table, page, picture
+from avg_llava.reports import rendering
+from avg_llava.reports.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    encode_figure,
+    make_grid,
+    stack_levels,
+    style_axes,
+)
+from avg_llava.reports.rendering import Cell, Picture, Section, Table, render_page
 
 Report = Mapping[str, Any]
+"""Contents of `report.json`; `check_report` says which."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Accuracies are shares between 0 and 1.
+    """One way of choosing levels. Accuracies are between 0 and 1.
 
     Attributes:
         name: `llava-next`, `fixed-<tokens per crop>`, `random`, `random@router-tokens`, `router`, `router@<token_cost>`
             or `oracle`.
         accuracy: Over all questions.
         mean_visual_tokens: Visual tokens per question.
-        token_cost: The router's price in nats per doubling of visual tokens; None where no router chose.
+        token_cost: The router's price in nats per doubling of visual tokens; None if no router chose.
         families: Accuracy per question family.
         family_tokens: Visual tokens per question of each family.
         kinds: Accuracy per kind, over all questions of that kind.
         kind_tokens: Visual tokens per question of each kind.
         levels: Share of the questions at each level, coarse to fine.
-        family_levels: The same per question family.
+        family_levels: `levels` per question family.
     """
 
     name: str
@@ -49,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, with what was measured and what was asked for."""
+    """A statement of the paper, what was measured, and whether it held."""
 
     text: str
     measured: str
@@ -62,7 +78,7 @@ class ReportContent:
 
     rows: tuple[Row, ...]
     families: dict[str, str]
-    """Question family -> what it needs to see: scene, object or fine."""
+    """Question family -> the detail that it needs: scene, object or fine."""
     claims: tuple[Claim, ...]
     token_cost: float
     """The price at which the router is judged."""
@@ -70,21 +86,21 @@ class ReportContent:
     granularities: tuple[int, ...]
     num_questions: int
     num_verified: int
-    """Answers that were generated anew with the router in the loop."""
+    """Answers that were generated again with the router in the loop."""
     stages: tuple[dict[str, Any], ...]
     machine: dict[str, Any]
 
 
 def is_report(content: Any) -> bool:
-    """Whether this is, or was meant to be, a mini world's report."""
+    """True if the content has the fields that only a mini world's report has."""
     return isinstance(content, Mapping) and "claims" in content and "rows" in content
 
 
 def check_report(content: Report, source: str) -> Report:
-    """The content of a `report.json`, if all of it is there.
+    """Checks the content of a `report.json` and returns it.
 
     Args:
-        content: What the JSON holds.
+        content: The parsed JSON.
         source: The file's name, for messages.
 
     Raises:
@@ -116,129 +132,263 @@ def check_report(content: Report, source: str) -> Report:
 
 
 def table_lines(report: Report) -> list[str]:
-    """The rows as lines of plain text, for a terminal."""
+    """Renders the rows and claims as lines for a terminal."""
     kinds = _kinds(report)
-    head = f"{'':<22}{'accuracy':>9}{'tokens':>9}" + "".join(f"{kind:>9}" for kind in kinds)
-    lines = [head, "-" * len(head)]
-    for row in report["rows"]:
-        cells = "".join(f"{row['kinds'][kind]:>9.1%}" for kind in kinds)
-        lines.append(f"{row['name']:<22}{row['accuracy']:>9.1%}{row['mean_visual_tokens']:>9.1f}{cells}")
-    lines.append("")
-    for claim in report["claims"]:
-        lines.append(f"{'held  ' if claim['held'] else 'FAILED'}  {claim['text']}: {claim['measured']}")
-    return lines
+    rows = [
+        [
+            row["name"],
+            f"{row['accuracy']:.1%}",
+            f"{row['mean_visual_tokens']:.1f}",
+            *(f"{row['kinds'][kind]:.1%}" for kind in kinds),
+        ]
+        for row in report["rows"]
+    ]
+    claims = [
+        f"{'held  ' if claim['held'] else 'FAILED'}  {claim['text']}: {claim['measured']}" for claim in report["claims"]
+    ]
+    return [*render_table(["", "accuracy", "tokens", *kinds], rows).splitlines(), "", *claims]
 
 
 def write_report(report: Report, histories: Mapping[str, Sequence[Mapping[str, Any]]], output: Path) -> None:
-    """Writes `report.json`, the figures as PNG and `index.html` (which holds the figures) to a folder.
+    """Writes `report.json`, the figures as PNG and `index.html` (which embeds the figures) to a folder.
 
     Args:
-        report: What was measured: `rows`, `families`, `claims`, `token_cost`, `granularities`, `stages`, `machine`.
+        report: Contents of `report.json`.
         histories: Stage name -> the lines of its `log_history.jsonl`.
         output: The folder.
     """
     output.mkdir(parents=True, exist_ok=True)
-    drawn = {f"{name}.png": figures.encode(figure, "png") for name, figure in draw(report).items()}
+    images = {f"{name}.png": encode_figure(figure, "png") for name, figure in draw(report).items()}
     if any(histories.values()):
-        drawn["loss.png"] = figures.encode(figures.draw_losses(histories), "png")
-    for name, png in drawn.items():
-        (output / name).write_bytes(png)
-    content = page("AVG-LLaVA in the mini world", lead(report), sections(report, drawn))
-    (output / "index.html").write_text(content, encoding="utf-8")
-    # Written last: whoever finds it finds the rest.
-    write_json(output / "report.json", report)
+        images["loss.png"] = encode_figure(draw_losses(histories), "png")
+    for name, png in images.items():
+        write_bytes(output / name, png)
+    page = render_page("AVG-LLaVA in the mini world", lead(report), sections(report, images))
+    write_bytes(output / "index.html", page.encode())
+    write_json(output / "report.json", report)  # last: the other files exist if it does
 
 
-def draw(report: Report) -> dict[str, Figure]:
-    """Name -> figure, of all that the report itself holds."""
-    return {
-        "accuracy": figures.draw_accuracy(report),
-        "families": figures.draw_families(report),
-        "routing": figures.draw_routing(report),
-    }
+# ---- page ---------------------------------------------------------------------------------------------------------
+
+
+def lead(report: Report) -> Markup:
+    """The paragraph that says what was measured."""
+    return Markup(
+        "{questions:,} held-out questions, greedy answers, exact match. The router is judged at a token cost of "
+        "{cost:g} nats per doubling of visual tokens (marked row; {choice}). Chance is taken in expectation: "
+        "<i>random</i> picks every level equally often, <i>random@router-tokens</i> spends the router's mean number of "
+        "tokens without looking. {verified} answers of the judged row were generated again with the router in the loop "
+        "and are the same."
+    ).format(
+        questions=report["num_questions"],
+        cost=report["token_cost"],
+        choice=report["token_cost_choice"],
+        verified=report["num_verified"],
+    )
+
+
+def sections(report: Report, images: Mapping[str, bytes], level: int = 2) -> list[Section]:
+    """The sections of a page about one report.
+
+    Args:
+        report: The report.
+        images: File name -> content of its figures; a missing figure is left out.
+        level: Level of the headings.
+    """
+
+    def pictures(stem: str, alternative: str) -> list[Picture]:
+        return [Picture(name, content, alternative) for name, content in images.items() if name.split(".")[0] == stem]
+
+    def section(title: str, *blocks: Picture | Table) -> Section:
+        return Section(title, blocks, level)
+
+    return [
+        section("Claims", _claims_table(report)),
+        section(
+            "Accuracy against visual tokens",
+            *pictures("accuracy", "accuracy against visual tokens"),
+            _rows_table(report),
+        ),
+        section("Question families", *pictures("families", "accuracy per question family"), _families_table(report)),
+        section("Where the router sends questions", *pictures("routing", "share of levels per question family")),
+        section("Training", *pictures("loss", "loss of the four stages"), _stages_table(report)),
+        section("Machine and settings", _facts_table(report["machine"])),
+    ]
 
 
 def _kinds(report: Report) -> list[str]:
     return list(report["rows"][0]["kinds"])
 
 
-def _claims(report: Report) -> str:
-    rows = [
-        [
-            html.escape(claim["text"]),
-            html.escape(claim["measured"]),
-            "<span class=held>held</span>" if claim["held"] else "<span class=failed>failed</span>",
-        ]
-        for claim in report["claims"]
-    ]
-    return html_table(["claim", "measured", ""], rows)
+def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[rendering.Row]) -> Table:
+    return Table("", "", tuple(labels), tuple(columns), tuple(rows))
 
 
-def _rows(report: Report) -> str:
+def _cells(texts: Sequence[str]) -> tuple[Cell, ...]:
+    return tuple(map(Cell, texts))
+
+
+def _claims_table(report: Report) -> Table:
+    rows = []
+    for claim in report["claims"]:
+        result = "held" if claim["held"] else "failed"
+        rows.append(rendering.Row((claim["text"], claim["measured"]), (Cell(result, style=result),)))
+    return _table(["claim", "measured"], [""], rows)
+
+
+def _rows_table(report: Report) -> Table:
     kinds = _kinds(report)
-    cells, classes = [], []
+    rows = []
     for row in report["rows"]:
-        classes.append("chosen" if row["token_cost"] == report["token_cost"] else "")
         cost = "" if row["token_cost"] is None else f"{row['token_cost']:g}"
-        numbers = [f"{row['accuracy']:.1%}", f"{row['mean_visual_tokens']:.1f}", cost]
-        cells.append([html.escape(row["name"]), *numbers, *(f"{row['kinds'][kind]:.1%}" for kind in kinds)])
-    return html_table(["", "accuracy", "visual tokens", "token cost", *kinds], cells, classes)
+        texts = [f"{row['accuracy']:.1%}", f"{row['mean_visual_tokens']:.1f}", cost]
+        texts += [f"{row['kinds'][kind]:.1%}" for kind in kinds]
+        rows.append(rendering.Row((row["name"],), _cells(texts), marked=row["token_cost"] == report["token_cost"]))
+    return _table([""], ["accuracy", "visual tokens", "token cost", *kinds], rows)
 
 
-def _families(report: Report) -> str:
-    names = [
-        row["name"] for row in report["rows"] if "@" not in row["name"] or row["token_cost"] == report["token_cost"]
-    ]
-    rows = {row["name"]: row for row in report["rows"]}
-    body = [
-        [html.escape(family), kind, *(f"{rows[name]['families'][family]:.0%}" for name in names)]
+def _families_table(report: Report) -> Table:
+    shown = [row for row in report["rows"] if "@" not in row["name"] or row["token_cost"] == report["token_cost"]]
+    rows = [
+        rendering.Row((family, kind), _cells([f"{row['families'][family]:.0%}" for row in shown]))
         for family, kind in report["families"].items()
     ]
-    return html_table(["question family", "needs", *map(html.escape, names)], body, num_text=2)
+    return _table(["question family", "needs"], [row["name"] for row in shown], rows)
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    return html_table(
-        ["", ""], [[html.escape(str(key)), html.escape(str(value))] for key, value in facts.items()], num_text=2
-    )
+def _stages_table(report: Report) -> Table:
+    columns = list(dict.fromkeys(key for stage in report["stages"] for key in stage))
+    rows = []
+    for stage in report["stages"]:
+        first, *others = [str(stage.get(key, "")) for key in columns]
+        rows.append(rendering.Row((first,), _cells(others)))
+    return _table(columns[:1], columns[1:], rows)
 
 
-def _stages(report: Report) -> str:
-    head = list(dict.fromkeys(key for stage in report["stages"] for key in stage))
-    rows = [[html.escape(str(stage.get(key, ""))) for key in head] for stage in report["stages"]]
-    return html_table(head, rows)
+def _facts_table(facts: Mapping[str, Any]) -> Table:
+    return _table(["", ""], [], [rendering.Row((key, str(value))) for key, value in facts.items()])
 
 
-def sections(report: Report, drawn: Mapping[str, bytes]) -> dict[str, str]:
-    """Head -> HTML of the parts of a page about one report.
+# ---- figures ------------------------------------------------------------------------------------------------------
 
-    Args:
-        report: The report.
-        drawn: File name -> content of its figures; a part without its figure shows the rest.
-    """
 
-    def shown(stem: str, alternative: str) -> str:
-        return "".join(
-            picture(name, content, alternative) for name, content in drawn.items() if name.split(".")[0] == stem
-        )
-
+def draw(report: Report) -> dict[str, Figure]:
+    """Draws the figures of a report: name -> figure."""
     return {
-        "Claims": _claims(report),
-        "Accuracy against visual tokens": shown("accuracy", "accuracy against visual tokens") + _rows(report),
-        "Question families": shown("families", "accuracy per question family") + _families(report),
-        "Where the router sends questions": shown("routing", "share of levels per question family"),
-        "Training": shown("loss", "loss of the four stages") + _stages(report),
-        "Machine and settings": _facts(report["machine"]),
+        "accuracy": draw_accuracy(report),
+        "families": draw_families(report),
+        "routing": draw_routing(report),
     }
 
 
-def lead(report: Report) -> str:
-    """The paragraph that says what was measured, as HTML."""
-    return (
-        f"{report['num_questions']:,} held-out questions, greedy answers, exact match. The router is judged at a token "
-        f"cost of {report['token_cost']:g} nats per doubling of visual tokens (marked row; "
-        f"{html.escape(report['token_cost_choice'])}). Chance is taken in expectation: <i>random</i> picks every level "
-        "equally often, <i>random@router-tokens</i> spends the router's mean number of tokens blindly. "
-        f"{report['num_verified']} answers of the judged row were generated anew with the router in the loop and are "
-        "the same."
+def draw_accuracy(report: Mapping[str, Any]) -> Figure:
+    """Draws accuracy against visual tokens, over all questions and for each kind of family."""
+    kinds = list(report["rows"][0]["kinds"])
+    figure, panels = make_grid(1 + len(kinds), 2, 5.4, 3.7)
+    _trade_off(panels[0], report)
+    panels[0].set_title("all questions")
+    for axes, kind in zip(panels[1:], kinds, strict=True):
+        _trade_off(axes, report, "kinds", kind)
+        axes.set_title(f"{kind} families")
+    figure.supxlabel("visual tokens per question")
+    figure.supylabel("accuracy")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_families(report: Mapping[str, Any]) -> Figure:
+    """Draws accuracy against visual tokens, a small panel per question family."""
+    figure, panels = make_grid(len(report["families"]), 4, 2.9, 2.5)
+    for axes, (family, kind) in zip(panels, report["families"].items(), strict=True):
+        _trade_off(axes, report, "families", family)
+        axes.set_title(f"{family} ({kind})", fontsize=10)
+        axes.tick_params(labelsize=8)
+    figure.supxlabel("visual tokens per question")
+    figure.supylabel("accuracy")
+    return figure
+
+
+def draw_routing(report: Mapping[str, Any]) -> Figure:
+    """Draws the share of each level per question family, at token cost 0 and at the judged one."""
+    shown = [row for row in report["rows"] if row["token_cost"] in (0, report["token_cost"])]
+    shown += [row for row in report["rows"] if row["name"] == "oracle"]
+    families = list(report["families"])
+    levels = [str(level) for level in report["granularities"]]
+    figure = Figure(figsize=(4.0 * len(shown) + 1.2, 0.34 * len(families) + 1.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, row in zip(panels, shown, strict=True):
+        stack_levels(axes, [row["family_levels"][family] for family in families], levels)
+        axes.set_title(row["name"], fontsize=11)
+    panels[0].set_yticks(range(len(families)), [f"{family} ({report['families'][family]})" for family in families])
+    panels[0].invert_yaxis()  # scene families at the top
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, title="visual tokens per crop", loc="outside lower center", ncols=len(labels), frameon=False
     )
+    return figure
+
+
+def draw_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draws the training loss per optimiser step, a panel per stage: logged values and their running mean."""
+    figure, panels = make_grid(len(histories), 2, 5.4, 2.6)
+    for axes, (stage, history) in zip(panels, histories.items(), strict=True):
+        logged = [(line["step"], line["loss"]) for line in history if "loss" in line and "step" in line]
+        axes.set_title(stage)
+        style_axes(axes)
+        if not logged:
+            continue
+        steps, losses = (np.array(column, dtype=float) for column in zip(*logged, strict=True))
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
+        window = max(1, len(losses) // 20)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        middle = (window - 1) // 2  # at the middle of its window, the mean does not lag
+        axes.plot(steps[middle : middle + len(smooth)], smooth, color=BLUE, linewidth=1.6)
+        axes.set_ylim(bottom=0)
+    figure.supxlabel("step")
+    figure.supylabel("loss")
+    return figure
+
+
+def _value(row: Mapping[str, Any], group: str, name: str | None) -> tuple[float, float]:
+    """Returns (visual tokens, accuracy) of a row: overall, or of one family or kind."""
+    if name is None:
+        return row["mean_visual_tokens"], row["accuracy"]
+    tokens = {"families": "family_tokens", "kinds": "kind_tokens"}[group]
+    return row[tokens][name], row[group][name]
+
+
+def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str | None = None) -> None:
+    """Draws accuracy against visual tokens: fixed levels and the router's curve as lines, other rows as marks."""
+    rows = report["rows"]
+
+    def points(chosen: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+        pairs = [_value(row, group, name) for row in chosen]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    fixed = [row for row in rows if row["name"].startswith("fixed-")]
+    routers = [row for row in rows if row["token_cost"] is not None]
+    axes.plot(*points(fixed), "o-", color=GREY, markersize=5, label="fixed level")
+    axes.plot(*points(routers), ".-", color=BLUE, markersize=6, linewidth=1.2, label="router, rising token cost")
+    marks = {
+        "router": ("^", BLUE, "router, token cost 0"),
+        "random": ("X", ORANGE, "random"),
+        "random@router-tokens": ("P", ORANGE, "random at the router's tokens"),
+        "llava-next": ("s", PURPLE, "LLaVA-NeXT (stage 2)"),
+        "oracle": ("*", GREEN, "oracle"),
+    }
+    for row in rows:
+        if row["name"] in marks:
+            marker, color, label = marks[row["name"]]
+            axes.plot(*points([row]), marker, color=color, markersize=9, linestyle="none", label=label, alpha=0.9)
+        if row["token_cost"] == report["token_cost"]:
+            label = f"router, token cost {row['token_cost']:g} (judged)"
+            axes.plot(*points([row]), "o", color=BLUE, markersize=12, fillstyle="none", markeredgewidth=2, label=label)
+    ticks = sorted({round(tokens) for tokens in points(fixed)[0]})
+    axes.set_xscale("log", base=2)
+    axes.margins(x=0.08)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(-0.03, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    style_axes(axes)

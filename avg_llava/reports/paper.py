@@ -1,23 +1,25 @@
-"""`avg-llava report`: the paper's tables and figures from result files, as Markdown, LaTeX, images and one page."""
+"""`avg-llava report`: the paper's tables and figures from result files, as Markdown, LaTeX, images and an HTML page."""
 
 import dataclasses
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from avg_llava.common.files import write_bytes
 from avg_llava.evaluation.published import load_published, score_columns
 from avg_llava.evaluation.results import ResultError, parse_result, read_json
 from avg_llava.reports import mini, tables
-from avg_llava.reports.figures import draw_charts
-from avg_llava.reports.mini_figures import FileType, encode
-from avg_llava.reports.rendering import Table, page, picture, to_html, to_latex, to_markdown
+from avg_llava.reports.figures import FileType, draw_figures, encode_figure
+from avg_llava.reports.rendering import Block, Note, Picture, Section, Table, render_page, to_latex, to_markdown
 from avg_llava.reports.series import Measured, SeriesResults, group
 
 TITLE = "AVG-LLaVA: measured and published"
 FILE_TYPES: tuple[FileType, ...] = ("png", "svg")
-CHARTS = {
+FIGURE_TITLES = {
     "routing": "Where images are sent",
     "time": "Score against time",
     "tokens": "Score against visual tokens",
@@ -27,7 +29,7 @@ CHARTS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report is made from: results of benchmarks, and reports of the mini world by file."""
+    """Results of benchmarks, and reports of the mini world by file."""
 
     measured: list[Measured]
     mini_reports: dict[Path, mini.Report]
@@ -35,27 +37,27 @@ class Inputs:
 
 @dataclass(frozen=True)
 class PaperReport:
-    """A report that was written.
+    """A report on disk.
 
     Attributes:
         tables: The tables of results and comparisons.
         mini_reports: The mini world's reports among the inputs, by file.
-        files: What was written, `index.html` first.
+        files: The files of the report, `index.html` first.
     """
 
     tables: list[Table]
     mini_reports: dict[Path, mini.Report]
     files: list[Path]
 
-    def as_text(self) -> str:
+    def to_text(self) -> str:
         """The tables in Markdown."""
         parts = [to_markdown(table) for table in self.tables]
         for path, report in self.mini_reports.items():
             parts.append("\n".join([f"**Mini world** ({path})", "", "```", *mini.table_lines(report), "```", ""]))
         return "\n".join(parts)
 
-    def as_json(self) -> dict[str, Any]:
-        """The same for a program."""
+    def to_json(self) -> dict[str, Any]:
+        """The tables as JSON values."""
         return {
             "tables": [dataclasses.asdict(table) for table in self.tables],
             "mini": {str(path): report["rows"] for path, report in self.mini_reports.items()},
@@ -68,11 +70,12 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
 
     Args:
         paths: Result files of `avg-llava evaluate`, or `report.json` files of the mini world.
-        against: Result files of another run, for paired tests; may be empty.
+        against: Result files of another run for paired tests; may be empty.
         output: The folder.
 
     Raises:
-        ResultError: If a file is none of these, two hold the same, or nothing can be compared with `against`.
+        ResultError: A file is neither, two files hold the same series of a benchmark, or `against` has nothing in
+            common with `paths`.
     """
     inputs = read_inputs(paths)
     grouped = group(inputs.measured)
@@ -85,35 +88,37 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "index.html"]
 
-    def save(name: str, content: bytes) -> bytes:
+    def save(name: str, content: bytes) -> None:
         files.append(output / name)
-        files[-1].write_bytes(content)
-        return content
+        write_bytes(files[-1], content)
+
+    def save_figure(name: str, figure: Figure) -> bytes:
+        """Writes a figure in all file types; returns its SVG, which the page embeds."""
+        content = {file_type: encode_figure(figure, file_type) for file_type in FILE_TYPES}
+        for file_type, encoded in content.items():
+            save(f"{name}.{file_type}", encoded)
+        return content["svg"]
 
     for table in made:
         save(f"{table.name}.md", to_markdown(table).encode())
         save(f"{table.name}.tex", to_latex(table).encode())
-    sections = {table.title: to_html(table) for table in made if table.name not in ("routing", "results")}
-    later = {table.name: table for table in made if table.name in ("routing", "results")}
-    for name, figure in draw_charts(grouped).items():
-        drawn = {file_type: save(f"{name}.{file_type}", encode(figure, file_type)) for file_type in FILE_TYPES}
-        below = to_html(later.pop(name)) if name in later else ""
-        sections[CHARTS[name]] = picture(f"{name}.svg", drawn["svg"], CHARTS[name]) + below
-    sections |= {table.title: to_html(table) for table in later.values()}
+    below_figures = {table.name: table for table in made if table.name in ("routing", "results")}
+    sections = [Section(table.title, [table]) for table in made if table.name not in below_figures]
+    for name, figure in draw_figures(grouped).items():
+        blocks: list[Block] = [Picture(f"{name}.svg", save_figure(name, figure), FIGURE_TITLES[name])]
+        if name in below_figures:
+            blocks.append(below_figures.pop(name))
+        sections.append(Section(FIGURE_TITLES[name], blocks))
+    sections += [Section(table.title, [table]) for table in below_figures.values()]
     for number, (path, report) in enumerate(inputs.mini_reports.items(), start=1):
-        prefix = "mini" if len(inputs.mini_reports) == 1 else f"mini{number}"
-        pictures = {}
-        for name, figure in mini.draw(report).items():
-            for file_type in FILE_TYPES:
-                file_name = f"{name}.{file_type}"
-                pictures[file_name] = save(f"{prefix}-{file_name}", encode(figure, file_type))
-        shown = {name: content for name, content in pictures.items() if name.endswith(".svg")}
-        about = f"<p class=note>{html.escape(str(path))}. {mini.lead(report)}</p>\n"
-        parts = mini.sections(report, shown)
-        sections[f"Mini world{'' if prefix == 'mini' else f' {number}'}"] = about + "".join(
-            f"<h3>{head}</h3>\n{content}" for head, content in parts.items() if content
-        )
-    files[0].write_text(page(TITLE, _lead(inputs), sections), encoding="utf-8")
+        suffix = "" if len(inputs.mini_reports) == 1 else str(number)
+        images = {
+            f"{name}.svg": save_figure(f"mini{suffix}-{name}", figure) for name, figure in mini.draw(report).items()
+        }
+        about = Markup("{path}. {lead}").format(path=path, lead=mini.lead(report))
+        sections.append(Section(f"Mini world {suffix}".rstrip(), [Note(about)]))
+        sections += mini.sections(report, images, level=3)
+    write_bytes(files[0], render_page(TITLE, _lead(inputs), sections).encode())
     return PaperReport(made, inputs.mini_reports, files)
 
 
@@ -121,7 +126,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Reads result files and the mini world's reports.
 
     Raises:
-        ResultError: If a file is neither, or named twice.
+        ResultError: A file is neither, or named twice.
     """
     measured, mini_reports = [], {}
     seen: set[Path] = set()
@@ -144,7 +149,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def make_tables(grouped: SeriesResults) -> list[Table]:
-    """All tables for which there are results."""
+    """Makes all tables for which there are results."""
     made = [
         tables.score_table("1", grouped),
         tables.score_table("2", grouped),
@@ -163,9 +168,9 @@ def _lead(inputs: Inputs) -> str:
     counted = [f"{num_results} result{'s' * (num_results > 1)}"] if num_results else []
     if num_reports:
         counted.append(f"{num_reports} report{'s' * (num_reports > 1)} of the mini world")
-    marked = (
-        f" Rows in italics are published figures ({html.escape(load_published().source)}); all others were measured."
+    published = (
+        f" Rows in italics are published figures ({load_published().source}); all others were measured."
         if num_results
         else ""
     )
-    return f"Made from {' and '.join(counted)}.{marked}"
+    return f"Made from {' and '.join(counted)}.{published}"

@@ -1,25 +1,19 @@
-"""Tables as Markdown, HTML and LaTeX, and self-contained HTML pages."""
+"""Tables as Markdown, LaTeX and HTML, and self-contained HTML pages.
 
-import base64
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.lead { color: #53606e; margin-top: .3rem; } p.note { color: #53606e; font-size: .85rem; margin: .25rem 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e7ec; text-align: right; }
-th { border-bottom: 2px solid #c3cad3; } th:first-child, td:first-child { text-align: left; }
-td.text, th.text { text-align: left; } tr.chosen { background: #fff4dd; } .wide { overflow-x: auto; }
-tr.published td { color: #66727f; font-style: italic; } tr.first td { border-top: 2px solid #c3cad3; }
-.interval { display: block; font-size: .75em; color: #66727f; white-space: nowrap; }
-.held { color: #1a7f4b; font-weight: 600; } .failed { color: #b3261e; font-weight: 600; }
-img { max-width: 100%; display: block; margin: .6rem 0; }
+HTML is made by the templates in `templates/`.
 """
 
-_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+ABSENT = "–"
+
+_MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -33,29 +27,38 @@ _LATEX = {
     "−": r"$-$",
     "–": "--",
 }
-ABSENT = "–"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in a table.
+    """A cell of a table.
 
     Attributes:
-        text: The figure, with its unit and marks.
-        interval: Lower and upper end of its confidence interval; None where it has none.
+        text: A number with its unit and marks.
+        interval: Lower and upper end of its confidence interval; None if it has none.
+        style: CSS class in HTML: `held`, `failed` or none.
     """
 
     text: str
     interval: tuple[str, str] | None = None
+    style: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: labels, then one cell per column, None where there is no figure."""
+    """A row of a table: labels, then one cell per column, None for a missing number.
+
+    Attributes:
+        labels: Text cells.
+        cells: Other cells.
+        published: The row is published, not measured; set in italics.
+        marked: The row has a coloured background in HTML.
+    """
 
     labels: tuple[str, ...]
-    cells: tuple[Cell | None, ...]
+    cells: tuple[Cell | None, ...] = ()
     published: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ class Table:
     """A table.
 
     Attributes:
-        name: Of its files, such as `table1`.
-        title: What it shows.
-        labels: Heads of the label columns.
-        columns: Heads of the other columns.
+        name: Stem of its files, such as `table1`.
+        title: Its caption.
+        labels: Headings of the label columns, which are left-aligned.
+        columns: Headings of the other columns, which are right-aligned.
         rows: Published rows first.
         notes: Sentences below the table.
     """
+
+    template: ClassVar[str] = "table.html.j2"
 
     name: str
     title: str
@@ -79,15 +84,60 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image that is embedded in a page; the suffix of its name gives its media type."""
+
+    template: ClassVar[str] = "picture.html.j2"
+
+    name: str
+    content: bytes
+    alternative: str
+    """Text for readers who cannot see the image."""
+
+    @property
+    def address(self) -> str:
+        """The image as a `data:` address."""
+        media_type = _MEDIA_TYPES[self.name.rsplit(".", 1)[1]]
+        return f"data:{media_type};base64,{base64.b64encode(self.content).decode()}"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph in small type."""
+
+    template: ClassVar[str] = "note.html.j2"
+
+    text: str | Markup
+
+
+Block = Table | Picture | Note
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page; one without blocks is left out.
+
+    Attributes:
+        title: Its heading.
+        blocks: Its content, in order.
+        level: Level of the heading, 2 or 3.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+    level: int = 2
+
+
 def to_markdown(table: Table) -> str:
-    """The table in Markdown; published rows are italic."""
+    """Renders a table in Markdown; published rows are italic."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    def mark(text: str, row: Row) -> str:
-        escaped = text.replace("|", "\\|").replace("\n", " ")
-        return f"*{escaped}*" if row.published and text not in ("", ABSENT) else escaped
+    def text(content: str, row: Row) -> str:
+        escaped = content.replace("|", "\\|").replace("\n", " ")
+        return f"*{escaped}*" if row.published and content not in ("", ABSENT) else escaped
 
     lines = [
         f"**{table.title}**",
@@ -100,39 +150,20 @@ def to_markdown(table: Table) -> str:
             ABSENT if cell is None else cell.text + (f" [{', '.join(cell.interval)}]" if cell.interval else "")
             for cell in row.cells
         ]
-        lines.append(line([mark(text, row) for text in (*row.labels, *cells)]))
+        lines.append(line([text(content, row) for content in (*row.labels, *cells)]))
     return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
 
 
-def to_html(table: Table) -> str:
-    """The table and its notes in HTML; published rows have a class of their own."""
-
-    def cell(content: Cell | None) -> str:
-        if content is None:
-            return ABSENT
-        ends = "" if content.interval is None else f"<span class=interval>{' to '.join(content.interval)}</span>"
-        return html.escape(content.text) + ends
-
-    rows = [[*map(html.escape, row.labels), *map(cell, row.cells)] for row in table.rows]
-    classes = []
-    for index, row in enumerate(table.rows):
-        is_first_measured = index > 0 and table.rows[index - 1].published and not row.published
-        classes.append("published" if row.published else "first" if is_first_measured else "")
-    head = [html.escape(name) for name in (*table.labels, *table.columns)]
-    notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in table.notes)
-    return html_table(head, rows, classes, len(table.labels)) + notes
-
-
 def to_latex(table: Table) -> str:
-    """The table in LaTeX with booktabs; published rows are italic, intervals are small figures."""
+    """Renders a table in LaTeX with booktabs; published rows are italic, intervals are in tiny type."""
 
-    def cell(content: Cell | None) -> str:
-        if content is None:
+    def number(cell: Cell | None) -> str:
+        if cell is None:
             return "--"
-        if content.interval is None:
-            return escape_latex(content.text)
-        low, high = map(escape_latex, content.interval)
-        return f"{escape_latex(content.text)}\\,{{\\tiny[{low}, {high}]}}"
+        if cell.interval is None:
+            return escape_latex(cell.text)
+        low, high = map(escape_latex, cell.interval)
+        return f"{escape_latex(cell.text)}\\,{{\\tiny[{low}, {high}]}}"
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(cells) + r" \\"
@@ -152,61 +183,40 @@ def to_latex(table: Table) -> str:
     for index, row in enumerate(table.rows):
         if index and table.rows[index - 1].published and not row.published:
             lines.append(r"\midrule")
-        cells = [*map(escape_latex, row.labels), *map(cell, row.cells)]
-        lines.append(line([f"\\textit{{{text}}}" if row.published and text else text for text in cells]))
+        cells = [*map(escape_latex, row.labels), *map(number, row.cells)]
+        lines.append(line([f"\\textit{{{cell}}}" if row.published and cell else cell for cell in cells]))
     lines += [r"\bottomrule", r"\end{tabular}}"]
     if table.notes:
         lines += [r"\par\smallskip\footnotesize\raggedright", *map(escape_latex, table.notes)]
     return "\n".join([*lines, r"\end{table*}"]) + "\n"
 
 
+def to_html(table: Table) -> str:
+    """Renders a table and its notes in HTML; published rows have the class `published`."""
+    return _ENVIRONMENT.get_template(table.template).render(block=table)
+
+
+def render_page(title: str, lead: str | Markup, sections: Sequence[Section]) -> str:
+    """Renders an HTML page that needs no other file.
+
+    Args:
+        title: Title and heading.
+        lead: Paragraph below the heading.
+        sections: Content.
+    """
+    return _ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=sections)
+
+
 def escape_latex(text: str) -> str:
-    """Text in which no character commands LaTeX."""
+    """Escapes the characters that LaTeX reads as commands."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def html_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] | None = None, num_text: int = 1
-) -> str:
-    """An HTML table from escaped cells.
-
-    Args:
-        head: Heads of the columns.
-        rows: The cells.
-        classes: CSS class of each row, empty for none.
-        num_text: The first so many columns are set left.
-    """
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if index < num_text else ''}>{cell}</{tag}>" for index, cell in enumerate(row)
-        )
-
-    body = "".join(
-        f"<tr{f' class={name}' if name else ''}>{cells('td', row)}</tr>\n"
-        for name, row in zip(classes or [""] * len(rows), rows, strict=True)
-    )
-    return f"<div class=wide><table>\n<tr>{cells('th', head)}</tr>\n{body}</table></div>\n"
-
-
-def picture(name: str, content: bytes, alternative: str) -> str:
-    """An image that lies within the page; its type follows from the file's name."""
-    media_type = _TYPES[name.rsplit(".", 1)[1]]
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:{media_type};base64,{data}">\n'
-
-
-def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
-    """A page that needs no other file.
-
-    Args:
-        title: Its title, as plain text.
-        lead: A paragraph below it, as HTML.
-        sections: Head of each section, as plain text -> its HTML; an empty one is left out.
-    """
-    body = "".join(f"<h2>{html.escape(head)}</h2>\n{content}" for head, content in sections.items() if content)
-    return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>\n"
-        f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>\n"
-        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p class=lead>{lead}</p>\n{body}</html>\n"
-    )
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("avg_llava.reports"),
+    autoescape=select_autoescape(["html.j2"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.globals["ABSENT"] = ABSENT

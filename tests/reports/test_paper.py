@@ -268,7 +268,7 @@ class TestCharts:
 
     def test_points_are_the_results(self):
         contents = [make_result("gqa", granularity=level) for level in LEVELS] + [make_result("gqa")]
-        drawn = figures.draw_charts(grouped(*contents))
+        drawn = figures.draw_figures(grouped(*contents))
         assert set(drawn) == {"routing", "time", "tokens"}
         for name, read in (
             ("tokens", lambda content: content["efficiency"]["mean_visual_tokens"]),
@@ -285,7 +285,7 @@ class TestCharts:
             for level in (36, 576)
             for protocol in ("current", "paper")
         ]
-        figure = figures.draw_charts(grouped(*contents))["tokens"]
+        figure = figures.draw_figures(grouped(*contents))["tokens"]
         assert [axes.get_title() for axes in figure.axes if axes.axison] == ["GQA (current)", "GQA (paper)"]
 
     def test_curve(self):

@@ -4,8 +4,21 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from markupsafe import Markup
 
-from avg_llava.reports.rendering import Cell, Row, Table, escape_latex, page, picture, to_html, to_latex, to_markdown
+from avg_llava.reports.rendering import (
+    Cell,
+    Note,
+    Picture,
+    Row,
+    Section,
+    Table,
+    escape_latex,
+    render_page,
+    to_html,
+    to_latex,
+    to_markdown,
+)
 
 TABLE = Table(
     "table9",
@@ -82,10 +95,25 @@ def test_latex_backslash_is_text():
     assert escape_latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
 
 
+def test_cells_of_a_style_and_marked_rows():
+    html = to_html(Table("", "", ("claim",), ("",), (Row(("a",), (Cell("held", style="held"),), marked=True),)))
+    assert '<tr class="chosen">' in html
+    assert '<td class="held">held</td>' in html
+
+
 def test_pages_need_no_other_file():
-    content = page("A <b>", "lead", {"One & two": picture("a.svg", b"<svg/>", 'say "x"'), "empty": ""})
+    sections = [
+        Section("One & two", [Picture("a.svg", b"<svg/>", 'say "x"'), Note(Markup("<i>a</i> {}").format("<b>"))]),
+        Section("three", [Note("1 < 2")], level=3),
+        Section("empty", []),
+    ]
+    content = render_page("A <b>", "lead <i>", sections)
     assert "<title>A &lt;b&gt;</title>" in content
+    assert "lead &lt;i&gt;" in content
     assert "<h2>One &amp; two</h2>" in content
+    assert "<h3>three</h3>" in content
+    assert "<i>a</i> &lt;b&gt;</p>" in content
+    assert "1 &lt; 2" in content
     assert "empty" not in content
-    assert 'alt="say &quot;x&quot;" src="data:image/svg+xml;base64,PHN2Zy8+"' in content
+    assert 'alt="say &#34;x&#34;" src="data:image/svg+xml;base64,PHN2Zy8+"' in content
     assert "http" not in content
