@@ -42,7 +42,7 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import load_image
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.planning.blueprint import find_blueprint, meta_model
+from avg_llava.planning.meta_model import find_blueprint, meta_model
 from avg_llava.training.assembly import build_dataset, check_compilation, load_processor
 from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
 from avg_llava.training.config import TrainConfig, load_config

@@ -16,8 +16,8 @@ from avg_llava.common.settings import ConfigError
 from avg_llava.data.sampler import fill
 from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.planning.blueprint import find_blueprint, meta_model
 from avg_llava.planning.memory import FLOAT32, SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
+from avg_llava.planning.meta_model import find_blueprint, meta_model
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import SourceSettings, TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, shapes_of, step_flops

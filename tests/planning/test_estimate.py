@@ -17,8 +17,8 @@ from avg_llava.common.machine import GPUS
 from avg_llava.common.settings import ConfigError
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.planning import estimate
-from avg_llava.planning.blueprint import find_blueprint
 from avg_llava.planning.memory import SHARDINGS, Activations, Sharding, activation_memory, sharding_of, state_memory
+from avg_llava.planning.meta_model import find_blueprint
 from avg_llava.training import levels
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import ObjectiveSettings, load_config
