@@ -42,7 +42,7 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import load_image
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.planning.meta_model import find_blueprint, meta_model
+from avg_llava.planning.meta_model import find_model_config, meta_model
 from avg_llava.training.assembly import build_dataset, check_compilation, load_processor
 from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
 from avg_llava.training.config import TrainConfig, load_config
@@ -159,11 +159,11 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
             )
     else:
         _check_files(config, report)
-        blueprint = report.attempt("model's shape", lambda: find_blueprint(config, Path(path)))
-        if blueprint is None:
+        found_config = report.attempt("model's shape", lambda: find_model_config(config, Path(path)))
+        if found_config is None:
             return report
-        model_config = blueprint.config
-        report.facts += [f"assumed: {assumption}" for assumption in blueprint.assumptions]
+        model_config = found_config.config
+        report.facts += [f"assumed: {assumption}" for assumption in found_config.assumptions]
     with report.guard(f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
         _check_disk(folder, bytes_to_write(config, model_config), report)
         if processor is not None:

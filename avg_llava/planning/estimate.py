@@ -13,11 +13,12 @@ from typing import Any
 
 from avg_llava.common.machine import GPUS
 from avg_llava.common.settings import ConfigError
+from avg_llava.common.tables import render_table
 from avg_llava.data.sampler import fill
 from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.planning.memory import FLOAT32, SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
-from avg_llava.planning.meta_model import find_blueprint, meta_model
+from avg_llava.planning.meta_model import find_model_config, meta_model
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import SourceSettings, TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, shapes_of, step_flops
@@ -92,10 +93,11 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     config = load_config(path)
     if not 0 < request.mfu <= 1:
         raise ConfigError(f"the MFU is a share of the GPU's operations, above 0 and at most 1; got {request.mfu}")
-    blueprint = find_blueprint(config, path, request.model_of)
-    samples = _samples(config, blueprint.config, request)
+    found = find_model_config(config, path, request.model_of)
+    model_config = found.config
+    samples = _samples(config, model_config, request)
     accumulation, budget = config.accumulation_steps(request.num_gpus), config.optim.max_tokens_per_batch
-    model = meta_model(config, blueprint.config)
+    model = meta_model(config, model_config)
     counts, adapters = count_parameters(model), adapter_shapes(model)
     num_parameters = sum(count.total for count in counts.values())
     num_trained = sum(count.trainable for count in counts.values())
@@ -103,19 +105,17 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     deepspeed = None if config.runtime.deepspeed is None else read_deepspeed_file(config.runtime.deepspeed)
     chosen = sharding_of(deepspeed) if request.zero is None else _sharding(request.zero)
     memory = {
-        sharding.name: _memory(
-            sharding, config, blueprint.config, samples, num_parameters, num_trained, adapters, request
-        )
+        sharding.name: _memory(sharding, config, model_config, samples, num_parameters, num_trained, adapters, request)
         for sharding in dict.fromkeys((*SHARDINGS, chosen))
     }
 
-    step_samples = _samples_per_step(config, blueprint.config, samples.shapes)
-    flops = _mean_flops(config, blueprint.config, samples.shapes, adapters) * step_samples
+    step_samples = _samples_per_step(config, model_config, samples.shapes)
+    flops = _mean_flops(config, model_config, samples.shapes, adapters) * step_samples
     passes = OBJECTIVES[config.objective_name].passes
-    levels = passes.granularities(blueprint.config.granularities)
+    levels = passes.granularities(model_config.granularities)
     share = 1 / len(levels) if passes.sampled else 1  # of a sample with an image, at each level
     tokens = sum(
-        _length(shape, level, blueprint.config) * (1 if shape.image_size is None else share)
+        _length(shape, level, model_config) * (1 if shape.image_size is None else share)
         for shape in samples.shapes
         for level in levels
         if shape.image_size is not None or level == levels[-1]
@@ -131,7 +131,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             "trained": num_trained,
             "by_part": {part: asdict(count) for part, count in counts.items()},
         },
-        "assumptions": [*blueprint.assumptions, samples.source],
+        "assumptions": [*found.assumptions, samples.source],
         "hardware": {"gpu": request.gpu, "gpus": request.num_gpus, "memory": GPUS[request.gpu].memory, "peak": peak},
         "precision": config.runtime.precision,
         "sharding": chosen.name,
@@ -158,21 +158,22 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     budget = step["max_tokens_per_batch"]
     size = step["micro_batch_size"] if budget is None else f"{budget:,} tokens"
     is_large = max(memory["total"] for memory in result["memory"].values()) >= GIB
-    unit, name_of_unit = (GIB, "GiB") if is_large else (MIB, "MiB")
+    unit, unit_name = (GIB, "GiB") if is_large else (MIB, "MiB")
+    parts = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
+    memory = result["memory"]
+    rows = [
+        ["in host memory" if part == "host" else part, *(f"{each[part] / unit:.2f}" for each in memory.values())]
+        for part in parts
+    ]
+    fits = ["yes" if each["fits"] else "no" for each in memory.values()]
+    rows.append([f"fits into {hardware['memory'] / 1e9:.0f} GB", *fits])
     lines = [
         f"stage {result['stage']} ({result['config']}) in {result['precision']} on {hardware['gpus']} x "
         f"{hardware['gpu']}, ZeRO: {result['sharding']}",
         f"model: {model['parameters']:,} parameters, {model['trained']:,} trained",
         *(f"assumed: {assumption}" for assumption in result["assumptions"]),
         "",
-        f"{name_of_unit + ' per GPU, ZeRO:':<20}" + "".join(f"{name:>12}" for name in result["memory"]),
-    ]
-    for part in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host"):
-        values = "".join(f"{memory[part] / unit:>12.2f}" for memory in result["memory"].values())
-        lines.append(f"{'in host memory' if part == 'host' else part:<20}{values}")
-    fits = "".join(f"{'yes' if memory['fits'] else 'no':>12}" for memory in result["memory"].values())
-    lines += [
-        f"{'fits into ' + str(round(hardware['memory'] / 1e9)) + ' GB':<20}{fits}",
+        render_table([f"{unit_name} per GPU, ZeRO:", *memory], rows),
         "",
         f"a step: {step['samples']:.4g} samples in {step['accumulation_steps']} x {size} per GPU, "
         f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.2f} TFLOP, {step['seconds']:.3g} s at an MFU of "

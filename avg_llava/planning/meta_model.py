@@ -35,14 +35,14 @@ KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """A model's configuration, and the assumptions made to find it."""
+class FoundConfig:
+    """A model's configuration, and the assumptions made to find it, in words."""
 
     config: AvgLlavaConfig
     assumptions: tuple[str, ...] = ()
 
 
-def find_blueprint(config: TrainConfig, path: Path, model_of: Path | None = None) -> Blueprint:
+def find_model_config(config: TrainConfig, path: Path, model_of: Path | None = None) -> FoundConfig:
     """Find the configuration of the model that a run starts from, without reading or downloading weights.
 
     Args:
@@ -56,19 +56,19 @@ def find_blueprint(config: TrainConfig, path: Path, model_of: Path | None = None
     if config.model.start is None:
         return _from_backbones(config)
     if Path(config.model.start).is_dir():
-        blueprint = Blueprint(load_model_config(config.model.start))
+        found = FoundConfig(load_model_config(config.model.start))
     else:
         source = model_of or _find_producer(config.model.start, path)
         if source is None:
             raise ConfigError(
-                f"model.start {config.model.start} is no folder here, and no YAML file near {path} has it as "
-                "output.dir; name the file of the stage that makes it, or of stage 1, with --model-of"
+                f"model.start {config.model.start} is not a folder, and no YAML file near {path} has it as "
+                "output.dir; name the file of the stage that produces it, or of stage 1, with --model-of"
             )
-        earlier = find_blueprint(load_config(source), source)
-        assumed = f"{config.model.start} is not there; its shape is the one that {source} gives it"
-        blueprint = Blueprint(earlier.config, (assumed, *earlier.assumptions))
-    adapt(blueprint.config, config.model)
-    return blueprint
+        earlier = find_model_config(load_config(source), source)
+        assumed = f"{config.model.start} does not exist; its shape follows from {source}"
+        found = FoundConfig(earlier.config, (assumed, *earlier.assumptions))
+    adapt(found.config, config.model)
+    return found
 
 
 def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
@@ -99,12 +99,12 @@ def _find_producer(start: str, path: Path) -> Path | None:
     return None
 
 
-def _from_backbones(config: TrainConfig) -> Blueprint:
+def _from_backbones(config: TrainConfig) -> FoundConfig:
     vision, language = config.model.vision, config.model.language
     assert vision is not None, "checked by TrainConfig"
     assert language is not None, "checked by TrainConfig"
     if Path(vision).is_dir() and Path(language).is_dir():
-        return Blueprint(config_from_backbones(vision, language, **config.architecture()))
+        return FoundConfig(config_from_backbones(vision, language, **config.architecture()))
     assumptions = []
     parts: dict[str, PreTrainedConfig] = {}
     known = {
@@ -126,4 +126,4 @@ def _from_backbones(config: TrainConfig) -> Blueprint:
         tie_word_embeddings=text.tie_word_embeddings,
         **config.architecture(),
     )
-    return Blueprint(built, tuple(assumptions))
+    return FoundConfig(built, tuple(assumptions))

@@ -18,7 +18,7 @@ from avg_llava.common.settings import ConfigError
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.planning import estimate
 from avg_llava.planning.memory import SHARDINGS, Activations, Sharding, activation_memory, sharding_of, state_memory
-from avg_llava.planning.meta_model import find_blueprint
+from avg_llava.planning.meta_model import find_model_config
 from avg_llava.training import levels
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import ObjectiveSettings, load_config
@@ -47,12 +47,12 @@ def test_the_7b_model_is_counted_without_a_checkpoint(capsys):
     parts = {part: count["total"] for part, count in result["model"]["by_part"].items()}
     assert (parts["router"], parts["llm"]) == (expected["router_total"], expected["llm"])
     assert result["model"]["trained"] == result["model"]["parameters"] - expected["router_total"]
-    assert any("runs/vicuna-7b/stage2 is not there" in line for line in result["assumptions"])
+    assert any("runs/vicuna-7b/stage2 does not exist" in line for line in result["assumptions"])
     assert any("lmsys/vicuna-7b-v1.5 has its published shape" in line for line in result["assumptions"])
     assert (result["sharding"], result["step"]["accumulation_steps"]) == ("3", 4)
     assert result["steps"] == 7969, "1,020,000 samples in batches of 128"
     shape = estimate.TYPICAL_SAMPLES[3]
-    model_config = find_blueprint(
+    model_config = find_model_config(
         load_config("configs/vicuna-7b/stage3.yaml"), Path("configs/vicuna-7b/stage3.yaml")
     ).config
     flops = step_flops(STAGES[3].trains, STAGES[3].passes, [shape] * 128, model_config).total
