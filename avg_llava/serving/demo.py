@@ -137,8 +137,53 @@ def measure_first_token(predictor: Predictor, request: Request, budgets: Sequenc
     return [statistics.median(samples) for samples in times]
 
 
+class Run:
+    """One run of an event handler, which can be stopped between any two of its steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._steps: Generator[Any] | None = None
+        self._stopped = False
+
+    @property
+    def is_started(self) -> bool:
+        """True once the handler has left the queue."""
+        return self._steps is not None
+
+    def iterate(self, steps: Generator[Step]) -> Iterator[Step]:
+        """Yields from `steps` until they end or the run is stopped."""
+        self._steps = steps
+        try:
+            while True:
+                with self._lock:
+                    if self._stopped:
+                        return
+                    try:
+                        step = next(steps)
+                    except StopIteration:
+                        return
+                yield step
+        finally:
+            with self._lock:
+                steps.close()
+
+    def stop(self) -> None:
+        """Ends the run after the current step; before its first step, prevents it."""
+        self._stopped = True
+
+    def stop_and_wait(self) -> None:
+        """Ends the run and returns when the current step and its background threads have ended."""
+        self._stopped = True
+        with self._lock:
+            if self._steps is not None:
+                self._steps.close()
+
+
 class Demo:
     """Event handlers of the page.
+
+    A click on a button calls `start` at once, then queues `ask` or `compare`. Gradio's own cancellation is not used:
+    it leaves the page in a pending state if a result arrives after the cancellation.
 
     Args:
         predictor: The model.
@@ -148,7 +193,7 @@ class Demo:
         self.predictor = predictor
         self.config = predictor.model.config
         self._closed = False
-        self._active: dict[Generator[Any], threading.RLock] = {}
+        self._runs: dict[str, Run] = {}  # by session, from `start` to the end of the handler
 
     def warm_up(self) -> None:
         """Answers a blank image at every level, so that measured times exclude one-time initialization."""
@@ -159,50 +204,52 @@ class Demo:
             self.predictor.answer(encoded, level, Decoding(1))
 
     def close(self) -> None:
-        """Cancels running handlers and returns when none uses the model; later steps do nothing."""
+        """Stops all runs and returns when none uses the model any more; later runs end before their first step."""
         self._closed = True
-        for steps, lock in list(self._active.items()):
-            with lock:
-                steps.close()
+        for run in list(self._runs.values()):
+            run.stop_and_wait()
+
+    def start(self, request: gr.Request) -> list[gr.Button]:
+        """Registers the run of a click, so that it can be stopped while it is queued; returns the buttons' states."""
+        current = self._runs.get(request.session_hash)
+        if current is None or not current.is_started:
+            self._runs[request.session_hash] = Run()
+        return button_states(busy=True)
+
+    def stop(self, request: gr.Request) -> None:
+        """Stops the session's run."""
+        if request.session_hash in self._runs:
+            self._runs[request.session_hash].stop()
 
     def check(self, upload: Any) -> None:
         """Shows a message if an uploaded image cannot be read."""
         with errors_as_messages():
             read_upload(upload)
 
-    def ask(self, upload: Any, question: Any, *controls: Any) -> Iterator[tuple[Any, ...]]:
+    def ask(self, request: gr.Request, upload: Any, question: Any, *controls: Any) -> Iterator[tuple[Any, ...]]:
         """Answers a question.
 
         Yields:
             The text so far, the figures, the router's bars, and the pictures of tiles and overview.
         """
-        yield from self._until_closed(self._ask(upload, question, controls))
+        yield from self._run(request, self._ask(upload, question, controls))
 
-    def compare(self, upload: Any, question: Any, *controls: Any) -> Iterator[str]:
+    def compare(self, request: gr.Request, upload: Any, question: Any, *controls: Any) -> Iterator[str]:
         """Answers a question at every level, with one encoding of the image.
 
         Yields:
             The cards of all levels: after each answer, and finally with times and pictures.
         """
-        yield from self._until_closed(self._compare(upload, question, controls))
+        yield from self._run(request, self._compare(upload, question, controls))
 
-    def _until_closed(self, steps: Generator[Step]) -> Iterator[Step]:
-        """Yields from `steps` until `close`, which takes the lock to wait for the end of a running step."""
-        lock = self._active[steps] = threading.RLock()
+    def _run(self, request: gr.Request, steps: Generator[Step]) -> Iterator[Step]:
+        run = self._runs.setdefault(request.session_hash, Run())
+        if self._closed:
+            run.stop()
         try:
-            while True:
-                with lock:
-                    if self._closed:
-                        return
-                    try:
-                        step = next(steps)
-                    except StopIteration:
-                        return
-                yield step
+            yield from run.iterate(steps)
         finally:
-            with lock:
-                steps.close()
-            del self._active[steps]
+            self._runs.pop(request.session_hash, None)
 
     def _ask(self, upload: Any, question: Any, controls: tuple[Any, ...]) -> Generator[tuple[Any, ...]]:
         with errors_as_messages():
@@ -269,6 +316,11 @@ class Demo:
         return rows, describe_token_count(size, level, self.config)
 
 
+def button_states(busy: bool) -> list[gr.Button]:
+    """Returns updates of the buttons Ask, All levels and Stop."""
+    return [gr.Button(interactive=interactive) for interactive in (not busy, not busy, busy)]
+
+
 def _unchanged(count: int) -> list[Any]:
     return [gr.skip()] * count
 
@@ -302,7 +354,7 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
                     compare = gr.Button("All levels", elem_id="compare", min_width=80)
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
                 level = gr.Radio(
                     [("router", ROUTED), *((str(level), str(level)) for level in levels)],
                     value=ROUTED, label="Visual tokens per crop", elem_id="level",
@@ -341,17 +393,22 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                 [list(example) for example in examples], [image, question], label="Examples", elem_id="examples"
             )
 
-        inputs = [image, question, level, token_cost, max_visual_tokens, max_new_tokens]
+        buttons = [ask, compare, stop]
+        unqueued: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         # preprocess=False: gradio would decode uploaded images without a limit on pixels.
-        options: dict[str, Any] = {
-            "inputs": inputs, "preprocess": False, "concurrency_id": "model", "api_visibility": "private",
+        queued: dict[str, Any] = {
+            "inputs": [image, question, level, token_cost, max_visual_tokens, max_new_tokens], "preprocess": False,
+            "concurrency_id": "model", "show_progress": "minimal", "api_visibility": "private",
         }  # fmt: skip
-        asked = gr.on(
-            [ask.click, question.submit], demo.ask, outputs=[answer, stats, router, tiles, overview],
-            show_progress="minimal", show_progress_on=answer, **options,
-        )  # fmt: skip
-        compared = compare.click(demo.compare, outputs=cards, show_progress="minimal", **options)
-        stop.click(None, cancels=[asked, compared])
+        handlers = [
+            gr.on([ask.click, question.submit], demo.start, outputs=buttons, **unqueued).then(
+                demo.ask, outputs=[answer, stats, router, tiles, overview], show_progress_on=answer, **queued
+            ),
+            compare.click(demo.start, outputs=buttons, **unqueued).then(demo.compare, outputs=cards, **queued),
+        ]
+        for handler in handlers:
+            handler.then(lambda: button_states(busy=False), outputs=buttons, **unqueued)
+        stop.click(demo.stop, **unqueued)
         image.upload(demo.check, image, preprocess=False, api_visibility="private")
         level.change(
             lambda chosen: gr.Slider(interactive=chosen == ROUTED), level, token_cost,

@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+from avg_llava.checkpoints.loading import load
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.server import Server
+from tests.tiny import make_checkpoint
 
-MINI = Path(__file__).resolve().parents[2] / "avg_llava/mini/checkpoint"
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "avg_llava/mini/checkpoint"
 CHAT = "/v1/chat/completions"
 
 
@@ -79,6 +82,15 @@ def until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end, "timeout"
         time.sleep(0.02)
+
+
+def save_talker(folder):
+    """Saves a tiny model whose answers end at the maximum length only; returns its folder."""
+    model, processor = load(make_checkpoint(folder / "tiny"))
+    model.generation_config.eos_token_id = model.config.text_config.eos_token_id = 10**6
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def free_port():

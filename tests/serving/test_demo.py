@@ -30,10 +30,12 @@ from avg_llava.serving.demo import (
     serve_page,
     wait_for_signal,
 )
-from tests.serving.running import free_port
+from tests.serving.running import free_port, save_talker
 from tests.tiny import make_checkpoint, noise_images
 
 CONTROLS = ("router", 0, 100, 5)
+LONG = ("router", 0, 100, MAX_NEW_TOKENS)
+TAB, OTHER_TAB = SimpleNamespace(session_hash="tab"), SimpleNamespace(session_hash="other tab")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_controls():
 
 
 def test_ask(predictor, upload):
-    frames = list(Demo(predictor).ask(upload, " how many dots? ", *CONTROLS))
+    frames = list(Demo(predictor).ask(TAB, upload, " how many dots? ", *CONTROLS))
     (answer,) = predictor.predict([Request("how many dots?", (noise_images()[0],))], decoding=Decoding(5))
     text, stats, bars, *pictures = frames[0]
     level = answer.granularity[0]
@@ -75,18 +77,18 @@ def test_ask(predictor, upload):
 
 def test_budget(predictor, upload):
     for controls, level in [(("8", 0, 100, 2), 8), (("router", 1e6, 100, 2), 1), (("router", 0, 10, 2), 1)]:
-        first = next(Demo(predictor).ask(upload, "how many dots?", *controls))
+        first = next(Demo(predictor).ask(TAB, upload, "how many dots?", *controls))
         assert f"{level} per crop" in first[1]
 
 
 def test_text_only(predictor):
-    frames = list(Demo(predictor).ask(None, "hello", *CONTROLS))
+    frames = list(Demo(predictor).ask(TAB, None, "hello", *CONTROLS))
     (answer,) = predictor.predict([Request("hello")], decoding=Decoding(5))
     assert frames[-1] == (answer.text, "", "", None, None)
 
 
 def test_compare(predictor, upload):
-    frames = list(Demo(predictor).compare(upload, "how many dots?", "8", 0, 100, 5))
+    frames = list(Demo(predictor).compare(TAB, upload, "how many dots?", "8", 0, 100, 5))
     assert [frame.count("data-level") for frame in frames] == [0, 1, 2, 3, 4, 5, 5]
     assert [frame.count(" ms<") for frame in frames] == [0, 0, 0, 0, 0, 0, 10]  # first token and whole answer
     assert [frame.count("<img") for frame in frames] == [0, 0, 0, 0, 0, 0, 5]
@@ -114,14 +116,14 @@ def test_invalid_inputs_are_messages(predictor, upload, question, controls, mess
     demo = Demo(predictor)
     for press in (demo.ask, demo.compare):
         with pytest.raises(gr.Error) as raised:
-            list(press(upload, question, *controls))
+            list(press(TAB, upload, question, *controls))
         assert message in raised.value.message
         assert not raised.value.print_exception
 
 
 def test_unknown_levels_are_messages(predictor, upload):
     with pytest.raises(gr.Error, match="granularity 5 is not one of this model's levels"):
-        list(Demo(predictor).ask(upload, "what?", "5", 0, 100, 5))
+        list(Demo(predictor).ask(TAB, upload, "what?", "5", 0, 100, 5))
 
 
 def test_unreadable_files_are_messages(predictor, tmp_path):
@@ -130,13 +132,13 @@ def test_unreadable_files_are_messages(predictor, tmp_path):
     Image.new("1", (8000, 8000)).save(tmp_path / "b", "PNG")  # a small file of 64 million pixels
     demo.check(None)
     for name, message in [("a", "cat.png: cannot be read as an image"), ("b", "above the limit of 32000000 pixels")]:
-        for press in (demo.check, lambda upload: list(demo.ask(upload, "what?", *CONTROLS))):
+        for press in (demo.check, lambda upload: list(demo.ask(TAB, upload, "what?", *CONTROLS))):
             with pytest.raises(gr.Error) as raised:
                 press({"path": str(tmp_path / name), "orig_name": "cat.png"})
             assert message in raised.value.message
             assert str(tmp_path) not in raised.value.message
     with pytest.raises(gr.Error, match="levels are compared on an image"):
-        list(demo.compare(None, "what?", *CONTROLS))
+        list(demo.compare(TAB, None, "what?", *CONTROLS))
 
 
 def record_predictions(monkeypatch, predictor):
@@ -168,6 +170,83 @@ def test_first_token_times_are_medians_of_alternating_runs(predictor, monkeypatc
     times = measure_first_token(predictor, request, budgets)  # over the time limit after two rounds
     assert len(recorded) == 4
     assert times[1] == pytest.approx((recorded[1][2] + recorded[3][2]) / 2)
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A model whose answers end at the maximum length only."""
+    return Pipeline.load(save_talker(tmp_path / "talker")).predictor
+
+
+def test_stop_ends_the_run_of_its_tab(talker):
+    demo = Demo(talker)
+    for tab in (TAB, OTHER_TAB):
+        demo.start(tab)
+    steps, others = demo.ask(TAB, None, "go on", *LONG), demo.ask(OTHER_TAB, None, "go on", *CONTROLS)
+    next(steps), next(others)
+    demo.stop(TAB)
+    assert list(steps) == []
+    assert list(others) != []
+    assert list(demo.ask(TAB, None, "go on", *CONTROLS)) != []
+
+
+def test_stop_ends_a_queued_run(talker, monkeypatch):
+    demo = Demo(talker)
+    demo.start(TAB)
+    demo.stop(TAB)
+    with monkeypatch.context() as patch:
+        patch.setattr(talker, "encode", None)
+        assert list(demo.ask(TAB, None, "go on", *CONTROLS)) == []
+    demo.start(TAB)
+    assert list(demo.ask(TAB, None, "go on", *CONTROLS)) != []
+
+
+def test_close_waits_for_the_running_step(talker, monkeypatch):
+    demo, encode = Demo(talker), talker.encode
+    entered, proceed, steps = threading.Event(), threading.Event(), []
+
+    def slow_encode(requests):
+        entered.set()
+        assert proceed.wait(60)
+        return encode(requests)
+
+    monkeypatch.setattr(talker, "encode", slow_encode)
+    handler = threading.Thread(target=lambda: steps.extend(demo.ask(TAB, None, "go on", *LONG)))
+    closing = threading.Thread(target=demo.close)
+    handler.start()
+    assert entered.wait(60)
+    closing.start()
+    closing.join(0.3)
+    assert closing.is_alive()
+    proceed.set()
+    for thread in (closing, handler):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(steps) == 1  # the step that was running
+    assert list(demo.ask(TAB, None, "go on", *CONTROLS)) == []
+
+
+def test_close_cancels_generation(talker):
+    demo, num_forwards = Demo(talker), []
+    steps = demo.ask(TAB, None, "go on", *LONG)
+    handle = talker.model.get_input_embeddings().register_forward_hook(lambda *_: num_forwards.append(1))
+    try:
+        next(steps)
+        demo.close()
+        before = len(num_forwards)
+        assert list(steps) == []
+    finally:
+        handle.remove()
+    assert len(num_forwards) == before < MAX_NEW_TOKENS
+
+
+def test_runs_end_before_the_server_stops(predictor, monkeypatch):
+    calls, close_page = [], gr.Blocks.close
+    monkeypatch.setattr(Demo, "close", lambda demo: calls.append("demo"))
+    monkeypatch.setattr(gr.Blocks, "close", lambda page, verbose: (calls.append("page"), close_page(page, verbose)))
+    with serve_page(predictor, "127.0.0.1", free_port()):
+        assert calls == []
+    assert calls == ["demo", "page"]
 
 
 def test_examples_are_questions_about_their_images(tmp_path):

@@ -1,4 +1,4 @@
-"""`avg-llava serve` as a process: how it ends, and how it bears many clients."""
+"""`avg-llava serve` as a process: shutdown, and many concurrent clients."""
 
 import json
 import os
@@ -14,10 +14,8 @@ import pytest
 from avg_llava import cli
 from avg_llava.bench import serving as stress
 from avg_llava.bench.serving import started_server
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.pipeline import Pipeline
-from tests.serving.running import CHAT, MINI, Running, endless, rest_of, running, stream_of, until
-from tests.tiny import make_checkpoint
+from tests.serving.running import CHAT, MINI, Running, endless, rest_of, running, save_talker, stream_of, until
 
 pytestmark = pytest.mark.xdist_group("serving")
 LONG = endless(max_tokens=400)
@@ -25,20 +23,14 @@ LONG = endless(max_tokens=400)
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    """The folder of a model that never comes to an end by itself."""
-    model, processor = load(make_checkpoint(tmp_path_factory.mktemp("talker")))
-    model.generation_config.eos_token_id = model.config.text_config.eos_token_id = 10**6
-    folder = tmp_path_factory.mktemp("endless")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_talker(tmp_path_factory.mktemp("talker"))
 
 
 def client_of(address):
     return Running(urlsplit(address).port)
 
 
-def test_sigterm_lets_answers_end_and_takes_no_more(talker):
+def test_sigterm_drains(talker):
     with started_server(talker, "--name", "mini", "--max-tokens", "100000", "--max-batch", "1") as (process, address):
         server = client_of(address)
         _, response = stream_of(server, LONG)
@@ -48,8 +40,8 @@ def test_sigterm_lets_answers_end_and_takes_no_more(talker):
         process.send_signal(signal.SIGTERM)
         until(lambda: server.request("GET", "/health")[0] == 503)
         assert json.loads(server.request("GET", "/health")[2]) == {"status": "draining"}
-        status, told = server.chat(endless())
-        assert (status, told["error"]["code"]) == (503, "shutting_down")
+        status, response_body = server.chat(endless())
+        assert (status, response_body["error"]["code"]) == (503, "shutting_down")
         texts, end = rest_of(response)
         assert (end, len(texts) > 10) == ("done", True)
         answer = waiting.getresponse()
@@ -60,7 +52,7 @@ def test_sigterm_lets_answers_end_and_takes_no_more(talker):
             server.request("GET", "/health")
 
 
-def test_a_second_signal_does_not_wait(talker):
+def test_a_second_signal_aborts(talker):
     flags = ("--name", "mini", "--max-tokens", "100000", "--grace", "1000")
     with started_server(talker, *flags) as (process, address):
         server = client_of(address)
@@ -72,7 +64,7 @@ def test_a_second_signal_does_not_wait(talker):
         assert process.wait(30) == 1
 
 
-def test_mistakes_at_the_start(tmp_path, capsys):
+def test_startup_errors(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", "--model", str(MINI), "--port", port]) == 1
@@ -86,7 +78,7 @@ def test_mistakes_at_the_start(tmp_path, capsys):
     assert exit_.value.code == 2
 
 
-def is_borne(result, clients):
+def check_load(result, clients):
     assert result["failures"] == {}
     assert result["wrong"] == 0, result["wrong_examples"]
     assert result["answered"] >= clients
@@ -96,36 +88,36 @@ def is_borne(result, clients):
     assert stress.is_fine(result)
 
 
-def test_many_clients_get_their_own_answers():
+def test_concurrent_clients_get_their_answers():
     result = stress.bench_serve(MINI, clients=16, seconds=4)
-    is_borne(result, 16)
+    check_load(result, 16)
     assert len(stress.table_lines(result)) == 6
 
 
 @pytest.mark.slow
 def test_64_clients_for_two_minutes():
-    """With a C library that gives back what it is given (docs/serving.md), so that memory grows only if we keep it."""
+    """With an allocator that returns freed memory (docs/serving.md), so that only leaks grow."""
     command = [sys.executable, "-m", "avg_llava.cli", "bench", "serve", "--model", str(MINI), "--json"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["clients"], result["seconds"]) == (64, 120)
-    is_borne(result, 64)
+    check_load(result, 64)
     memory = result["memory_bytes"]
     assert memory["peak"] <= 1.1 * memory["peak_of_first_half"]
 
 
-def test_the_comparison_can_fail():
-    """Clients notice answers that are not the expected ones, and requests that fail."""
+def test_the_benchmark_detects_errors():
+    """Clients count wrong answers and failed requests."""
     predictor = Pipeline.load(MINI).predictor
     questions = stress.make_questions(predictor, 6)
-    swapped = [stress.Question(own.body, questions[0].expected) for own in questions]
+    swapped = [stress.Question(question.body, questions[0].expected) for question in questions]
     broken = stress.Question({**questions[0].body, "n": 3}, questions[0].expected)
     tally = stress.Tally()
     with running(predictor) as server:
-        for asked in (swapped[1:], [broken]):
-            stress._be_a_client(server.address, asked, 0, time.monotonic() + 0.5, tally)
+        for sent in (swapped[1:], [broken]):
+            stress._be_a_client(server.address, sent, 0, time.monotonic() + 0.5, tally)
     assert tally.num_wrong == len(tally.seconds) >= 1
     assert set(tally.failures) == {"400"}
     assert 1 <= len(tally.wrong) <= tally.num_wrong
