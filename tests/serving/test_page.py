@@ -91,9 +91,9 @@ class Page:
         driver.get(address)
         self.wait(lambda: self.all("#examples tr"))
 
-    def wait(self, condition, seconds=SECONDS):
+    def wait(self, condition):
         # Elements can be rendered anew between finding and reading them.
-        wait = WebDriverWait(self.driver, seconds, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        wait = WebDriverWait(self.driver, SECONDS, 0.05, ignored_exceptions=[StaleElementReferenceException])
         return wait.until(lambda _: condition())
 
     def all(self, selector):
