@@ -116,14 +116,14 @@ def test_the_benchmark_detects_errors():
     questions = stress.make_questions(predictor, 6)
     swapped = [stress.Question(question.body, questions[0].expected) for question in questions]
     broken = stress.Question({**questions[0].body, "n": 3}, questions[0].expected)
-    tally = stress.Tally()
+    results = stress.ClientResults()
     with running(predictor) as server:
         for sent in (swapped[1:], [broken]):
-            stress._be_a_client(server.address, sent, 0, time.monotonic() + 0.5, tally)
-    assert tally.num_wrong == len(tally.seconds) >= 1
-    assert set(tally.failures) == {"400"}
-    assert 1 <= len(tally.wrong) <= tally.num_wrong
+            stress._run_client(server.address, sent, 0, time.monotonic() + 0.5, results)
+    assert results.num_wrong == len(results.seconds) >= 1
+    assert set(results.failures) == {"400"}
+    assert 1 <= len(results.wrong_examples) <= results.num_wrong
     with pytest.raises(OSError, match="refused"):
         stress.read_metrics(server.address)
-    stress._be_a_client(server.address, swapped, 0, time.monotonic() + 0.1, tally)
-    assert tally.failures["ConnectionRefusedError"] > 0
+    stress._run_client(server.address, swapped, 0, time.monotonic() + 0.1, results)
+    assert results.failures["ConnectionRefusedError"] > 0
