@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avg_llava.common.files import hash_json
+from avg_llava.data.encoding import TEMPLATES, encode_conversation
 from avg_llava.data.index import RecordIndex, open_index
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList
-from avg_llava.data.templates import TEMPLATES, encode_conversation
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import MAX_IMAGE_PIXELS, load_image

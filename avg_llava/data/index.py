@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avg_llava.common.files import hash_json
+from avg_llava.data.encoding import TEMPLATES
 from avg_llava.data.records import (
     DataError,
     RawRecord,
@@ -32,7 +33,6 @@ from avg_llava.data.records import (
     read_file,
     scan_records,
 )
-from avg_llava.data.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizer
 
+from avg_llava.data.encoding import encode_conversation
 from avg_llava.data.records import parse_record
-from avg_llava.data.templates import encode_conversation
 from avg_llava.mini.glyphs import PALETTE
 from avg_llava.mini.questions import caption, choose_questions
 from avg_llava.mini.recipe import CROP, PATCH, LanguagePhase, Recipe, image_processor, language_config, vision_config

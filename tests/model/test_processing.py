@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
+from avg_llava.data.encoding import TEMPLATES
 from avg_llava.data.records import Turn
-from avg_llava.data.templates import TEMPLATES
 from avg_llava.model.images import load_image
 from avg_llava.model.processing import AvgLlavaImageProcessor, tokenize_with_images
 from tests.parity.golden import GOLDEN

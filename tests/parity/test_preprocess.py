@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
 from avg_llava.data.collator import Collator
+from avg_llava.data.encoding import encode_conversation
 from avg_llava.data.records import Turn
-from avg_llava.data.templates import encode_conversation
 from avg_llava.model.anyres import _padding as padding
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_visual_tokens, select_canvas
 from tests.parity.golden import GOLDEN, ORIGINAL_IMAGE_TOKEN, golden, golden_image

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from avg_llava.data.encoding import IGNORE_INDEX, TEMPLATES, encode_conversation
 from avg_llava.data.records import DataError, Turn
-from avg_llava.data.templates import IGNORE_INDEX, TEMPLATES, encode_conversation
 from avg_llava.model.processing import VICUNA_SYSTEM, tokenize_with_images
 from tests.parity.golden import GOLDEN
 
