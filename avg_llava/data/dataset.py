@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avg_llava.common.files import hash_json
-from avg_llava.data.encoding import TEMPLATES, encode_conversation
+from avg_llava.common.registry import find_entry
+from avg_llava.data.encoding import encode_conversation
 from avg_llava.data.index import RecordIndex, open_index
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList
@@ -31,6 +32,7 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import MAX_IMAGE_PIXELS, load_image
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.splice import IGNORE_INDEX
+from avg_llava.model.templates import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +196,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_list: SkipList | None = None,
         index_dir: str | Path | None = None,
     ) -> None:
-        if template not in TEMPLATES:
-            raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
+        find_entry(TEMPLATES, template, "template")
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         self.processor = processor

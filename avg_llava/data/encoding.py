@@ -1,26 +1,33 @@
-"""Conversation templates: how turns become text, token ids, and labels on what the model is to say.
+"""Encoding of conversations: turns to text, text to token ids, and labels on the answers.
 
-The released code finds answers by counting the tokens of pieces tokenised on their own, which fails (and then masks the
-whole sample) whenever a piece has another number of tokens alone than in its place. Here text is tokenised once and
-answers are found by the characters that tokens stand for: the same ids and labels wherever the released ones are well
-defined, with any tokenizer that gives offsets. Whether a space token stands between `</s>` and the next `USER` is the
-tokenizer's own affair (`legacy` in Vicuna's tokenizer_config.json).
+The released code finds answers by counting the tokens of separately tokenised pieces. It masks the whole sample where a
+piece has a different number of tokens in context. Here the text is tokenised once, and a token is supervised if its
+first character lies in an answer: ids and labels equal the released ones wherever those are well defined, and any
+tokenizer with character offsets will do. The tokenizer alone (`legacy` in Vicuna's tokenizer_config.json) decides
+whether a space token stands between `</s>` and the next `USER`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from avg_llava.data.records import HUMAN, DataError, Turn, dialogue
-from avg_llava.model.processing import IMAGE_PLACEHOLDER, VICUNA_SYSTEM, tokenize_with_images
+from avg_llava.data.records import ASSISTANT, HUMAN, DataError, Turn, dialogue
+from avg_llava.model.processing import tokenize_with_images
 from avg_llava.model.splice import IGNORE_INDEX
+from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES
+
+ROLES = {HUMAN: "user", ASSISTANT: "assistant"}  # of records, of chat templates
 
 
 class RenderedConversation(NamedTuple):
-    """Text of a conversation and the [start, end) character spans of it that are supervised.
+    """Text of a conversation.
 
-    `masked_because` says why there is no span although there are answers.
+    Attributes:
+        text: The text.
+        spans: [start, end) of its supervised characters.
+        masked_because: The reason why nothing is supervised, or None.
     """
 
     text: str
@@ -29,26 +36,17 @@ class RenderedConversation(NamedTuple):
 
 
 class EncodedConversation(NamedTuple):
-    """Token ids and labels of a conversation, of one length. Labels are ids or -100.
+    """Token ids and labels of a conversation.
 
-    `masked_because` says why every label is -100, where that is so.
+    Attributes:
+        input_ids: L ids.
+        labels: L ids, `IGNORE_INDEX` where not supervised.
+        masked_because: The reason why nothing is supervised, or None.
     """
 
     input_ids: list[int]
     labels: list[int]
     masked_because: str | None = None
-
-
-class Template(NamedTuple):
-    """A format of conversations.
-
-    Attributes:
-        check: Raises DataError for a dialogue that the format cannot hold.
-        render: The text of a dialogue, given the end-of-sequence text of the tokenizer.
-    """
-
-    check: Callable[[Sequence[Turn]], None]
-    render: Callable[[Sequence[Turn], str], RenderedConversation]
 
 
 def encode_conversation(
@@ -68,9 +66,8 @@ def encode_conversation(
     used = dialogue(tuple(turns))
     if tokenizer.eos_token is None:
         raise ValueError(f"{type(tokenizer).__name__} has no eos_token, which ends every answer; set one")
-    form = TEMPLATES[template]
-    form.check(used)
-    text, spans, masked_because = form.render(used, tokenizer.eos_token)
+    check_conversation(used, template)
+    text, spans, masked_because = render_conversation(used, template, tokenizer.eos_token)
     input_ids, starts = tokenize_with_images(text, tokenizer, image_token_id)
     labels = [IGNORE_INDEX] * len(input_ids)
     position = 0
@@ -83,74 +80,58 @@ def encode_conversation(
     return EncodedConversation(input_ids, labels, masked_because)
 
 
-def _check_plain(turns: Sequence[Turn]) -> None:
-    if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0].value:
+def check_conversation(turns: Sequence[Turn], template: str) -> None:
+    """Raises DataError if a template is for captions and the turns are no caption of an image."""
+    is_caption = len(turns) == 2 and IMAGE_PLACEHOLDER in turns[0].value
+    if TEMPLATES[template].is_for_captions and not is_caption:
+        others = ", ".join(repr(name) for name, entry in TEMPLATES.items() if not entry.is_for_captions)
         raise DataError(
-            "template 'plain' is for captions: one human turn with an image and one answer; use 'vicuna_v1' for others"
+            f"template {template!r} is for captions: one human turn with an image and one answer; use {others} for "
+            "other conversations"
         )
 
 
-def _render_plain(turns: Sequence[Turn], eos_token: str) -> RenderedConversation:
-    """Images and caption, nothing else: the question is dropped, the caption ends in a newline and not in EOS."""
-    images = IMAGE_PLACEHOLDER * turns[0].value.count(IMAGE_PLACEHOLDER)
-    text = f"{images}{turns[1].value}\n"
-    return RenderedConversation(text, [(len(images), len(text))])
+def render_conversation(turns: Sequence[Turn], template: str, eos_token: str) -> RenderedConversation:
+    """Text and supervised spans of a dialogue.
 
-
-def _check_vicuna(turns: Sequence[Turn]) -> None:
-    """Any dialogue will do."""
-
-
-def _render_vicuna(turns: Sequence[Turn], eos_token: str) -> RenderedConversation:
-    """`{system} USER: {question} ASSISTANT: {answer}</s>USER: ...`; answers and their `</s>` are supervised.
-
-    As in the released code, nothing of a conversation is supervised whose text cannot be taken apart again: the last
-    turn is a question or empty, or a turn holds " ASSISTANT: " or `</s>`. The caller is told why.
+    Args:
+        turns: Turns that alternate and begin with the human's.
+        template: A key of `TEMPLATES`.
+        eos_token: Text of the tokenizer's end-of-sequence token.
     """
-    text, answers = VICUNA_SYSTEM + " ", []
-    for turn in turns:
-        if not turn.value:
-            # An empty turn ends after its colon, without separator: so it is in the released code.
-            text += "USER:" if turn.role == HUMAN else "ASSISTANT:"
-        elif turn.role == HUMAN:
-            text += f"USER: {_image_first(turn.value)} "
-        else:
-            text += "ASSISTANT:"
-            begin = len(text)  # the space before an answer is the answer's: it is part of its first token
-            text += f" {turn.value}{eos_token}"
-            answers.append((begin, len(text)))
+    entry = TEMPLATES[template]
+    messages = [{"role": ROLES[turn.role], "content": turn.value} for turn in turns]
+    (text,), (spans,) = render_jinja_template(
+        [messages], chat_template=entry.jinja, return_assistant_tokens_mask=True, eos_token=eos_token
+    )
+    masked_because = None if spans else "no turn is an answer of the model"
+    if entry.answer_separator is not None:
+        masked_because = find_masking_reason(text, spans, entry.answer_separator, eos_token)
+    return RenderedConversation(text, spans if masked_because is None else [], masked_because)
+
+
+def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str, eos_token: str) -> str | None:
+    """The reason why the released code supervises nothing of a conversation; None if it supervises the answers.
+
+    It takes the text apart again, at `eos_token` and at the separator between question and answer, and gives up where
+    the last turn is a question or empty, or where a turn contains one of the two.
+
+    Args:
+        text: Text of the conversation.
+        spans: The answers, each with `eos_token`.
+        separator: The template's `answer_separator`.
+        eos_token: Text of the tokenizer's end-of-sequence token.
+    """
     if not text.endswith(eos_token):
-        return RenderedConversation(text, [], "the last turn is not an answer of the model, or is an empty one")
-    if _answers_found(text, eos_token) != answers:
-        return RenderedConversation(
-            text, [], f"a turn is empty, or its text holds {eos_token!r} or ' ASSISTANT: ', which mark turns"
-        )
-    return RenderedConversation(text, answers)
-
-
-def _answers_found(text: str, eos_token: str) -> list[tuple[int, int]] | None:
-    """Spans of answers as the released code finds them in the text; None where it gives up."""
-    spans, cursor = [], 0
+        return "the last turn is not an answer of the model, or is an empty one"
+    found, begin = [], 0
     for part in text.split(eos_token)[:-1]:
-        around = part.split(" ASSISTANT: ")
-        if len(around) != 2:
-            return None
-        begin = cursor + len(around[0]) + len(" ASSISTANT:")
-        cursor += len(part) + len(eos_token)
-        spans.append((begin, cursor))
-    return spans
-
-
-def _image_first(question: str) -> str:
-    """A question with its single image before the text, as all of LLaVA's prompts; several images keep their places."""
-    if question.count(IMAGE_PLACEHOLDER) != 1:
-        return question
-    return f"{IMAGE_PLACEHOLDER}\n{question.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
-
-
-TEMPLATES: dict[str, Template] = {
-    "plain": Template(_check_plain, _render_plain),
-    "vicuna_v1": Template(_check_vicuna, _render_vicuna),
-}
-
-__all__ = ["IGNORE_INDEX", "TEMPLATES", "EncodedConversation", "Template", "encode_conversation"]
+        question, *answers = part.split(separator)
+        if len(answers) != 1:
+            break
+        end = begin + len(part + eos_token)
+        found.append((begin + len(question + separator.rstrip()), end))
+        begin = end
+    if found != spans:
+        return f"a turn is empty, or its text holds {eos_token!r} or {separator!r}, which mark turns"
+    return None

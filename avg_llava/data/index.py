@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avg_llava.common.files import hash_json
-from avg_llava.data.encoding import TEMPLATES
+from avg_llava.data.encoding import check_conversation
 from avg_llava.data.records import (
     DataError,
     RawRecord,
@@ -164,7 +164,7 @@ def _validate(record: RawRecord, image_root: Path, template: str) -> Sample:
         raise DataError(f"{record.source}: {record.error}")
     sample = parse_record(record.value, image_root, record.source)
     try:
-        TEMPLATES[template].check(dialogue(sample.turns))
+        check_conversation(dialogue(sample.turns), template)
     except DataError as error:
         raise DataError(f"{sample.name}: {error}") from None
     return sample

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from avg_llava.common.files import hash_bytes
 from avg_llava.model.images import DataError
-from avg_llava.model.processing import IMAGE_PLACEHOLDER
+from avg_llava.model.templates import IMAGE_PLACEHOLDER
 
 HUMAN, ASSISTANT = "human", "gpt"
 

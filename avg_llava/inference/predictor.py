@@ -20,8 +20,9 @@ from avg_llava.inference.generation import GeneratedAnswer, generate, now
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.outputs import ImageFeatures
-from avg_llava.model.processing import IMAGE_PLACEHOLDER, AvgLlavaProcessor
+from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import level_values
+from avg_llava.model.templates import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)

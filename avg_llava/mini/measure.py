@@ -30,7 +30,7 @@ from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.processing import IMAGE_PLACEHOLDER
+from avg_llava.model.templates import IMAGE_PLACEHOLDER
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 16

@@ -9,7 +9,7 @@ from transformers import LlamaTokenizer
 
 from avg_llava.mini.glyphs import COLOURS, DIGITS, GROUNDS, LETTERS, SHAPES, SIGNS
 from avg_llava.mini.questions import NUMBERS, WORDINGS
-from avg_llava.model.processing import VICUNA_SYSTEM
+from avg_llava.model.templates import VICUNA_SYSTEM
 
 BOUNDARY = "▁"
 MAX_LENGTH = 2048

@@ -22,51 +22,7 @@ from transformers.utils import PROCESSOR_NAME
 from avg_llava.model.anyres import image_window, select_canvas
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.resampling import resize
-
-IMAGE_PLACEHOLDER = "<image>"
-"""Marks an image in text. It is no token of the language model: text is cut at it, and the pieces tokenised apart."""
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# The same rendering as data/conversation.py's `vicuna_v1` (a test compares the two), from chat messages. One image
-# leads its turn, whatever its place in the message; several stay where they are.
-VICUNA_CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' -%}
-  {%- set preamble = messages[0]['content'] if messages[0]['content'] is string \
-else messages[0]['content'] | map(attribute='text') | join -%}
-  {%- set turns = messages[1:] -%}
-{%- else -%}
-  {%- set preamble = "SYSTEM_TEXT" -%}
-  {%- set turns = messages -%}
-{%- endif -%}
-{{- preamble + ' ' -}}
-{%- for message in turns -%}
-  {%- if message['content'] is string -%}
-    {%- set content = message['content'] -%}
-  {%- else -%}
-    {%- set parts = namespace(text='') -%}
-    {%- for part in message['content'] -%}
-      {%- set parts.text = parts.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-    {%- endfor -%}
-    {%- set content = parts.text -%}
-  {%- endif -%}
-  {%- if message['role'] == 'user' -%}
-    {%- set pieces = content.split('<image>') -%}
-    {%- if pieces | length == 2 -%}
-      {%- set content = ('<image>\\n' + (pieces | join).strip()).strip() -%}
-    {%- endif -%}
-    {{- 'USER: ' + content + ' ' if content else 'USER:' -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- 'ASSISTANT: ' + content + eos_token if content else 'ASSISTANT:' -}}
-  {%- else -%}
-    {{- raise_exception("role must be user or assistant (system: first message only), got " + message['role']) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-""".replace("SYSTEM_TEXT", VICUNA_SYSTEM)
+from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES
 
 
 class TokenizedText(NamedTuple):
@@ -211,7 +167,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         image_token_id: int,
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATES["vicuna_v1"].jinja)
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = image_token_id
         if tokenizer.pad_token is None:
@@ -356,12 +312,3 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 AutoProcessor.register(AvgLlavaConfig, AvgLlavaProcessor, exist_ok=True)
-
-__all__ = [
-    "IMAGE_PLACEHOLDER",
-    "VICUNA_SYSTEM",
-    "AvgLlavaImageProcessor",
-    "AvgLlavaProcessor",
-    "TokenizedText",
-    "tokenize_with_images",
-]

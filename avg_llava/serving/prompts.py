@@ -12,7 +12,8 @@ from PIL import Image
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget, BudgetError, select_levels
 from avg_llava.inference.predictor import Predictor
-from avg_llava.model.processing import IMAGE_PLACEHOLDER, tokenize_with_images
+from avg_llava.model.processing import tokenize_with_images
+from avg_llava.model.templates import IMAGE_PLACEHOLDER
 from avg_llava.serving.images import read_images
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.protocol import ApiError, ChatRequest, ImagePart, invalid_request

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
+from avg_llava.common.registry import find_entry
 from avg_llava.common.settings import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
+from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.stages import OBJECTIVES, STAGES, Passes
 
 # The value of `objective.method` that selects the default objective of the stage.
@@ -90,8 +92,9 @@ class DataSettings:
 
     sources: tuple[SourceSettings, ...]
     """A list, or the path of a YAML file that holds it (a mixture shared by several stages)."""
-    template: Literal["plain", "vicuna_v1"]
-    """`plain` for captions (stage 1), `vicuna_v1` for instructions."""
+    template: str
+    """A key of `TEMPLATES` in `avg_llava/model/templates.py`: `plain` for captions (stage 1), `vicuna_v1` for
+    instructions."""
     group_by_modality_length: bool = False
     """Batch samples of similar length, with and without images separately."""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -232,6 +235,7 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        find_entry(TEMPLATES, self.data.template, "data.template")
         _check_model(self)
         _check_lora(self)
         _check_objective(self)

@@ -2,14 +2,17 @@
 
 import random
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from avg_llava.data.encoding import IGNORE_INDEX, TEMPLATES, encode_conversation
+from avg_llava.data.encoding import IGNORE_INDEX, encode_conversation, render_conversation
 from avg_llava.data.records import DataError, Turn
-from avg_llava.model.processing import VICUNA_SYSTEM, tokenize_with_images
+from avg_llava.model.processing import tokenize_with_images
+from avg_llava.model.templates import TEMPLATES, VICUNA_SYSTEM
 from tests.parity.golden import GOLDEN
 
 IMAGE = 99_999
@@ -74,7 +77,7 @@ def test_the_image_leads_its_turn(tokenizer):
 
 def test_several_images_keep_their_places(tokenizer):
     many = turns("Is <image> like <image>?", "Yes.", "And this? <image>", "No.")
-    text = TEMPLATES["vicuna_v1"].render(many, "</s>").text
+    text = render_conversation(many, "vicuna_v1", "</s>").text
     assert "USER: Is <image> like <image>? ASSISTANT:" in text
     assert "USER: <image>\nAnd this? ASSISTANT:" in text
     assert encode_conversation(many, tokenizer, "vicuna_v1", IMAGE).input_ids.count(IMAGE) == 3
@@ -127,7 +130,7 @@ def test_any_text_is_supervised_to_the_letter(tokenizer):
     generator = random.Random(0)
     for _ in range(200):
         values = ["".join(generator.choices(PIECES, k=generator.randint(1, 8))) for _ in range(4)]
-        text, spans, masked_because = TEMPLATES["vicuna_v1"].render(turns(*values), tokenizer.eos_token)
+        text, spans, masked_because = render_conversation(turns(*values), "vicuna_v1", tokenizer.eos_token)
         assert masked_because is None
         assert [text[slice(*span)] for span in spans] == [f" {value}{tokenizer.eos_token}" for value in values[1::2]]
         encoded = encode_conversation(turns(*values), tokenizer, "vicuna_v1", IMAGE)
@@ -185,3 +188,20 @@ def test_a_tokenizer_without_offsets_is_refused():
 
     with pytest.raises(ValueError, match="Slow cannot tell"):
         tokenize_with_images("text", Slow(), IMAGE)
+
+
+def test_a_template_of_one_file(tokenizer, monkeypatch):
+    """The example of docs/extending.md: the prompt is the beginning of what is trained, and answers are supervised."""
+    monkeypatch.setitem(TEMPLATES, "chatml", None)  # so that it is gone after the test
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "examples" / "extending" / "template.py"))
+    conversation = turns("<image>\nWhat is it?", "It is a car.", "Sure?", "Yes.")
+    encoded = encode_conversation(conversation, tokenizer, "chatml", IMAGE)
+    assert encoded.masked_because is None
+    assert encoded.input_ids.count(IMAGE) == 1
+    end = tokenizer.eos_token
+    assert [text.strip(" ") for text in supervised(encoded, tokenizer)] == [f"It is a car.{end}", f"Yes.{end}"]
+    text = render_conversation(conversation, "chatml", end).text
+    assert text.startswith(f"<|im_start|>user\n<image>\nWhat is it?{end}\n<|im_start|>assistant\nIt is a car.{end}\n")
+    question = encode_conversation(turns("What?"), tokenizer, "chatml", IMAGE)
+    assert set(question.labels) == {IGNORE_INDEX}
+    assert question.masked_because == "no turn is an answer of the model"

@@ -23,7 +23,7 @@ from avg_llava.mini.glyphs import COLOURS, LETTERS, SHAPES
 from avg_llava.mini.recipe import Recipe, VisionPhase, image_processor
 from avg_llava.mini.scenes import KINDS, LABEL_FIELDS, draw_scene
 from avg_llava.mini.tokenizer import build_tokenizer
-from avg_llava.model.processing import VICUNA_SYSTEM
+from avg_llava.model.templates import VICUNA_SYSTEM
 
 FEATURE_LAYER = -2
 

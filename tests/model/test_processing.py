@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaProcessor
-from avg_llava.data.encoding import TEMPLATES
+from avg_llava.data.encoding import render_conversation
 from avg_llava.data.records import Turn
 from avg_llava.model.images import load_image
 from avg_llava.model.processing import AvgLlavaImageProcessor, tokenize_with_images
@@ -121,7 +121,7 @@ HUMAN, MODEL = "human", "gpt"
 )
 def test_chat_template_is_the_training_format(processor, turns, parts):
     prompt = processor.apply_chat_template(chat(*turns, parts=parts), add_generation_prompt=False)
-    assert prompt == TEMPLATES["vicuna_v1"].render(turns, "</s>").text
+    assert prompt == render_conversation(turns, "vicuna_v1", "</s>").text
     if turns[-1].role == HUMAN:
         asked = processor.apply_chat_template(chat(*turns, parts=parts), add_generation_prompt=True)
         assert asked == prompt + "ASSISTANT:"

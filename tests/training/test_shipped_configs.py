@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.checkpoints.loading import KNOWN_TOWERS
-from avg_llava.data.encoding import TEMPLATES
+from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.checkpoint import changed_keys
 from avg_llava.training.config import RouterSettings, load_config
 from avg_llava.training.processes import read_deepspeed_file
