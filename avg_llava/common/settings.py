@@ -1,47 +1,46 @@
-"""Typed configuration from YAML: a mapping and `--key.subkey value` overrides into nested frozen dataclasses.
+"""Typed configuration: YAML files and `--key.subkey value` overrides into nested frozen dataclasses.
 
-Nothing here knows about training. Every mistake is a `ConfigError` that names the key: an unknown key with the
-nearest known one, a value of the wrong type with the type that was expected.
+pydantic checks types strictly: a bool is no number, and text is neither. Every mistake is a `ConfigError` that names
+the dotted path of the key: an unknown key with the nearest known one, a value of the wrong type with the expected type.
 """
 
 import dataclasses
 import difflib
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import docstring_parser
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 ConfigT = TypeVar("ConfigT")
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "string_type": "text (put quotes around it)",
+    "tuple_type": "a list",
+}
+"""Names for users, by pydantic's type of error."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and says what to do."""
 
 
-@dataclass(frozen=True)
-class RawValue:
-    """The text of a command-line override: what it means depends on the type of the key it is for."""
-
-    text: str
-
-    def parse(self, key: str) -> Any:
-        try:
-            return yaml.safe_load(self.text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: cannot read the value {self.text!r} ({error})") from error
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping, over the file that its key `extends` names, if it has one.
+    """Reads a YAML file that holds one mapping, merged over the file that its key `extends` names, if present.
 
-    That file's path is relative to the folder of the one that names it, and it may extend a third. Sections are merged
-    key by key; everything else, lists too, is replaced.
+    The path in `extends` is relative to the folder of the file that contains it, and may lead to a file that extends
+    another. Sections are merged key by key; everything else, including lists, is replaced.
     """
     files = [Path(path)]
     values = _read_mapping(files[0])
@@ -55,12 +54,103 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, value in over.items():
-        both_are_sections = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
-        merged[key] = _merge(values[key], value) if both_are_sections else value
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], cls: type) -> dict[str, Any]:
+    """Applies `--key.subkey value` (or `--key.subkey=value`) to the values of a file.
+
+    A key without a value means true. Values are YAML (`null`, `[a, b]`, `{k: v}`); for a key that `cls` declares as
+    text, they are taken literally.
+    """
+    merged = _copy_sections(values)
+    remaining = list(overrides)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--") or len(argument) == 2:
+            raise ConfigError(f"expected `--key.subkey value`, got {argument!r}")
+        key, has_value, text = argument[2:].partition("=")
+        if not has_value:
+            text = remaining.pop(0) if remaining and not remaining[0].startswith("--") else "true"
+        *sections, name = key.split(".")
+        node = merged
+        for depth, section in enumerate(sections):
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise ConfigError(f"--{key}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+        node[name] = _override_value(key, text, _locate(cls, key.split("."))[1])
     return merged
+
+
+def with_list_from_file(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Replaces the value of a dotted key, if it is the path of a YAML file, by the list in that file."""
+    merged = _copy_sections(values)
+    *sections, name = key.split(".")
+    node = merged
+    for section in sections:
+        node = node.get(section, {})
+        if not isinstance(node, dict):
+            return merged  # an error that `build` reports
+    path = node.get(name)
+    if isinstance(path, str):
+        if not Path(path).is_file():
+            raise ConfigError(f"{key}: {path} does not exist; name a YAML file that holds a list, or give the list")
+        node[name] = _read_file(Path(path))
+        if not isinstance(node[name], list):
+            raise ConfigError(f"{key}: {path} must hold a list, got {type(node[name]).__name__}")
+    return merged
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
+    """Builds a dataclass from a mapping, checking every key and type.
+
+    Args:
+        cls: A dataclass, of any types that pydantic validates.
+        values: The mapping, as YAML or JSON gives it.
+        prefix: Dotted path of `values` inside the whole configuration, for messages.
+
+    Raises:
+        ConfigError: Unknown key, missing key, or value of the wrong type; the message lists all of them.
+    """
+    for path in _switches(values):
+        # pydantic takes true for the literal 1.
+        if any(typing.get_origin(choice) is typing.Literal for choice in _choices(_locate(cls, path)[1])):
+            raise ConfigError(f"{'.'.join(filter(None, [prefix, *path]))} must not be true or false")
+    try:
+        # JSON, since strict validation of Python objects accepts neither dicts for dataclasses nor lists for tuples.
+        return TypeAdapter(cls).validate_json(to_json(values), strict=True, extra="forbid")
+    except ValidationError as error:
+        messages: dict[str, list[str]] = {}  # by key: several if no type of a union fits
+        for details in error.errors(include_url=False):
+            key = ".".join(filter(None, [prefix, *_locate(cls, details["loc"])[0]]))
+            messages.setdefault(key, []).append(_message(cls, key, details))
+        raise ConfigError("; ".join("; or ".join(alternatives) for alternatives in messages.values())) from error
+
+
+def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
+    """Lines of help, at most `width` wide, on every key of a configuration: path, type, default and docstring."""
+    hints = typing.get_type_hints(cls)
+    docs = {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
+    for field in dataclasses.fields(cls):
+        key, expected = f"{prefix}{field.name}", hints[field.name]
+        sections = [choice for choice in (expected, *typing.get_args(expected)) if _is_section(choice)]
+        doc = docs.get(field.name) or (sections[0].__doc__ if sections else None) or ""
+        yield f"  {key}: {_type_name(expected)}{_default_text(field)}"
+        yield from textwrap.wrap(" ".join(doc.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for section in sections:
+            yield from describe(section, width, f"{key}[]." if typing.get_origin(expected) is tuple else f"{key}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does: `1e-3` is a number, and 2.0 is a whole one."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        value = self.construct_yaml_float(node)
+        return int(value) if value.is_integer() else value
+
+
+_FLOAT = "tag:yaml.org,2002:float"
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_constructor(_FLOAT, _Loader.construct_number)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -74,213 +164,119 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Put `--key.subkey value` (or `--key.subkey=value`) over the values of a file.
+def _override_value(key: str, text: str, expected: Any) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read the value {text!r} ({error})") from error
+    choices = _choices(expected)
+    return text if str in choices and not (value is None and type(None) in choices) else value
 
-    A key without a value means `true`, so that switches read as such. Values are YAML: `null`, `[a, b]`, `{k: v}`.
-    """
-    merged = _copy_mappings(values)
-    position = 0
-    while position < len(overrides):
-        argument = overrides[position]
-        position += 1
-        if not argument.startswith("--") or len(argument) == 2:
-            raise ConfigError(f"expected `--key.subkey value`, got {argument!r}")
-        key, has_value, text = argument[2:].partition("=")
-        if not has_value:
-            if position < len(overrides) and not overrides[position].startswith("--"):
-                text = overrides[position]
-                position += 1
-            else:
-                text = "true"
-        _set_dotted(merged, key, RawValue(text))
+
+def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in over.items():
+        both_are_sections = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        merged[key] = _merge(values[key], value) if both_are_sections else value
     return merged
 
 
-def with_list_from_file(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Put the list that a YAML file holds in the place of the file's path, where the value of a dotted key is one."""
-    merged = _copy_mappings(values)
-    *sections, name = key.split(".")
-    node = merged
-    for section in sections:
-        node = node.get(section, {})
-        if not isinstance(node, dict):
-            return merged  # a mistake that `build` names
-    value = node.get(name)
-    path = value.parse(key) if isinstance(value, RawValue) else value
-    if isinstance(path, str):
-        if not Path(path).is_file():
-            raise ConfigError(f"{key}: {path} does not exist; name a YAML file that holds a list, or give the list")
-        node[name] = _read_file(Path(path))
-        if not isinstance(node[name], list):
-            raise ConfigError(f"{key}: {path} must hold a list, got {type(node[name]).__name__}")
-    return merged
+def _copy_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy_sections(item) if isinstance(item, Mapping) else item for key, item in values.items()}
 
 
-def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
-    """Build the dataclass `cls` from `values`, checking every key and type.
-
-    Args:
-        cls: a dataclass whose fields are int, float, str, bool, Any, Literal, dataclasses, tuples of or mappings to one
-            such type, or a union of these; of the types of a union, the first that fits is taken.
-        values: the mapping, as YAML gives it; leaves may be `RawValue`.
-        prefix: dotted path of `values` inside the whole configuration, for messages.
-
-    Raises:
-        ConfigError: unknown key, missing key or value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"unknown key {_join(prefix, str(name))}{_nearest(str(name), fields)}")
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(hints[name], values[name], _join(prefix, name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{_join(prefix, name)} is missing: it has no default")
-    return cls(**arguments)
-
-
-def _convert(expected: Any, value: Any, key: str) -> Any:
-    """`value` as the type `expected`, or a ConfigError that names `key`."""
-    origin, choices = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        is_null = value is None or (isinstance(value, RawValue) and value.text.strip() in ("null", "~", ""))
-        if is_null and type(None) in choices:
-            return None
-        return _convert_first([choice for choice in choices if choice is not type(None)], value, key)
-    if isinstance(value, RawValue):
-        value = value.text if expected is str else value.parse(key)
-    if expected is Any:
-        return value
-    if dataclasses.is_dataclass(expected):
-        if not isinstance(value, Mapping):
-            raise _wrong_type(key, "a mapping of " + ", ".join(f.name for f in dataclasses.fields(expected)), value)
-        return build(typing.cast(type, expected), value, key)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise _wrong_type(key, "a list", value)
-        return tuple(_convert(choices[0], item, f"{key}.{index}") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong_type(key, "a mapping", value)
-        return {str(name): _convert(choices[1], item, _join(key, str(name))) for name, item in value.items()}
-    if origin is typing.Literal:
-        if value not in choices or isinstance(value, bool):
-            hint = _nearest(str(value), [str(choice) for choice in choices])
-            raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}; got {value!r}{hint}")
-        return value
-    return _convert_scalar(expected, value, key)
-
-
-def _convert_first(types_: Sequence[Any], value: Any, key: str) -> Any:
-    """`value` as the first of several types that fits."""
-    messages = []
-    for expected in types_:
-        try:
-            return _convert(expected, value, key)
-        except ConfigError as error:
-            messages.append(str(error))
-    raise ConfigError("; or ".join(messages))
-
-
-def _convert_scalar(expected: Any, value: Any, key: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if expected is float:
-        # YAML 1.1 reads `1e-3` (no dot) as text, and every learning rate is written that way.
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                raise _wrong_type(key, "a number", value) from None
-        if is_number:
-            return float(value)
-        raise _wrong_type(key, "a number", value)
-    if expected is int:
-        if is_number and float(value).is_integer():
-            return int(value)
-        raise _wrong_type(key, "a whole number", value)
-    if expected is bool:
+def _switches(values: Mapping[str, Any], *path: str) -> Iterator[tuple[str, ...]]:
+    """Paths to all values true and false."""
+    for key, value in values.items():
         if isinstance(value, bool):
-            return value
-        raise _wrong_type(key, "true or false", value)
-    if expected is str:
-        if isinstance(value, str):
-            return value
-        raise _wrong_type(key, "text (put quotes around it)", value)
-    raise AssertionError(f"{key}: fields of type {expected} are not supported")
+            yield (*path, str(key))
+        elif isinstance(value, Mapping):
+            yield from _switches(value, *path, str(key))
 
 
-def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
-    """Lines of help, at most `width` wide, on every key of a configuration: path, type, default and docstring."""
-    hints = typing.get_type_hints(cls)
-    docs = {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
-    for field in dataclasses.fields(cls):
-        key, expected = _join(prefix, field.name), hints[field.name]
-        choices: tuple[Any, ...] = (expected, *typing.get_args(expected))
-        sections = [choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)]
-        doc = docs.get(field.name) or (sections[0].__doc__ if sections else None) or ""
-        yield f"  {key}: {_type_name(expected)}{_default_text(field)}"
-        yield from textwrap.wrap(" ".join(doc.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        for section in sections:
-            yield from describe(section, width, f"{key}[]" if typing.get_origin(expected) is tuple else key)
+def _is_section(expected: Any) -> bool:
+    return isinstance(expected, type) and dataclasses.is_dataclass(expected)
 
 
-def _default_text(field: dataclasses.Field) -> str:
-    default = list(field.default) if isinstance(field.default, tuple) else field.default
-    if default is dataclasses.MISSING:
-        return "" if field.default_factory is dataclasses.MISSING else " = {}"
-    return f" = {yaml.safe_dump(default, default_flow_style=True).splitlines()[0]}"
+def _choices(expected: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    is_union = typing.get_origin(expected) in (typing.Union, types.UnionType)
+    return typing.get_args(expected) if is_union else (expected,)
 
 
-def _set_dotted(values: dict[str, Any], key: str, value: RawValue) -> None:
-    *sections, name = key.split(".")
-    node = values
-    for depth, section in enumerate(sections):
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--{key}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-        node = child
-    node[name] = value
+def _locate(cls: type, path: Iterable[str | int]) -> tuple[list[str], Any]:
+    """The keys along a path, and the declared type of the last one; None for an unknown key.
+
+    After a key whose type is a union, pydantic's path names a type of the union; such an item is skipped.
+    """
+    keys: list[str] = []
+    expected: Any = cls
+    for item in path:
+        choices = [choice for choice in _choices(expected) if choice is not type(None)]
+        if len(choices) > 1:
+            continue
+        (container,) = choices
+        if _is_section(container):
+            expected = typing.get_type_hints(container).get(str(item))
+        else:
+            arguments = typing.get_args(container)
+            expected = arguments[typing.get_origin(container) is dict] if arguments else None
+        keys.append(str(item))
+    return keys, expected
 
 
-def _copy_mappings(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy_mappings(item) if isinstance(item, Mapping) else item for key, item in values.items()}
+def _message(cls: type, key: str, details: Any) -> str:
+    path, value = details["loc"], details["input"]
+    match details["type"]:
+        case "value_error":  # from `__post_init__`
+            return str(details["ctx"]["error"])
+        case "missing":
+            return f"{key} is missing: it has no default"
+        case "unexpected_keyword_argument":
+            return f"unknown key {key}{_nearest(path[-1], _field_names(_locate(cls, path[:-1])[1]))}"
+        case "dataclass_type":
+            names = ", ".join(_field_names(_locate(cls, path)[1]))
+            return f"{key} must be a mapping of {names}, got {value!r} ({type(value).__name__})"
+        case "literal_error":
+            known = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            hint = _nearest(value, known.split(", ")) if isinstance(value, str) else ""
+            return f"{key} must be one of {known}; got {value!r}{hint}"
+        case kind:
+            return f"{key} must be {_EXPECTED.get(kind, details['msg'])}, got {value!r} ({type(value).__name__})"
 
 
-def _wrong_type(key: str, expected: str, value: Any) -> ConfigError:
-    return ConfigError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})")
+def _field_names(expected: Any) -> list[str]:
+    return [field.name for choice in _choices(expected) if _is_section(choice) for field in dataclasses.fields(choice)]
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
+def _nearest(name: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" - did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def _type_name(expected: Any) -> str:
-    origin, choices = typing.get_origin(expected), typing.get_args(expected)
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Literal:
-        return "|".join(map(str, choices))
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_type_name(choice) for choice in choices)
+        return "|".join(map(str, arguments))
+    if len(_choices(expected)) > 1:
+        return "|".join(map(_type_name, arguments))
     if origin is tuple:
-        return f"[{_type_name(choices[0])}, ...]"
+        return f"[{_type_name(arguments[0])}, ...]"
     if origin is dict:
-        return f"{{{_type_name(choices[0])}: {_type_name(choices[1])}}}"
-    if dataclasses.is_dataclass(expected):
+        return f"{{{_type_name(arguments[0])}: {_type_name(arguments[1])}}}"
+    if _is_section(expected):
         return "section"
     return "null" if expected is type(None) else expected.__name__
+
+
+def _default_text(field: "dataclasses.Field[Any]") -> str:
+    if field.default is field.default_factory is dataclasses.MISSING:
+        return ""
+    default = field.default if field.default is not dataclasses.MISSING else {}  # a section's defaults are listed below
+    text = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+    return f" = {text.splitlines()[0]}"

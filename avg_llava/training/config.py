@@ -297,7 +297,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: unreadable file, unknown key, value of the wrong type, or values that contradict one another.
     """
     overrides = ["--model.force_start" if argument == "--force-start" else argument for argument in overrides]
-    return build(TrainConfig, with_list_from_file(apply_overrides(read_yaml(path), overrides), "data.sources"))
+    return build(
+        TrainConfig, with_list_from_file(apply_overrides(read_yaml(path), overrides, TrainConfig), "data.sources")
+    )
 
 
 def _check_model(config: TrainConfig) -> None:
