@@ -7,10 +7,15 @@ that defines a class registers it with transformers' `Auto*` classes. Code that 
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
+# On import, by peft and by transformers' Trainer, bitsandbytes warns that it lacks an optional CPU kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 if TYPE_CHECKING:
-    from avg_llava.checkpoints.loading import CheckpointError, build_from_backbones, load, load_model
+    from avg_llava.checkpoints.loading import build_from_backbones, load, load_model
+    from avg_llava.checkpoints.weight_files import CheckpointError
     from avg_llava.inference.answers import Answer, Decoding, Request
     from avg_llava.inference.budget import Budget, BudgetError
     from avg_llava.inference.conversation import Conversation
@@ -49,7 +54,7 @@ _MODULES = {
     "AvgLlavaProcessor": "model.processing",
     "Budget": "inference.budget",
     "BudgetError": "inference.budget",
-    "CheckpointError": "checkpoints.loading",
+    "CheckpointError": "checkpoints.weight_files",
     "Conversation": "inference.conversation",
     "Decoding": "inference.answers",
     "Pipeline": "inference.pipeline",

@@ -1,8 +1,8 @@
-"""Weights of 8 or 4 bits, through bitsandbytes.
+"""8-bit and 4-bit weights with bitsandbytes.
 
-Only the linear layers of the language model's blocks are quantised, nine tenths of the weights of a 7B model. Vision
-tower, projector, embeddings and router stay whole, so that levels are chosen exactly as without quantisation; the head
-too, whose errors would go into the answer's tokens directly.
+Only the linear layers of the language model's blocks are quantised: nine tenths of the weights of a 7B model. Vision
+tower, projector, embeddings and router keep their precision, so that routing is exactly as without quantisation; so
+does the head, whose errors would change the answer's tokens directly.
 """
 
 import importlib
@@ -14,22 +14,22 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 Quantization = Literal["8bit", "4bit"]
-WHOLE = ["model.vision_tower", "model.multi_modal_projector", "model.router", "lm_head"]
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.router", "lm_head"]
 
 
 def quantization_arguments(quantization: Quantization, device: torch.device | str | None) -> dict[str, Any]:
-    """What `from_pretrained` must be told to quantise weights while it reads them.
+    """Arguments of `from_pretrained` that quantise weights while they are read.
 
     Args:
-        quantization: "8bit" (LLM.int8: columns of large values stay whole) or "4bit" (NF4).
-        device: Where the model will be; None is the CPU.
+        quantization: "8bit" (LLM.int8, outlier columns in half precision) or "4bit" (NF4).
+        device: Device of the model; None is the CPU.
 
     Raises:
         ValueError: bitsandbytes is not installed, or does not run on the device.
     """
     if quantization not in ("8bit", "4bit"):
         raise ValueError(f"quantization is '8bit' or '4bit', not {quantization!r}")
-    place = torch.device(device or "cpu")
+    target = torch.device(device or "cpu")
     try:
         importlib.import_module("accelerate")
         supported = importlib.import_module("bitsandbytes").supported_torch_devices
@@ -37,27 +37,24 @@ def quantization_arguments(quantization: Quantization, device: torch.device | st
         raise ValueError(
             f"{quantization} weights need bitsandbytes and accelerate ({error}): pip install -e '.[quant]'"
         ) from error
-    if place.type not in supported:
+    if target.type not in supported:
         known = ", ".join(sorted(supported))
-        raise ValueError(f"bitsandbytes does not run on {place.type}, only on {known}; load the weights whole")
-    # That 8-bit layers multiply in float16 would be told for each of them, at every token.
+        raise ValueError(f"bitsandbytes does not run on {target.type}, only on {known}; load the weights whole")
+    # bitsandbytes would warn for every layer and token that 8-bit layers multiply in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",
         load_in_4bit=quantization == "4bit",
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=WHOLE,
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )
-    return {"quantization_config": config, "device_map": {"": place}}
+    return {"quantization_config": config, "device_map": {"": target}}
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lets 4-bit layers multiply in the data type of the other weights, which is known once those are loaded."""
+    """Sets the data type in which 4-bit layers multiply; it is known once the other weights are loaded."""
     import bitsandbytes
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype
-
-
-__all__ = ["Quantization", "compute_in", "quantization_arguments"]

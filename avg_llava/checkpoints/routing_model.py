@@ -1,7 +1,7 @@
-"""AVG-LLaVA without its language model: all that choosing a level needs, and all that router training holds.
+"""AVG-LLaVA without the layers of its language model: enough to choose levels and to train the router.
 
-Of the language model only the input embeddings (and the norm before its head, a vector) are there. A checkpoint of such
-a model is complete all the same: what is not in memory is copied from the folder that the model came from.
+Of the language model only the input embeddings and the final norm (a vector) are loaded. Saved checkpoints are
+complete: weights that are not in memory are copied from the folder that the model was loaded from.
 """
 
 import copy
@@ -14,25 +14,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avg_llava.checkpoints.loading import (
-    ROUTER_KEYS,
-    check_loaded,
-    config_from_transformers,
-    list_weights,
+from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights, open_checkpoint
+from avg_llava.checkpoints.loading import instantiate
+from avg_llava.checkpoints.weight_files import (
+    INDEX_NAME,
+    CheckpointError,
+    list_tensors,
+    merge,
     read_config,
     resolve_folder,
 )
-from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, list_tensors, merge
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
-_OWN_NAME = ".own.safetensors"
+_ROUTER_FILE = ".router.safetensors"
 
 
 class RoutingModel(AvgLlavaForConditionalGeneration):
-    """Encodes images and routes, as the whole model does; it cannot run its language model.
+    """Encodes images and routes as the whole model does; it cannot run the language model.
 
-    `config` is the whole model's. Made by :func:`load_routing_model`.
+    `config` is that of the whole model. Loaded by :func:`load_routing_model`.
     """
 
     _tied_weights_keys: dict[str, str] = {}
@@ -53,15 +54,15 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Writes a checkpoint of the whole model; the router is this one's, all else is the source's.
+        """Writes a checkpoint of the whole model: this router, and all other weights of the source.
 
         Args:
             save_directory: The folder.
-            state_dict: This model's weights where they are not in it, as under ZeRO-3.
-            **kwargs: Refused; here because transformers has more.
+            state_dict: This model's weights if they are not in its modules, as under ZeRO-3.
+            **kwargs: Refused; transformers' other arguments are not supported.
 
         Raises:
-            CheckpointError: The source does not name its weights as this package does.
+            CheckpointError: The source uses other weight names than this package.
         """
         if kwargs:
             raise TypeError(f"save_pretrained of a model without language model takes no {', '.join(kwargs)}")
@@ -69,20 +70,20 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         router = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(ROUTER_KEYS)}
-        own = folder / _OWN_NAME
-        save_file(router, own)
+        router_file = folder / _ROUTER_FILE
+        save_file(router, router_file)
         merged = list_weights(self.source)
         unknown = [name for name in weights if not name.startswith(ROUTER_KEYS) and name not in merged]
         if unknown:
             raise CheckpointError(
-                f"{self.source} names its weights in another way ({unknown[0]} is missing): rewrite it with `avg-llava "
+                f"{self.source} uses other weight names ({unknown[0]} is missing): rewrite it with `avg-llava "
                 "convert`, and start from the result"
             )
         merged = {name: tensor for name, tensor in merged.items() if not name.startswith(ROUTER_KEYS)}
         for stale in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_NAME):
             stale.unlink(missing_ok=True)
-        merge(folder / "model.safetensors", merged | list_tensors([own]))
-        own.unlink()
+        merge(folder / "model.safetensors", merged | list_tensors([router_file]))
+        router_file.unlink()
         config = copy.deepcopy(self.config)
         config.dtype = self.dtype
         config.architectures = [AvgLlavaForConditionalGeneration.__name__]
@@ -92,14 +93,14 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
 
 
 def load_routing_model(path: str | Path, dtype: torch.dtype | str | None = None) -> RoutingModel:
-    """Loads a model without its language model, in evaluation mode.
+    """Loads a model without the layers of its language model, in evaluation mode.
 
     Args:
         path: Folder or hub id of a checkpoint in transformers' format.
         dtype: Data type of the weights; None keeps the checkpoint's.
 
     Raises:
-        ValueError: The folder is of another kind.
+        ValueError: The folder has another layout.
         CheckpointError: Weights are missing, unexpected or of the wrong shape; all are listed.
     """
     folder = resolve_folder(path)
@@ -109,16 +110,6 @@ def load_routing_model(path: str | Path, dtype: torch.dtype | str | None = None)
             f"{folder} is no checkpoint of this package (model_type {raw_config.get('model_type')!r}); rewrite it with "
             "`avg-llava convert`"
         )
-    model, info = RoutingModel.from_pretrained(
-        folder,
-        config=config_from_transformers(raw_config),
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    check_loaded(info, str(path))
+    model = instantiate(RoutingModel, open_checkpoint(path), dtype)
     model.source = folder
-    return model.eval()
-
-
-__all__ = ["RoutingModel", "load_routing_model"]
+    return model

@@ -1,30 +1,37 @@
-"""Tensors in safetensors files, handled as ranges of bytes: listed, fingerprinted and merged without loading them.
+"""Files of a checkpoint folder: its `config.json`, and safetensors files read whole or as ranges of bytes.
 
-The format: eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), then the data.
+A safetensors file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), and the
+data. Listing, fingerprinting and merging read no tensor into memory.
 """
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from avg_llava.common.files import atomic_write, hash_chunks, hash_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAMES = ("model.safetensors", "weights.safetensors")
 
-_CHUNK = 16 * 1024 * 1024  # bytes in memory at a time
+_CHUNK = 16 * 1024 * 1024  # bytes read at a time
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not hold what its configuration asks for; the message lists all that is wrong."""
+    """Files or weights of a checkpoint are missing, unexpected or damaged; the message lists all problems."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: data type as the format calls it, shape, and its range of bytes."""
+    """Position of a tensor in a file, with its shape and the format's name of its data type."""
 
     file: Path
     dtype: str
@@ -33,11 +40,44 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
+def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
+    """The local folder of a checkpoint; a hub repository is downloaded.
+
+    Args:
+        path: A folder or a hub id.
+        relative_to: Folder in which `path` is looked up first.
+    """
+    candidates = [Path(path).expanduser()]
+    if relative_to is not None:
+        candidates.insert(0, relative_to / path)
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"{path}: no such folder, and not a hub id of the form owner/name")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    return Path(snapshot_download(str(path), allow_patterns=patterns))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return raw
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or a single one.
+    """The safetensors files of a checkpoint: those in its index, or a single one.
 
     Raises:
-        CheckpointError: There is none, or one of the index is missing. Pickled files do not count.
+        CheckpointError: There is none, or a file in the index is missing. Pickled files are not read.
     """
     index = folder / INDEX_NAME
     if index.is_file():
@@ -54,8 +94,19 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); it may be cut short") from error
+    return tensors
+
+
 def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Where each tensor of some files is.
+    """Positions of all tensors in some files.
 
     Raises:
         CheckpointError: A file is cut short or not in the format.
@@ -82,7 +133,7 @@ def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors, whatever files they are spread over."""
+    """SHA-256 of names, types, shapes and bytes of tensors, independent of how they are split into files."""
     names = sorted(tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(hash_chunks, (_chunks(tensors[name]) for name in names)))
@@ -93,8 +144,8 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def merge(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Writes tensors of other files into one file, a chunk at a time. The file appears whole or not at all."""
-    # Wide types first, as the library itself lays files out: every tensor is then aligned to its type.
+    """Copies tensors of other files into one file, atomically and a chunk at a time."""
+    # Wide types first, as the safetensors library does, so that every tensor is aligned to its type.
     names = sorted(tensors, key=lambda name: (-_bytes_per_element(tensors[name]), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -121,15 +172,12 @@ def _bytes_per_element(tensor: StoredTensor) -> int:
 
 
 def _chunks(tensor: StoredTensor) -> Iterable[bytes]:
-    left = tensor.num_bytes
+    remaining = tensor.num_bytes
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
-        while left:
-            chunk = stream.read(min(left, _CHUNK))
+        while remaining:
+            chunk = stream.read(min(remaining, _CHUNK))
             if not chunk:
                 raise CheckpointError(f"{tensor.file} became shorter while it was read")
-            left -= len(chunk)
+            remaining -= len(chunk)
             yield chunk
-
-
-__all__ = ["CheckpointError", "StoredTensor", "fingerprint", "list_tensors", "merge", "weight_files"]

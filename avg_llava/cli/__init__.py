@@ -126,6 +126,8 @@ def _set_up_logging(debug: bool) -> None:
         level=logging.WARNING if debug else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("avg_llava").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also read by transformers
     if not debug:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avg_llava.checkpoints.loading import resolve_folder
+from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.common.files import hash_file, hash_json
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava.checkpoints.loading import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.weight_files import fingerprint
 from avg_llava.common.workers import default_workers, map_batches
 from avg_llava.mini import claims, measure

@@ -6,7 +6,6 @@ samples of every source, measures free disk space and writes a trial checkpoint.
 left behind but the data indices, which the run itself needs.
 """
 
-import logging
 import random
 import shutil
 import sys
@@ -22,17 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avg_llava.checkpoints.loading import (
-    LANGUAGE_KEYS,
-    ORIGINAL_KEYS,
-    ORIGINAL_PREFIX,
-    ROUTER_KEYS,
-    VISION_KEYS,
-    check_loaded,
-    read_config,
-    rename_keys,
-    resolve_folder,
-)
+from avg_llava.checkpoints.formats import ROUTER_KEYS, join_backbones, open_checkpoint
+from avg_llava.checkpoints.loading import instantiate
 from avg_llava.checkpoints.weight_files import list_tensors, weight_files
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
@@ -107,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rank() > 0:
         return 0
     set_up_logging()
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # without its table of newly initialized weights
     report = dry_run(path, overrides)
     sys.stdout.write("".join(f"{fact}\n" for fact in report.facts))
     sys.stderr.write("".join(f"problem: {problem}\n" for problem in report.problems))
@@ -182,36 +171,22 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
         CheckpointError: files or keys are missing, unexpected or of the wrong shape; the message lists all.
     """
     settings = config.model
-    fresh: tuple[str, ...] = ()
+    replaces_router = settings.router is not None or settings.granularities is not None
     if settings.start is None:
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
-        tensors = rename_keys(_meta_tensors(resolve_folder(settings.vision)), VISION_KEYS)
-        tensors |= rename_keys(_meta_tensors(resolve_folder(settings.language)), LANGUAGE_KEYS)
-        fresh = (ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline")
-        source = f"{settings.vision} + {settings.language}"
+        checkpoint = join_backbones(settings.vision, settings.language, **config.architecture())
     else:
-        folder, source = resolve_folder(settings.start), settings.start
-        raw = read_config(folder)
+        checkpoint = open_checkpoint(settings.start)
+        if replaces_router:
+            checkpoint = replace(checkpoint, fresh=(ROUTER_KEYS,))
+
+    def read(folder: Path) -> dict[str, Tensor]:
         tensors = _meta_tensors(folder)
-        model_type = str(raw.get("model_type"))
-        if model_type.startswith(ORIGINAL_PREFIX) and model_type != "llava_next":
-            tensors, fresh = rename_keys(tensors, ORIGINAL_KEYS), (ROUTER_KEYS,)
-            if not any(key.startswith("model.vision_tower.") for key in tensors):
-                tower = resolve_folder(raw["mm_vision_tower"], folder)
-                tensors |= rename_keys(_meta_tensors(tower), VISION_KEYS)
-        elif model_type == "llava_next" or settings.router is not None or settings.granularities is not None:
-            tensors = {key: tensor for key, tensor in tensors.items() if ".router." not in key}
-            fresh = (ROUTER_KEYS,)
-    model, info = AvgLlavaForConditionalGeneration.from_pretrained(
-        None,
-        config=model_config,
-        state_dict=tensors,
-        device_map="meta",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    check_loaded(info, source, fresh)
+        return {key: tensor for key, tensor in tensors.items() if not (replaces_router and ".router." in key)}
+
+    checkpoint = replace(checkpoint, config=model_config)
+    model = instantiate(AvgLlavaForConditionalGeneration, checkpoint, torch.float32, read=read, device_map="meta")
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -14,14 +14,10 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from avg_llava.checkpoints.loading import (
-    build_from_backbones,
-    config_from_backbones,
-    load,
-    load_model_config,
-    resolve_folder,
-)
+from avg_llava.checkpoints.formats import config_from_backbones
+from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config
 from avg_llava.checkpoints.routing_model import load_routing_model
+from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource

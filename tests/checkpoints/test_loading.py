@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration, build_from_backbones, load_model
-from avg_llava.checkpoints.loading import CheckpointError
+from avg_llava.checkpoints.weight_files import CheckpointError
 from tests.parity.golden import GOLDEN
 from tests.tiny import images, prompt, tiny_config, tiny_model
 

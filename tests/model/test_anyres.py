@@ -9,7 +9,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from avg_llava import AvgLlavaConfig
-from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_visual_tokens, select_canvas
 from avg_llava.model.scaler import WidthFirstLadder
 

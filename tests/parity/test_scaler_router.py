@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
-from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.model.router import filter_text
 from avg_llava.model.scaler import WidthFirstLadder
 from tests.parity.golden import GOLDEN, golden

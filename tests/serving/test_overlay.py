@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from avg_llava import AvgLlavaConfig
-from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.model.processing import AvgLlavaImageProcessor
 from avg_llava.serving.overlay import (
     TokenGrid,

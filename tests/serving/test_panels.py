@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from avg_llava import AvgLlavaConfig
-from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.inference.answers import Answer, PhaseTimes
 from avg_llava.inference.budget import Budget
 from avg_llava.serving.panels import cards_html, describe_token_count, level_rows, router_html, stats_html

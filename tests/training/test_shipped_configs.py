@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
-from avg_llava.checkpoints.loading import KNOWN_TOWERS
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.checkpoint import changed_keys
 from avg_llava.training.config import RouterSettings, load_config

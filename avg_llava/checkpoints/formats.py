@@ -1,0 +1,277 @@
+"""Layouts of checkpoints: how each is recognised, its configuration, and the names of its weights.
+
+To support another layout, write a function that describes it as a :class:`Checkpoint`, enter it in `LAYOUTS` and let
+:func:`detect_layout` recognise it by its `config.json`. Folder names mean nothing.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+
+from avg_llava.checkpoints.weight_files import (
+    StoredTensor,
+    list_tensors,
+    read_config,
+    read_tensors,
+    resolve_folder,
+    weight_files,
+)
+from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
+
+TensorT = TypeVar("TensorT")
+
+Renaming = list[tuple[str, str | None]]
+"""(pattern, replacement) of keys to this package's names; the first match wins, None drops the key."""
+
+ORIGINAL_KEYS: Renaming = [
+    (r"^.*rotary_emb\.inv_freq$", None),
+    (r"^.*\.position_ids$", None),
+    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^(model\.(?:router|image_newline).*)$", r"\1"),
+    (r"^model\.", "model.language_model."),
+    (r"^lm_head\.", "lm_head."),
+]
+VISION_KEYS: Renaming = [
+    (r"^.*\.position_ids$", None),
+    (r"^(text_model\.|text_projection|visual_projection|logit_scale).*$", None),
+    (r"^(?:vision_model\.)?", "model.vision_tower."),
+]
+LANGUAGE_KEYS: Renaming = [
+    (r"^.*rotary_emb\.inv_freq$", None),
+    (r"^model\.", "model.language_model."),
+    (r"^lm_head\.", "lm_head."),
+]
+# `save_pretrained` maps some of this package's names to older ones.
+SAVED_KEYS: Renaming = [
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", r"model.\1"),
+]
+ROUTER_KEYS = "model.router."
+
+# Towers that original-format checkpoints name without shipping their configuration.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+}
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights in a folder or hub repository, and the renaming of their keys.
+
+    Attributes:
+        path: Folder or hub id.
+        renaming: From the files' names to this package's.
+        relative_to: Folder that `path` may be relative to.
+    """
+
+    path: str | Path
+    renaming: Renaming
+    relative_to: Path | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose weights are not read yet.
+
+    Attributes:
+        name: Path or hub id, for messages.
+        config: The model's configuration.
+        sources: The weights.
+        native_folder: Folder that transformers' `from_pretrained` can read; None if keys have to be renamed first.
+        fresh: Key prefixes of parts that may be missing and are then initialised.
+    """
+
+    name: str
+    config: AvgLlavaConfig
+    sources: tuple[WeightSource, ...]
+    native_folder: Path | None = None
+    fresh: tuple[str, ...] = ()
+
+    def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] = read_tensors) -> dict[str, Tensor]:
+        """All weights under this package's names; `read` gives the tensors of a folder."""
+        tensors: dict[str, Tensor] = {}
+        for source in self.sources:
+            tensors |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
+        return tensors
+
+
+def detect_layout(raw_config: Mapping[str, Any], folder: Path) -> str:
+    """The key in `LAYOUTS` of a folder, from its parsed `config.json`.
+
+    Raises:
+        ValueError: The model type is unknown.
+    """
+    model_type = str(raw_config.get("model_type"))
+    if model_type in ("llava_next", AvgLlavaConfig.model_type):
+        return model_type
+    if model_type.startswith("llava_"):  # llava_llama, llava_mistral, ...
+        return "original"
+    raise ValueError(
+        f"{folder / 'config.json'}: model_type {model_type!r} is neither an original LLaVA-NeXT checkpoint "
+        f"(llava_llama, ...), nor 'llava_next', nor '{AvgLlavaConfig.model_type}'"
+    )
+
+
+def open_checkpoint(path: str | Path, behavior: Behavior | None = None) -> Checkpoint:
+    """Describes the checkpoint in a folder or hub repository.
+
+    Args:
+        path: Folder or hub id.
+        behavior: "paper" or "released"; None takes the layout's default.
+
+    Raises:
+        ValueError: The folder is of no known layout.
+    """
+    folder = resolve_folder(path)
+    raw_config = read_config(folder)
+    return LAYOUTS[detect_layout(raw_config, folder)](str(path), folder, raw_config, behavior)
+
+
+def _original(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
+    """LLaVA-NeXT or AVG-LLaVA as saved by the original code; the vision tower may be in a repository of its own."""
+    keys = rename_keys(list_tensors(weight_files(folder)), ORIGINAL_KEYS)
+    has_router = has_keys(keys, ROUTER_KEYS)
+    sources = [WeightSource(folder, ORIGINAL_KEYS)]
+    if not has_keys(keys, "model.vision_tower."):
+        sources.append(WeightSource(raw_config["mm_vision_tower"], VISION_KEYS, relative_to=folder))
+    config = config_from_original(raw_config, folder, behavior, has_router)
+    return Checkpoint(name, config, tuple(sources), fresh=() if has_router else (ROUTER_KEYS,))
+
+
+def _llava_next(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
+    """LLaVA-NeXT in transformers' format, which has no router."""
+    config = config_from_transformers(raw_config, behavior)
+    return Checkpoint(name, config, (WeightSource(folder, []),), native_folder=folder, fresh=(ROUTER_KEYS,))
+
+
+def _avg_llava(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
+    """AVG-LLaVA as saved by this package."""
+    config = config_from_transformers(raw_config, behavior)
+    return Checkpoint(name, config, (WeightSource(folder, []),), native_folder=folder)
+
+
+LAYOUTS: dict[str, Callable[[str, Path, Mapping[str, Any], Behavior | None], Checkpoint]] = {
+    "original": _original,
+    "llava_next": _llava_next,
+    AvgLlavaConfig.model_type: _avg_llava,
+}
+
+
+def join_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> Checkpoint:
+    """A CLIP tower and a causal LM in transformers' format; projector, newline and router are fresh.
+
+    Args:
+        vision_path: Folder or hub id of a CLIP model, whole or vision tower only.
+        language_path: Folder or hub id of a causal language model.
+        **config_fields: Further fields of :class:`AvgLlavaConfig`, such as `granularities` or `behavior`.
+    """
+    return Checkpoint(
+        f"{vision_path} + {language_path}",
+        config_from_backbones(vision_path, language_path, **config_fields),
+        (WeightSource(vision_path, VISION_KEYS), WeightSource(language_path, LANGUAGE_KEYS)),
+        fresh=(ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline"),
+    )
+
+
+def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
+    """Configuration of a model of two backbones; arguments as for :func:`join_backbones`."""
+    vision_config = AutoConfig.from_pretrained(resolve_folder(vision_path))
+    text_config = AutoConfig.from_pretrained(resolve_folder(language_path))
+    return AvgLlavaConfig(
+        vision_config=_vision_part(vision_config),
+        text_config=text_config,
+        image_token_index=text_config.vocab_size,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        **config_fields,
+    )
+
+
+def config_from_original(
+    raw: Mapping[str, Any], folder: Path, behavior: Behavior | None = None, has_router: bool = True
+) -> AvgLlavaConfig:
+    """Translates the flat `config.json` of the original code.
+
+    Its pinpoints are (width, height); they become (height, width) in the same order, so that ties between grids are
+    decided as in the original.
+    """
+    for key, known in {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}.items():
+        if raw.get(key) != known:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {raw.get(key)!r}; only {known!r} is supported")
+    text_type = str(raw["model_type"]).removeprefix("llava_")
+    text_class = type(AutoConfig.for_model(text_type))
+    fields = {key: value for key, value in raw.items() if not key.startswith(("mm_", "image_", "model_type"))}
+    text_config = text_class(**{key: value for key, value in fields.items() if hasattr(text_class(), key)})
+    pinpoints = raw["image_grid_pinpoints"]
+    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    router = {"num_text_tokens": raw["filtered_text_num"]} if "filtered_text_num" in raw else {}
+    return AvgLlavaConfig(
+        vision_config=_tower_config(str(raw["mm_vision_tower"]), folder),
+        text_config=text_config,
+        image_token_index=text_config.vocab_size,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        image_grid_pinpoints=[[height, width] for width, height in pinpoints],
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        granularities=raw.get("vis_token_granularity") or [],
+        behavior=behavior or ("released" if has_router else "paper"),
+        router_config=RouterConfig(**router),
+        max_sequence_length=raw.get("tokenizer_model_max_length") or text_config.max_position_embeddings,
+    )
+
+
+def config_from_transformers(raw: Mapping[str, Any], behavior: Behavior | None = None) -> AvgLlavaConfig:
+    """Reads the `config.json` of a LLaVA-NeXT or AVG-LLaVA folder in transformers' format."""
+    fields = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
+    if behavior is not None:
+        fields["behavior"] = behavior
+    return AvgLlavaConfig(**fields)
+
+
+def _tower_config(name: str, folder: Path) -> PreTrainedConfig:
+    if name in KNOWN_TOWERS and not (folder / name).is_dir():
+        return CLIPVisionConfig(**KNOWN_TOWERS[name])
+    return _vision_part(AutoConfig.from_pretrained(resolve_folder(name, folder)))
+
+
+def _vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision tower's configuration, from that of a tower or of a whole CLIP model."""
+    return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def list_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Positions in the files of the weights of a checkpoint of this package, under its names in memory."""
+    return rename_keys(list_tensors(weight_files(folder)), SAVED_KEYS)
+
+
+def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:
+    """Renames keys by the first pattern that matches; keys that match none stay as they are."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for pattern, replacement in renaming:
+            if re.search(pattern, key):
+                if replacement is not None:
+                    renamed[re.sub(pattern, replacement, key, count=1)] = tensor
+                break
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
+def has_keys(keys: Iterable[str], prefix: str) -> bool:
+    """True if any key starts with the prefix."""
+    return any(key.startswith(prefix) for key in keys)
