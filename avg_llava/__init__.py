@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from avg_llava.inference.conversation import Conversation
     from avg_llava.inference.pipeline import Pipeline
     from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
-    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-    from avg_llava.model.outputs import AvgLlavaOutput
+    from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, AvgLlavaOutput
     from avg_llava.model.processing import AvgLlavaProcessor
 
     __version__: str
@@ -50,7 +49,7 @@ _MODULES = {
     "Answer": "inference.answers",
     "AvgLlavaConfig": "model.configuration",
     "AvgLlavaForConditionalGeneration": "model.modeling",
-    "AvgLlavaOutput": "model.outputs",
+    "AvgLlavaOutput": "model.modeling",
     "AvgLlavaProcessor": "model.processing",
     "Budget": "inference.budget",
     "BudgetError": "inference.budget",

@@ -17,7 +17,7 @@ from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes
 from avg_llava.inference.budget import Budget, BudgetError, select_levels
 from avg_llava.inference.generation import generate, now
 from avg_llava.inference.predictor import Predictor, as_images, open_image, with_placeholders
-from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.modeling import ImageFeatures
 from avg_llava.model.processing import tokenize_with_images
 from avg_llava.model.router import level_values
 

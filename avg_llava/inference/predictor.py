@@ -18,8 +18,7 @@ from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes
 from avg_llava.inference.budget import Budget, check_level, select_levels
 from avg_llava.inference.generation import GeneratedAnswer, generate, now
 from avg_llava.model.images import decode_image, load_image, to_rgb
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, ImageFeatures
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import level_values
 from avg_llava.model.templates import IMAGE_PLACEHOLDER

@@ -110,6 +110,3 @@ def _padding(image_size: Sequence[int], map_rows: int, map_columns: int, ndigits
     if width / height > map_columns / map_rows:
         return (map_rows - truncated(height * (map_columns / width))) // 2, 0
     return 0, (map_columns - truncated(width * (map_rows / height))) // 2
-
-
-__all__ = ["Window", "canvas_tiles", "image_window", "kept_window", "num_crops", "num_visual_tokens", "select_canvas"]

@@ -1,8 +1,8 @@
-"""Which attention answers use, and attention over packed sequences, registered with transformers as `packed`.
+"""Attention over packed sequences, registered with transformers as `packed`, and the choice of attention at inference.
 
-A packed batch is one row of tokens that holds several sequences one after another; each token attends to the earlier
-ones of its own sequence. Nothing is computed for padding, nor for pairs of tokens of different sequences. Batches that
-are not packed get what `sdpa` gives them.
+A packed batch is one row with the tokens of several sequences one after another; each token attends to the earlier
+tokens of its sequence. Nothing is computed for padding or for pairs of tokens of different sequences. A batch that is
+not packed is passed to `sdpa`.
 
 Shapes: H heads, T tokens of all sequences, S sequences, E width of a head.
 """
@@ -31,29 +31,29 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention, sequence by sequence where `cu_seq_lens_q` says where the sequences are.
+    """Causal attention within each sequence of a packed row.
 
-    On a GPU in half precision it is one call of PyTorch's variable-length kernel, elsewhere one of SDPA per sequence.
+    On a GPU in half precision this is one call of PyTorch's variable-length kernel, elsewhere one SDPA per sequence.
 
     Args:
-        module: the attention layer.
+        module: The attention layer.
         query: (1, H, T, E) if packed.
-        key: (1, H, T, E), or fewer heads, each for a group of query heads.
-        value: as `key`.
-        attention_mask: what `packed_mask` made; None for causal attention.
-        dropout: share of the weights to drop.
-        scaling: of the scores; None: 1 / sqrt(E).
-        cu_seq_lens_q: (S + 1,) int32 ends of the sequences, from 0; None: not packed.
-        max_length_q: tokens of the longest sequence.
-        **kwargs: Passed on to transformers' SDPA.
+        key: (1, H, T, E), or with fewer heads under grouped-query attention.
+        value: As `key`.
+        attention_mask: Mask from :func:`packed_mask`; None: causal attention.
+        dropout: Dropout probability of the attention weights.
+        scaling: Factor of the scores; None: 1 / sqrt(E).
+        cu_seq_lens_q: (S + 1,) int32 cumulative lengths of the sequences, from 0; None: not packed.
+        max_length_q: Tokens of the longest sequence.
+        **kwargs: Passed to transformers' SDPA.
 
     Returns:
-        (1, T, H, E) and None, for weights that nobody asked for.
+        (1, T, H, E) and None in place of the attention weights.
     """
     if cu_seq_lens_q is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0:
-        assert max_length_q is not None, "comes with cu_seq_lens_q"
+        assert max_length_q is not None, "given together with cu_seq_lens_q"
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     lengths = cu_seq_lens_q.diff().tolist()
     sequences = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -65,7 +65,7 @@ def packed_attention(
 def _varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None
 ) -> Tensor:
-    """PyTorch's FlashAttention over sequences of different lengths; arguments and result as in `packed_attention`."""
+    """PyTorch's FlashAttention for variable lengths; arguments and result as in :func:`packed_attention`."""
     rows, key_rows, value_rows = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, E)
     output = varlen_attn(
         rows,
@@ -91,9 +91,9 @@ def packed_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None for one row of tokens without padding, packed or not; the mask of `sdpa` for all else.
+    """None for a single row without padding, packed or not; otherwise the mask of `sdpa`.
 
-    A window of attention (`local_size`) is a mask too, which keeps the sequences of a packed row apart.
+    With sliding-window attention (`local_size`) there is a mask, which also separates the sequences of a packed row.
     """
     if batch_size == 1 and q_length == kv_length and attention_mask is None and local_size is None:
         return None
@@ -109,12 +109,10 @@ def packed_mask(
 
 
 def pick_attention(device: torch.device, dtype: torch.dtype, flash_installed: bool) -> str:
-    """The fastest attention that runs there: FlashAttention needs a GPU and half precision."""
+    """Name of the fastest attention implementation available; FlashAttention needs a GPU and half precision."""
     half = dtype in (torch.bfloat16, torch.float16)
     return "flash_attention_2" if flash_installed and device.type == "cuda" and half else "sdpa"
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
-
-__all__ = ["PACKED", "packed_attention", "packed_mask", "pick_attention"]

@@ -135,15 +135,3 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
         scale = 1 / 257 if image.mode != "I" or top > 255 else 1.0
     grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
-
-
-__all__ = [
-    "MAX_IMAGE_PIXELS",
-    "DataError",
-    "MissingImageError",
-    "OversizedImageError",
-    "decode_image",
-    "load_image",
-    "read_image_size",
-    "to_rgb",
-]

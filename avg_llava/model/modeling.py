@@ -6,7 +6,7 @@ D language-model width, S crop size in pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.outputs import AvgLlavaOutput, ImageFeatures
 from avg_llava.model.packing import LanguageHead, PackedInputs
 from avg_llava.model.router import Router, find_router, level_values
 from avg_llava.model.splice import (
@@ -36,7 +36,63 @@ ImageSizes = Tensor | Sequence[Sequence[int]]
 
 
 class PromptTooLongError(ValueError):
-    """A prompt does not fit into the model with its visual tokens."""
+    """A prompt with its visual tokens is longer than `config.max_sequence_length`."""
+
+
+@dataclass
+class ImageFeatures:
+    """Encoded images of a batch; every level is pooled from them.
+
+    Attributes:
+        crops: (C, T, D) finest tokens, after the projector.
+        num_crops: Crops of each image; they add up to C. Empty for the blank crop of a batch without images.
+        image_sizes: (height, width) of each image in pixels.
+    """
+
+    crops: Tensor
+    num_crops: list[int]
+    image_sizes: list[tuple[int, int]]
+
+    @property
+    def is_blank(self) -> bool:
+        """True if the only crop is the blank one of a batch without images, which must get weight 0."""
+        return not self.num_crops
+
+    def of_images(self, indices: Sequence[int]) -> "ImageFeatures":
+        """The features of the images at `indices`."""
+        crops = self.crops.split(self.num_crops)
+        return ImageFeatures(
+            torch.cat([self.crops[:0], *(crops[index] for index in indices)]),
+            [self.num_crops[index] for index in indices],
+            [self.image_sizes[index] for index in indices],
+        )
+
+
+@dataclass
+class AvgLlavaOutput(ModelOutput):
+    """Output of :class:`AvgLlavaForConditionalGeneration`.
+
+    Attributes:
+        loss: Mean cross-entropy over supervised tokens, if labels were given.
+        logits: (B, L', vocabulary).
+        past_key_values: Cache of the language model.
+        hidden_states: Those of the language model, if requested.
+        attentions: Those of the language model, if requested.
+        granularity: (N,) level of each image, in visual tokens per crop.
+        router_logits: (N, G), levels coarse to fine; None if the level was forced.
+        num_visual_tokens: (N,) visual tokens of each image, newlines included.
+        labels: (B, L') labels of the spliced sequences, if labels were given.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    granularity: Tensor | None = None
+    router_logits: Tensor | None = None
+    num_visual_tokens: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
@@ -56,7 +112,7 @@ class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
 
 
 class AvgLlavaModel(AvgLlavaPreTrainedModel):
-    """The parts of AVG-LLaVA below the language-model head, named as in transformers' LLaVA-NeXT."""
+    """AVG-LLaVA without its language-model head; parameters are named as in transformers' LLaVA-NeXT."""
 
     def __init__(self, config: AvgLlavaConfig):
         super().__init__(config)
@@ -69,17 +125,17 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         self.post_init()
 
     def encode_crops(self, pixels: Tensor) -> Tensor:
-        """Vision tower, up to the layer that is used, and projector: (C, 3, S, S) pixels -> (C, T, D) tokens."""
+        """Vision tower, up to `vision_feature_layer`, and projector: (C, 3, S, S) pixels to (C, T, D) tokens."""
         hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
         for layer in self.vision_tower.encoder.layers[: self.config.num_vision_layers]:
             hidden = layer(hidden, attention_mask=None)
-        return self.multi_modal_projector(hidden[:, 1:])  # the class token is dropped
+        return self.multi_modal_projector(hidden[:, 1:])  # without the class token
 
 
 class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
-    """LLaVA-NeXT that picks, per image, how many visual tokens the language model sees.
+    """LLaVA-NeXT that chooses the number of visual tokens of each image.
 
-    A prompt holds one `config.image_token_id` per image; it is expanded here, after routing.
+    A prompt has one `config.image_token_id` per image; the model replaces it by the image's visual tokens.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -105,21 +161,21 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> AvgLlavaOutput:
-        """Next-token logits of prompts with images.
+        """Computes next-token logits, and the loss if there are labels.
 
         Args:
             input_ids: (B, L) with one image placeholder per image.
-            attention_mask: (B, L), 0 at padding on either side; None means no padding.
-            pixel_values: (N, P, 3, S, S) crops, as transformers' LLaVA-NeXT image processor gives them.
+            attention_mask: (B, L), 0 at padding on either side; None: no padding.
+            pixel_values: (N, P, 3, S, S) crops, as from transformers' LLaVA-NeXT image processor.
             image_sizes: (N, 2) original (height, width).
             labels: (B, L), -100 where not supervised.
-            granularity: None routes; visual tokens per crop force that level, for all images or one for each.
-            token_cost: Price in nats per doubling of visual tokens when routing; a number or one for each image.
-            inputs_embeds: (B, L', D) embeddings already spliced, instead of `input_ids` (as `generate` does).
-            position_ids: Positions that go with `inputs_embeds` or with a decoding step.
+            granularity: Level in visual tokens per crop, for all images or one per image; None: the router chooses.
+            token_cost: Price in nats per doubling of visual tokens when the router chooses; a number or one per image.
+            inputs_embeds: (B, L', D) spliced embeddings, instead of `input_ids`.
+            position_ids: (B, L') positions of `inputs_embeds`, or those of a decoding step.
             past_key_values: Cache of a decoding step.
-            logits_to_keep: As in transformers: logits of the last so many positions only; 0 keeps all.
-            **kwargs: Passed on to the language model.
+            logits_to_keep: Compute the logits of this many last positions only; 0: of all (as in transformers).
+            **kwargs: Passed to the language model.
         """
         routed: dict[str, Any] = {}
         if inputs_embeds is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -164,7 +220,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generates answers; arguments as in :meth:`forward`, others as in transformers' `generate`.
+        """Generates answers; arguments as in :meth:`forward`, and those of transformers' `generate`.
 
         Returns:
             (B, new tokens) ids of the answers, without the prompt.
@@ -195,10 +251,10 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     ) -> tuple[SplicedInputs, dict[str, Tensor]]:
         """Encodes, routes (unless `granularity` forces a level) and splices; arguments as in :meth:`forward`.
 
-        `padding_side` None pads the spliced batch on the side on which the prompts are padded.
+        With `padding_side` None the spliced batch is padded on the same side as the prompts.
 
         Returns:
-            The language model's inputs, and the fields of :class:`AvgLlavaOutput` that tell how they came about.
+            Inputs of the language model, and the routing fields of :class:`AvgLlavaOutput`.
         """
         if input_ids is None:
             raise ValueError("either input_ids or inputs_embeds must be given")
@@ -220,11 +276,14 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return spliced, routed
 
     def encode_images(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> ImageFeatures:
-        """Encodes a batch's images once: vision tower and projector over all their crops.
+        """Runs vision tower and projector once over all crops of the images.
 
         Args:
-            pixel_values: (N, P, 3, S, S); crops past an image's own are padding and are not encoded.
+            pixel_values: (N, P, 3, S, S); crops beyond those that an image has are padding and are not encoded.
             image_sizes: (N, 2) original (height, width).
+
+        Raises:
+            ValueError: The shapes do not match, or an image has more crops than `pixel_values`.
         """
         if image_sizes is None or pixel_values.dim() != 5 or len(image_sizes) != len(pixel_values):
             raise ValueError(
@@ -244,9 +303,9 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return ImageFeatures(self.model.encode_crops(pixels.to(self.dtype)), counts, sizes)
 
     def encode_blank_image(self) -> ImageFeatures:
-        """One black crop through tower and projector, for a micro-batch without images.
+        """Encodes one black crop, for a micro-batch without images.
 
-        Under ZeRO every rank must run the same modules at every step. What is made of the blank crop has weight 0.
+        Under ZeRO all processes must run the same modules at every step. The crop's tokens get weight 0 in the loss.
         """
         size = self.config.vision_config.image_size
         pixels = torch.zeros(1, self.config.vision_config.num_channels, size, size, device=self.device)
@@ -255,41 +314,41 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     def route(
         self, features: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """Scores the levels of each image from the image and its sample's instruction.
+        """Scores the levels of each image from the image and the instruction of its sample.
 
-        The instruction is what is not supervised where there are labels, and the whole prompt otherwise.
+        The instruction is the unsupervised part of the text if there are labels, and all of it otherwise.
 
         Returns:
-            (N, G) logits, levels coarse to fine. For a blank encoding (1, G), to be weighted 0.
+            (N, G) logits, levels coarse to fine; for a blank image (1, G), to be weighted 0.
         """
         is_image, real = self._is_image(input_ids), attention_mask.bool()
         instruction = real & ~is_image if labels is None else real & ~is_image & (labels == IGNORE_INDEX)
         text = self._embed(input_ids).masked_fill(is_image[..., None], 0)
-        # Placeholders go last, as in the released code, where the place of a row decides between equally similar ones.
+        # Placeholders last, as in the released code: of equally similar tokens, the text filter takes the first.
         order = is_image.long().argsort(dim=1, stable=True)
         instruction = instruction.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
         if features.is_blank:
             return self.model.router(features.crops, [len(features.crops)], text[:1], instruction[:1])
-        places = (is_image & real).cpu()
-        check_placeholders(places, len(features.num_crops))
-        owner = torch.nonzero(places)[:, 0].to(text.device)  # (N,) the sample of each image
-        text, instruction = text[owner], instruction[owner]
+        placeholders = (is_image & real).cpu()
+        check_placeholders(placeholders, len(features.num_crops))
+        owners = torch.nonzero(placeholders)[:, 0].to(text.device)  # (N,) sample of each image
+        text, instruction = text[owners], instruction[owners]
         if self.config.behavior == "released":
-            # The released code looks texts up by image number, so a sample's further images are routed without text.
-            further = F.pad(owner[1:] == owner[:-1], (1, 0))[:, None]
+            # The released code indexes texts by image, so that all but a sample's first image are routed without text.
+            further = F.pad(owners[1:] == owners[:-1], (1, 0))[:, None]
             text, instruction = text.masked_fill(further[..., None], 0), instruction & ~further
         return self.model.router(features.crops, features.num_crops, text, instruction)
 
     def choose_granularity(self, router_logits: Tensor, token_cost: float | Tensor = 0.0) -> Tensor:
-        """The level with the highest log-probability less its price.
+        """Selects the level with the highest log-probability minus the price of its tokens.
 
         Args:
             router_logits: (N, G).
-            token_cost: Nats per doubling of visual tokens; a number or (N,). 0 is the paper's argmax.
+            token_cost: Nats per doubling of visual tokens; a number or (N,). 0: argmax, as in the paper.
 
         Returns:
-            (N,) visual tokens per crop.
+            (N,) levels in visual tokens per crop.
         """
         values = level_values(router_logits, self.config.granularities, token_cost)
         return torch.tensor(self.config.granularities, device=values.device)[values.argmax(-1)]
@@ -303,18 +362,18 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         granularity: Granularity = (),
         padding_side: PaddingSide = "right",
     ) -> SplicedInputs:
-        """Pools each image to its level and puts its tokens in place of its placeholder.
+        """Pools each image to its level and replaces its placeholder by the visual tokens.
 
-        Arguments as in :meth:`forward`. Training sequences (with labels) are cut to `config.max_sequence_length`.
+        Arguments as in :meth:`forward`. With labels, sequences are truncated to `config.max_sequence_length`.
 
         Raises:
-            ValueError: placeholders and images differ in number.
-            PromptTooLongError: a prompt without labels is longer than `config.max_sequence_length`.
+            ValueError: The numbers of placeholders and images differ.
+            PromptTooLongError: A prompt without labels is longer than `config.max_sequence_length`.
         """
         text_embeds = self._embed(input_ids)
         visual_tokens: list[Tensor] = []
         if features is not None:
-            # Also where the blank crop's tokens go nowhere: its tower and projector then get gradients of zero.
+            # The blank crop too, although its tokens are not used: tower and projector then get gradients of zero.
             text_embeds, crops, newline = JoinGradients.apply(text_embeds, features.crops, self.model.image_newline)
             if not features.is_blank:
                 levels = self._levels_of(granularity, len(features.num_crops))
@@ -337,13 +396,13 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return spliced
 
     def token_log_probs(self, packed: PackedInputs) -> Tensor:
-        """(K,) float32 log-probabilities of the supervised tokens of packed sequences, in their order."""
+        """(K,) float32 log-probabilities of the supervised tokens of packed sequences, in order."""
         outputs = self.model.language_model(**packed.language_inputs(), use_cache=False)
         supervised = packed.is_supervised
         return self.lm_head(outputs.last_hidden_state[0, supervised], packed.targets[supervised])
 
     def _visual_tokens(self, features: ImageFeatures, newline: Tensor, levels: list[int]) -> list[Tensor]:
-        """The tokens of each image at its level: overview, then the unpadded map of tiles with newlines."""
+        """Tokens of each image at its level: the overview, then the unpadded map of the tiles with newlines."""
         ladder, visual_tokens = self.config.ladder, []
         crops_of_images = features.crops.split(features.num_crops)
         for crops, size, level in zip(crops_of_images, features.image_sizes, levels, strict=True):
@@ -359,7 +418,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return visual_tokens
 
     def _levels_of(self, granularity: Granularity, num_images: int) -> list[int]:
-        """One level per image, checked against the configuration."""
+        """One level per image. Raises ValueError if the number is wrong or the model has no such level."""
         if isinstance(granularity, Tensor):
             granularity = granularity.tolist()
         levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
@@ -374,19 +433,12 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return input_ids == self.config.image_token_id
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings; at placeholders, which may lie outside the vocabulary, those of id 0, for nobody's use."""
+        """Input embeddings. Rows of placeholders, whose id may exceed the vocabulary, are overwritten by `splice`."""
         return self.get_input_embeddings()(input_ids.masked_fill(self._is_image(input_ids), 0))
 
 
 AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
-# The files of transformers' LLaVA-NeXT use older key names; an out-of-tree class must ask for their mapping by itself.
+# Checkpoints of transformers' LLaVA-NeXT use older key names. Transformers maps them for its own classes only.
 register_checkpoint_conversion_mapping(
     AvgLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava_next"), overwrite=True
 )
-
-__all__ = [
-    "AvgLlavaForConditionalGeneration",
-    "AvgLlavaModel",
-    "AvgLlavaPreTrainedModel",
-    "PromptTooLongError",
-]

@@ -1,4 +1,4 @@
-"""Packing: spliced samples as one row of tokens without padding, and the head that scores supervised tokens only.
+"""Packing: spliced samples as one row of tokens without padding, and a head that scores supervised tokens only.
 
 Shapes: S sequences, T tokens of all sequences, K supervised tokens, D language-model width, V vocabulary.
 """
@@ -14,19 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 from avg_llava.model.splice import IGNORE_INDEX, SplicedInputs
 
-# Logits that the head holds at once in training: 128 MiB of float32.
 MAX_LOGITS = 2**25
+"""Logits per chunk of the head in training: 128 MiB in float32."""
 
 
 @dataclass
 class PackedInputs:
-    """Sequences one after another; none sees another.
+    """Sequences one after another, which do not attend to each other.
 
     Attributes:
         inputs_embeds: (T, D).
         position_ids: (T,) int64, counted from each sequence's first token.
-        targets: (T,) int64, the next token of each position's sequence, or `IGNORE_INDEX`.
-        lengths: Tokens of each sequence, 0 for one that was left out; they add up to T.
+        targets: (T,) int64, the next token of the sequence, or `IGNORE_INDEX`.
+        lengths: S tokens of each sequence, 0 for one that is left out; they add up to T.
     """
 
     inputs_embeds: Tensor
@@ -36,14 +36,14 @@ class PackedInputs:
 
     @property
     def is_supervised(self) -> Tensor:
-        """(T,) bool: positions whose next token counts."""
+        """(T,) bool, True where the next token is supervised."""
         return self.targets != IGNORE_INDEX
 
     def language_inputs(self) -> dict[str, Any]:
-        """Arguments of a language model of transformers: a batch of one row.
+        """Arguments of a language model of transformers, for a batch of one row.
 
-        The positions tell every attention of transformers where sequences start; the `cu_seq_lens` tell the kernels
-        for variable lengths, without a look at the positions in every layer.
+        Attention implementations find the sequences by their positions; those for variable lengths take the
+        `cu_seq_lens`, which saves a search of the positions in every layer.
         """
         lengths = [length for length in self.lengths if length > 0]
         ends = torch.tensor([0, *lengths], device=self.targets.device).cumsum(0).int()
@@ -57,14 +57,14 @@ class PackedInputs:
         }
 
     def sums(self, token_values: Tensor) -> Tensor:
-        """(S,) sums over each sequence's supervised tokens of values (K,), in their order."""
+        """(S,) sums of values (K,) of the supervised tokens, over the tokens of each sequence."""
         lengths = torch.tensor(self.lengths, device=self.targets.device)
         owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)[self.is_supervised]
         return token_values.new_zeros(len(lengths)).index_add(0, owners, token_values)
 
 
 def pack(batches: Sequence[SplicedInputs]) -> PackedInputs:
-    """The samples of one or more spliced batches with labels, batch after batch, without their padding."""
+    """Packs the samples of spliced batches with labels, batch after batch, without their padding."""
     embeds, positions, targets, lengths = [], [], [], []
     for spliced in batches:
         assert spliced.labels is not None, "training sequences have labels"
@@ -78,10 +78,10 @@ def pack(batches: Sequence[SplicedInputs]) -> PackedInputs:
 
 
 class LanguageHead(nn.Linear):
-    """Language-model head: logits over the vocabulary, or the log-probabilities of given tokens.
+    """Language-model head: logits over the vocabulary, or log-probabilities of given tokens.
 
-    The log-probabilities are made in one call, chunk by chunk, so that the logits of all tokens never exist together,
-    and a model whose weights are sharded gathers this one once, however many tokens a rank has.
+    Log-probabilities are computed in chunks of `MAX_LOGITS` logits, so that the logits of all tokens are never in
+    memory together. All chunks are in one call, so that ZeRO-3 gathers the weight once, whatever the number of tokens.
     """
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -98,6 +98,3 @@ class LanguageHead(nn.Linear):
         logits = super().forward(hidden)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(wide, targets, reduction="none")
-
-
-__all__ = ["MAX_LOGITS", "LanguageHead", "PackedInputs", "pack"]

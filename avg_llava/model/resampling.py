@@ -147,6 +147,3 @@ def _sum_rows(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray, result
                 sums[x] += weight * np.int32(pixels[start + tap, x])
         for x in range(pixels.shape[1]):
             result[y, x] = min(max(sums[x] >> PLACES, 0), 255)
-
-
-__all__ = ["bicubic_weights", "resize"]

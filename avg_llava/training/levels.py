@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.attention import PACKED
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, ImageFeatures
 from avg_llava.model.packing import pack
 from avg_llava.model.splice import check_placeholders
 

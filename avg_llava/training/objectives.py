@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, ImageFeatures
 from avg_llava.model.packing import pack
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.training.config import ObjectiveSettings

@@ -9,7 +9,7 @@ into a module of `avg_llava/training/`, and the entry, with the class's import p
       method: two_levels
 """
 
-from avg_llava.model.outputs import ImageFeatures
+from avg_llava.model.modeling import ImageFeatures
 from avg_llava.training.levels import TextBatch, total_log_prob
 from avg_llava.training.objectives import Objective, ObjectiveOutput
 from avg_llava.training.stages import OBJECTIVES, ObjectiveSpec, Passes
