@@ -1,12 +1,12 @@
-"""Answers a benchmark's questions, in several processes, and remembers them.
+"""Answers a benchmark's questions in one or several processes, and keeps the answers so that a killed run continues.
 
-A question is answered under one or more keys: "auto" (the router chose), "random", or a level in visual tokens a crop.
-Batches are made once, of all questions, so that a killed run that goes on makes the same answers.
+A question is answered under one or more keys: "auto" (routed), "random", or a level in visual tokens per crop. Batches
+are cut from all questions before any is skipped, so that a continued run answers the same batches.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,23 +30,26 @@ from avg_llava.model.modeling import PromptTooLongError
 
 AUTO, RANDOM, ALL = "auto", "random", "all"
 BATCHES_PER_WORKER = 64
-"""Fewer are sooner answered than another process has started."""
+"""With fewer batches per process, starting another process takes longer than answering them."""
+
+Line = dict[str, Any]
+"""A question's answers as they are stored: `id`, `answers` by key, `router_log_probs`, `finest_visual_tokens`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Who answers what, and how.
+    """A benchmark, a model, and the way in which it answers.
 
     Attributes:
         benchmark: One of `BENCHMARKS`.
-        model: The checkpoint.
-        protocol: Whose prompts and metrics.
-        granularity: A level in visual tokens per crop, "auto" (the router), "random", or "all": the router, and every
-            level besides.
+        model: Checkpoint folder.
+        protocol: Which prompts and metrics to use.
+        granularity: A level in visual tokens per crop, "auto" (the router), "random", or "all" (the router, and every
+            level in addition).
         token_cost: The router's price in nats per doubling of visual tokens.
-        data: Folder with copies of the data sets; None takes the hub's.
-        limit: Only so many questions from the start; None takes all.
-        batch_size: Questions at a time; 1, as in the paper, times each by itself.
+        data: Folder with local copies of the data sets; None uses the hub's.
+        limit: Number of questions to answer, from the first; None answers all.
+        batch_size: Questions per batch. Times are per question only with 1, as in the paper.
         dtype: Data type of the weights.
     """
 
@@ -68,169 +71,186 @@ def open_questions(setting: Setting) -> Questions:
         BenchmarkError: The data set cannot be opened.
     """
     if isinstance(BENCHMARKS[setting.benchmark].source, HarnessTask):
-        from avg_llava.evaluation.tasks import HarnessQuestions  # lmms-eval, which other benchmarks do without
+        from avg_llava.evaluation.tasks import HarnessQuestions  # needs lmms-eval, unlike local benchmarks
 
         return HarnessQuestions(setting.benchmark, setting.protocol, setting.data)
     return LocalQuestions(setting.benchmark, setting.protocol, setting.data)
 
 
-# ---- in a worker --------------------------------------------------------------------------------------------------
+class ModelLoader:
+    """Loads a checkpoint on first use, once for all benchmarks that this process answers and times.
 
-_worker: "tuple[Setting, Questions, Predictor] | None" = None
+    Args:
+        model: Checkpoint folder.
+        dtype: Data type of the weights.
+    """
 
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self._predictor: Predictor | None = None
 
-def _start_worker(setting: Setting, device: str) -> None:
-    global _worker
-    _worker = (setting, open_questions(setting), load_predictor(setting, device))
-
-
-def load_predictor(setting: Setting, device: str) -> Predictor:
-    """The setting's model."""
-    return Pipeline.load(setting.model, dtype=setting.dtype, device=device).predictor
-
-
-def _answer_batch(indices: Sequence[int]) -> list[dict[str, Any] | Failure]:
-    """A line of the store for each question, or why there is none."""
-    assert _worker is not None, "the worker was not started"
-    setting, questions, predictor = _worker
-    requests: dict[int, Request] = {}
-    lines: list[dict[str, Any] | Failure] = []
-    for index in indices:
-        try:
-            requests[index] = questions.request(index)
-        except DataError as error:
-            lines.append(Failure(str(index), str(error)))
-    # One with images and one without differ in what there is to choose: apart from each other.
-    for group in (
-        [index for index in requests if requests[index].images],
-        [index for index in requests if not requests[index].images],
-    ):
-        lines += _answer_group(group, requests, setting, questions, predictor)
-    return lines
-
-
-def _answer_group(
-    indices: list[int],
-    requests: Mapping[int, Request],
-    setting: Setting,
-    questions: Questions,
-    predictor: Predictor,
-) -> Iterator[dict[str, Any] | Failure]:
-    if not indices:
-        return
-    try:
-        encoded = predictor.encode([requests[index] for index in indices])
-        answers, log_probs = _answer_keys(encoded, indices, setting, questions, predictor)
-    except PromptTooLongError as error:
-        if len(indices) == 1:
-            yield Failure(str(indices[0]), f"{questions.label(indices[0])}: {error}")
-            return
-        for index in indices:
-            yield from _answer_group([index], requests, setting, questions, predictor)
-        return
-    sizes = encoded.features.image_sizes if encoded.features else []
-    tokens = [num_visual_tokens(size, predictor.granularities[-1], predictor.model.config) for size in sizes]
-    finest = [sum(own) for own in _by_request(tokens, encoded)]
-    for row, index in enumerate(indices):
-        yield {
-            "id": str(index),
-            "answers": {key: _to_json(predictions[row], len(indices)) for key, predictions in answers.items()},
-            "router_log_probs": log_probs[row] if log_probs else None,
-            "finest_visual_tokens": finest[row],
-        }
-
-
-def _answer_keys(
-    encoded: EncodedRequests,
-    indices: list[int],
-    setting: Setting,
-    questions: Questions,
-    predictor: Predictor,
-) -> tuple[dict[str, list[Answer]], list[Any] | None]:
-    """Key -> predictions, and each question's router log-probabilities, image by image."""
-
-    def answer(granularity: int | Sequence[int] | LevelChoice | None) -> list[Answer]:
-        return predictor.answer(encoded, granularity, Decoding(questions.max_new_tokens, stop=questions.stop))
-
-    if encoded.features is None:
-        return {AUTO: answer(None)}, None
-    if isinstance(setting.granularity, int):
-        return {str(setting.granularity): answer(setting.granularity)}, None
-    if setting.granularity == RANDOM:
-        levels = [
-            random.Random(f"{index}/{image}").choice(predictor.granularities)
-            for index, count in zip(indices, encoded.images_per_request, strict=True)
-            for image in range(count)
-        ]
-        return {RANDOM: answer(levels)}, None
-    choice = predictor.choose(encoded, Budget(token_cost=setting.token_cost))
-    assert choice.log_probs is not None, "the router was asked"
-    answers = {AUTO: answer(choice)}
-    if setting.granularity == ALL:
-        answers |= {str(level): answer(level) for level in predictor.granularities}
-    return answers, _by_request(choice.log_probs.tolist(), encoded)
-
-
-def _by_request(rows: list[Any], encoded: EncodedRequests) -> list[Any]:
-    remaining = iter(rows)
-    return [[next(remaining) for _ in range(count)] for count in encoded.images_per_request]
-
-
-def _to_json(prediction: Answer, num_questions: int) -> dict[str, Any]:
-    """A prediction as the store keeps it; of a batch's time, the question's share."""
-    return {
-        "prediction": prediction.text,
-        "granularity": list(prediction.granularity),
-        "num_visual_tokens": prediction.num_visual_tokens,
-        "milliseconds": {name: value / num_questions for name, value in asdict(prediction.timings).items()},
-    }
-
-
-# ---- all questions ------------------------------------------------------------------------------------------------
+    def load(self, device: str) -> Predictor:
+        """Returns the predictor, on the device of the first call."""
+        if self._predictor is None:
+            self._predictor = Pipeline.load(self.model, dtype=self.dtype, device=device).predictor
+        return self._predictor
 
 
 def collect_answers(
-    setting: Setting, questions: Questions, folder: Path, identity: Mapping[str, Any], num_workers: int | None
-) -> tuple[dict[int, dict[str, Any]], list[Failure]]:
-    """Answers whatever is not answered yet.
+    setting: Setting,
+    questions: Questions,
+    folder: Path,
+    identity: Mapping[str, Any],
+    num_workers: int | None,
+    loader: ModelLoader,
+) -> tuple[dict[int, Line], list[Failure]]:
+    """Answers the questions that have no stored answer yet.
 
     Args:
-        setting: Who answers what.
+        setting: Benchmark, model and options.
         questions: The setting's questions.
-        folder: Where answers are kept.
-        identity: What the answers depend on.
-        num_workers: Processes that answer; None takes one per GPU or core where there is enough to do.
+        folder: Folder of the stored answers.
+        identity: Everything that the answers depend on; answers of another identity are discarded.
+        num_workers: Number of processes; None starts one per GPU or core if there is enough to do.
+        loader: Gives the model if this process answers; other processes load it themselves.
 
     Returns:
-        The store's lines by question number, in order; and the questions that failed.
+        Question index -> stored line, in order; and the questions without an answer.
     """
     open_folder(folder, identity)
     store = JsonLines(folder / "answers.jsonl")
-    numbers = range(min(len(questions), setting.limit or len(questions)))
-    batches = [numbers[start : start + setting.batch_size] for start in range(0, len(numbers), setting.batch_size)]
+    indices = range(min(len(questions), setting.limit or len(questions)))
+    batches = [indices[start : start + setting.batch_size] for start in range(0, len(indices), setting.batch_size)]
     known = set(store.read_by_id())
-    todo = [list(batch) for batch in batches if any(str(index) not in known for index in batch)]
+    missing = [list(batch) for batch in batches if any(str(index) not in known for index in batch)]
     failures: list[Failure] = []
-    start: Callable[[str], None] = partial(_start_worker, setting)
+    num_workers = _num_workers(num_workers, len(missing))
+    if num_workers > 1:
+        loader = ModelLoader(setting.model, setting.dtype)  # a loaded model is not sent to other processes
+    start = partial(_start_worker, setting, loader)
     with tqdm(
-        total=len(numbers),
-        initial=len(numbers) - sum(map(len, todo)),
+        total=len(indices),
+        initial=len(indices) - sum(map(len, missing)),
         desc=setting.benchmark,
         unit="question",
         dynamic_ncols=True,
     ) as progress:
-        for lines in map_batches(start, _answer_batch, todo, _num_workers(num_workers, len(todo))) if todo else ():
+        for lines in map_batches(start, _answer_batch, missing, num_workers) if missing else ():
             failures += [line for line in lines if isinstance(line, Failure)]
             store.append(line for line in lines if not isinstance(line, Failure) and line["id"] not in known)
             progress.update(len(lines))
-    found = {int(key): line for key, line in store.read_by_id().items() if int(key) in numbers}
+    found = {int(key): line for key, line in store.read_by_id().items() if int(key) in indices}
     return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
 
 
-def _num_workers(wanted: int | None, num_batches: int) -> int:
-    if wanted is None:
-        wanted = min(default_workers(), math.ceil(num_batches / BATCHES_PER_WORKER))
-    return max(1, min(wanted, num_batches))
+def _num_workers(requested: int | None, num_batches: int) -> int:
+    if requested is None:
+        requested = min(default_workers(), math.ceil(num_batches / BATCHES_PER_WORKER))
+    return max(1, min(requested, num_batches))
 
 
-__all__ = ["ALL", "AUTO", "RANDOM", "Setting", "collect_answers", "load_predictor"]
+# ---- in each process ----------------------------------------------------------------------------------------------
+
+
+class _Answerer:
+    """Answers batches of questions."""
+
+    def __init__(self, setting: Setting, questions: Questions, predictor: Predictor) -> None:
+        self.setting = setting
+        self.questions = questions
+        self.predictor = predictor
+
+    def answer_batch(self, indices: Sequence[int]) -> list[Line | Failure]:
+        """A line or a failure per question; in the order of the batch only if all have images or none has."""
+        requests: dict[int, Request] = {}
+        lines: list[Line | Failure] = []
+        for index in indices:
+            try:
+                requests[index] = self.questions.request(index)
+            except DataError as error:
+                lines.append(Failure(str(index), str(error)))
+        for has_images in (True, False):  # without images there is no level to choose, so they are no batch together
+            lines += self._answer({index: each for index, each in requests.items() if bool(each.images) == has_images})
+        return lines
+
+    def _answer(self, requests: Mapping[int, Request]) -> Iterator[Line | Failure]:
+        if not requests:
+            return
+        try:
+            encoded = self.predictor.encode(list(requests.values()))
+            answers, log_probs = self._answer_keys(encoded, list(requests))
+        except PromptTooLongError as error:
+            if len(requests) == 1:
+                (index,) = requests
+                yield Failure(str(index), f"{self.questions.label(index)}: {error}")
+                return
+            for index, request in requests.items():
+                yield from self._answer({index: request})
+            return
+        sizes = encoded.features.image_sizes if encoded.features else []
+        finest = self.predictor.granularities[-1]
+        tokens = [num_visual_tokens(size, finest, self.predictor.model.config) for size in sizes]
+        for row, (index, images) in enumerate(zip(requests, encoded.image_slices(), strict=True)):
+            yield {
+                "id": str(index),
+                "answers": {key: _to_json(of_key[row], len(requests)) for key, of_key in answers.items()},
+                "router_log_probs": log_probs[images] if log_probs else None,
+                "finest_visual_tokens": sum(tokens[images]),
+            }
+
+    def _answer_keys(
+        self, encoded: EncodedRequests, indices: Sequence[int]
+    ) -> tuple[dict[str, list[Answer]], list[Any] | None]:
+        """Answers a batch under every key of the setting.
+
+        Returns:
+            Key -> one answer per question; and the router's log-probabilities of each image (N, G), None if it did not
+            run.
+        """
+        decoding = Decoding(self.questions.max_new_tokens, stop=self.questions.stop)
+        requested, levels = self.setting.granularity, self.predictor.granularities
+
+        def answer(granularity: int | Sequence[int] | LevelChoice | None) -> list[Answer]:
+            return self.predictor.answer(encoded, granularity, decoding)
+
+        if encoded.features is None:
+            return {AUTO: answer(None)}, None
+        if isinstance(requested, int):
+            return {str(requested): answer(requested)}, None
+        if requested == RANDOM:
+            sampled = [
+                random.Random(f"{index}/{image}").choice(levels)
+                for index, count in zip(indices, encoded.images_per_request, strict=True)
+                for image in range(count)
+            ]
+            return {RANDOM: answer(sampled)}, None
+        choice = self.predictor.choose(encoded, Budget(token_cost=self.setting.token_cost))
+        assert choice.log_probs is not None, "the router ran"
+        answers = {AUTO: answer(choice)}
+        if requested == ALL:
+            answers |= {str(level): answer(level) for level in levels}
+        return answers, choice.log_probs.tolist()
+
+
+_answerer: _Answerer | None = None
+
+
+def _start_worker(setting: Setting, loader: ModelLoader, device: str) -> None:
+    global _answerer
+    _answerer = _Answerer(setting, open_questions(setting), loader.load(device))
+
+
+def _answer_batch(indices: Sequence[int]) -> list[Line | Failure]:
+    assert _answerer is not None, "_start_worker was called"
+    return _answerer.answer_batch(indices)
+
+
+def _to_json(answer: Answer, batch_size: int) -> dict[str, Any]:
+    """An answer as it is stored; times are the batch's, divided by its questions."""
+    return {
+        "prediction": answer.text,
+        "granularity": list(answer.granularity),
+        "num_visual_tokens": answer.num_visual_tokens,
+        "milliseconds": {phase: time / batch_size for phase, time in asdict(answer.timings).items()},
+    }

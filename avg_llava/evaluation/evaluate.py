@@ -1,23 +1,34 @@
-"""`avg-llava evaluate`: one benchmark, one setting, one result file.
+"""`avg-llava evaluate`: evaluates one benchmark in one setting and writes one result file.
 
-Everything in the result but times and machine is a function of model, questions and setting: not of the number of
-processes, nor of how often the run was killed.
+Apart from times and machine, the result is a function of model, questions and setting: it depends neither on the number
+of processes nor on interruptions.
 """
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 import torch
 
 from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.common.files import hash_file, hash_json
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
-from avg_llava.evaluation.answering import ALL, AUTO, Setting, collect_answers, load_predictor, open_questions
+from avg_llava.evaluation.answering import (
+    ALL,
+    AUTO,
+    RANDOM,
+    Line,
+    ModelLoader,
+    Setting,
+    collect_answers,
+    open_questions,
+)
+from avg_llava.evaluation.benchmarks.benchmark import Outcomes
+from avg_llava.evaluation.llava_next import llava_next_answerer
 from avg_llava.evaluation.questions import Questions
 from avg_llava.evaluation.results import (
     FORMAT,
@@ -33,39 +44,51 @@ from avg_llava.evaluation.results import (
     write_result,
 )
 from avg_llava.evaluation.scoring import compute_metrics, score_answers
-from avg_llava.evaluation.speed import measure_speed
+from avg_llava.inference.answers import Decoding, Request
+from avg_llava.inference.budget import Budget
+from avg_llava.inference.predictor import Predictor
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.images import DataError
+from avg_llava.model.router import level_values
 
-Line = Mapping[str, Any]
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+"""Prices of the curve, in nats per doubling of visual tokens."""
+
+StoredAnswer = Mapping[str, Any]
+"""One answer of a `Line`."""
 
 
-def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed: int) -> Result:
-    """Answers, scores and times one benchmark, and writes `<output>/<benchmark>.json` and its answers beside it.
+def evaluate(
+    setting: Setting, output: Path, num_workers: int | None, num_timed: int, loader: ModelLoader | None = None
+) -> Result:
+    """Answers, scores and times one benchmark; writes `<output>/<benchmark>.json` and the answers beside it.
 
     Args:
-        setting: Who answers what.
-        output: Folder of the result. Answers are kept in `<output>/store/<benchmark>`; a second call answers only what
-            is missing.
-        num_workers: Processes that answer; None takes one per GPU or core where there is enough to do.
-        num_timed: Questions on which the model is timed against its finest level and against transformers' LLaVA-NeXT;
-            0 leaves that out.
+        setting: Benchmark, model and options.
+        output: Folder of the result. Answers are kept in `<output>/store/<benchmark>`; a second call computes the
+            missing ones only.
+        num_workers: Number of processes; None starts one per GPU or core if there is enough to do.
+        num_timed: Number of questions on which the model is timed against its finest level and against transformers'
+            LLaVA-NeXT; 0 skips this.
+        loader: The setting's model, to share it with other evaluations in this process.
 
     Raises:
-        BenchmarkError: the data set cannot be opened.
-        ValueError: the model lacks the level that was asked for, or no question could be answered.
+        BenchmarkError: The data set cannot be opened.
+        ValueError: The model lacks the requested level, or no question could be answered.
     """
-    config = AvgLlavaConfig.from_pretrained(resolve_folder(setting.model))
-    levels = list(config.granularities or ())
+    loader = loader or ModelLoader(setting.model, setting.dtype)
+    folder = resolve_folder(setting.model)
+    levels = list(AvgLlavaConfig.from_pretrained(folder).granularities or ())
     if isinstance(setting.granularity, int) and setting.granularity not in levels:
         raise ValueError(f"granularity {setting.granularity} is none of the model's levels {levels}")
     questions = open_questions(setting)
-    facts = _facts(setting, questions, levels)
-    identity = _identity(setting, questions, facts)
-    folder = output / "store" / setting.benchmark
-    lines, failures = collect_answers(setting, questions, folder, identity, num_workers)
+    dtype = str(setting.dtype).removeprefix("torch.")
+    model = ModelFacts(str(setting.model), fingerprint_model(folder), dtype, tuple(levels))
+    identity = _identity(setting, questions, model)
+    store = output / "store" / setting.benchmark
+    lines, failures = collect_answers(setting, questions, store, identity, num_workers, loader)
 
-    chosen = {index: _chosen(line, setting) for index, line in lines.items()}
+    chosen = {index: _chosen_answer(line) for index, line in lines.items()}
     outcomes = score_answers(questions, {index: answer["prediction"] for index, answer in chosen.items()})
     metrics = compute_metrics(questions, outcomes)
     answers = output / f"{setting.benchmark}.answers.jsonl"
@@ -82,152 +105,188 @@ def evaluate(setting: Setting, output: Path, num_workers: int | None, num_timed:
     )
     speed = None
     if num_timed:
-        speed = measure_speed(load_predictor(setting, _device()), questions, list(lines)[:num_timed], setting)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        speed = measure_speed(loader.load(device), questions, list(lines)[:num_timed], setting)
+    oracle, curve = None, None
+    if setting.granularity == ALL:
+        oracle, curve = _compare_levels(lines, chosen, outcomes, levels, questions)
     result = Result(
         format=FORMAT,
         benchmark=setting.benchmark,
         protocol=setting.protocol,
+        model=model,
         granularity=setting.granularity,
         token_cost=setting.token_cost,
+        dataset=questions.dataset,
+        harness=questions.harness,
+        generation=GenerationFacts(questions.max_new_tokens, setting.batch_size),
         prompt=questions.prompt(0),
         complete=len(lines) == len(questions),
         num_failed=len(failures),
         failures=tuple(failures),
         metrics=metrics,
         efficiency=_efficiency(lines, chosen, levels, speed),
-        routing=_routing(lines, chosen, levels, setting, questions),
+        routing=Routing(_level_shares(chosen, levels), oracle, curve),
         machine=machine_facts(),
         answers=answers.name,
-        **facts,
     )
     write_result(result, output / f"{setting.benchmark}.json")
     return result
 
 
-# ---- what the result is about -------------------------------------------------------------------------------------
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _facts(setting: Setting, questions: Questions, levels: list[int]) -> dict[str, Any]:
-    return {
-        "model": ModelFacts(
-            str(setting.model),
-            model_fingerprint(resolve_folder(setting.model)),
-            str(setting.dtype).removeprefix("torch."),
-            tuple(levels),
-        ),
-        "dataset": questions.dataset,
-        "harness": questions.harness,
-        "generation": GenerationFacts(questions.max_new_tokens, setting.batch_size),
-    }
-
-
-def model_fingerprint(folder: Path) -> str:
+def fingerprint_model(folder: Path) -> str:
     """SHA-256 over the names and hashes of a checkpoint's weights and its configuration."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "config.json"])
     return hash_json([(path.name, hash_file(path)) for path in files])
 
 
-def _identity(setting: Setting, questions: Questions, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the stored answers depend on. A price does not, where every level is answered anyway."""
+def _identity(setting: Setting, questions: Questions, model: ModelFacts) -> dict[str, Any]:
+    """Everything that the stored answers depend on."""
     return {
-        "model": facts["model"].fingerprint,
-        "dtype": facts["model"].dtype,
-        "questions": facts["dataset"].fingerprint,
+        "model": model.fingerprint,
+        "dtype": model.dtype,
+        "questions": questions.dataset.fingerprint,
         "prompt": questions.prompt(0),
         "protocol": setting.protocol,
-        "harness": facts["harness"].version,
+        "harness": questions.harness.version,
         "granularity": setting.granularity,
         "token_cost": setting.token_cost,
         "batch_size": setting.batch_size,
     }
 
 
-def _chosen(line: Line, setting: Setting) -> dict[str, Any]:
-    """The answer that counts: the router's where there is one, or the only one."""
+def _chosen_answer(line: Line) -> dict[str, Any]:
+    """The answer that is scored: the routed one if there is one, else the only one."""
     answers = line["answers"]
     return dict(answers[AUTO] if AUTO in answers else next(iter(answers.values())))
 
 
-# ---- tokens, times, levels ----------------------------------------------------------------------------------------
+# ---- tokens and times ---------------------------------------------------------------------------------------------
 
 
 def _efficiency(
-    lines: Mapping[int, Line], chosen: Mapping[int, Line], levels: Sequence[int], speed: Speed | None
+    lines: Mapping[int, Line], chosen: Mapping[int, StoredAnswer], levels: Sequence[int], speed: Speed | None
 ) -> Efficiency:
     times = [answer["milliseconds"] for answer in chosen.values()]
-    first = [time["encode"] + time["route"] + time["prefill"] for time in times]
-    totals = [sum(time.values()) for time in times]
-    routed = sum(time["route"] for time in times)
-    seen = [index for index, line in lines.items() if line["finest_visual_tokens"]]
+    first = [phases["encode"] + phases["route"] + phases["prefill"] for phases in times]
+    totals = [sum(phases.values()) for phases in times]
+    routing = sum(phases["route"] for phases in times)
+    with_images = [index for index, line in lines.items() if line["finest_visual_tokens"]]
+    token_shares = [chosen[index]["num_visual_tokens"] / lines[index]["finest_visual_tokens"] for index in with_images]
+    grid_shares = [fmean(chosen[index]["granularity"]) / levels[-1] for index in with_images]
     return Efficiency(
         mean_visual_tokens=fmean(answer["num_visual_tokens"] for answer in chosen.values()),
-        token_share=fmean(chosen[i]["num_visual_tokens"] / lines[i]["finest_visual_tokens"] for i in seen),
-        grid_share=fmean(fmean(chosen[i]["granularity"]) / levels[-1] for i in seen),
+        token_share=fmean(token_shares or [1.0]),
+        grid_share=fmean(grid_shares or [1.0]),
         time_to_first_token_ms=Spread(median(first), fmean(first)),
         seconds_per_question=Spread(median(totals) / 1000, fmean(totals) / 1000),
-        router_share=routed / sum(totals) if routed else None,
+        router_share=routing / sum(totals) if routing else None,
         speed=speed,
     )
 
 
-def _routing(
-    lines: Mapping[int, Line],
-    chosen: Mapping[int, Line],
-    levels: Sequence[int],
-    setting: Setting,
-    questions: Questions,
-) -> Routing:
+def measure_speed(predictor: Predictor, questions: Questions, indices: Sequence[int], setting: Setting) -> Speed | None:
+    """Times the setting, the finest level and transformers' LLaVA-NeXT on the same questions.
+
+    Questions are answered one at a time by each of the three in turn, after a warm-up on the first. A time runs from
+    the image's pixels to the last token. Answers end at the closing token or at the benchmark's maximum length.
+
+    Returns:
+        Medians over questions; None if no question has an image or levels are sampled.
+    """
+    if setting.granularity == RANDOM:
+        return None
+    requests = []
+    for index in indices:
+        try:
+            requests.append(questions.request(index))
+        except DataError:  # already among the failures
+            continue
+    requests = [request for request in requests if request.images]
+    if not requests:
+        return None
+    forced = setting.granularity
+    budget = Budget(forced) if isinstance(forced, int) else Budget(token_cost=setting.token_cost)
+    finest, decoding = Budget(predictor.granularities[-1]), Decoding(questions.max_new_tokens)
+    variants: dict[str, Callable[[Request], object]] = {
+        "routed": lambda request: predictor.predict([request], budget, decoding),
+        "finest": lambda request: predictor.predict([request], finest, decoding),
+        "llava_next": llava_next_answerer(predictor, questions.max_new_tokens),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for position, request in enumerate([requests[0], *requests]):
+        for name, answer in variants.items():
+            start = time.perf_counter()
+            answer(request)
+            if predictor.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if position > 0:
+                seconds[name].append(time.perf_counter() - start)
+    routed, at_finest, llava_next = (median(seconds[name]) for name in ("routed", "finest", "llava_next"))
+    return Speed(len(requests), routed, at_finest, llava_next, at_finest / routed, llava_next / routed)
+
+
+# ---- levels -------------------------------------------------------------------------------------------------------
+
+
+def _level_shares(chosen: Mapping[int, StoredAnswer], levels: Sequence[int]) -> dict[str, float]:
+    """Share of the images at each level; empty if there are none."""
     counts = Counter(level for answer in chosen.values() for level in answer["granularity"])
-    shares = {str(level): counts[level] / counts.total() for level in levels} if counts else {}
-    if setting.granularity != ALL:
-        return Routing(shares, None, None)
-    return Routing(shares, *_hindsight(lines, chosen, levels, questions))
+    return {str(level): counts[level] / counts.total() for level in levels} if counts else {}
 
 
-def _hindsight(
-    lines: Mapping[int, Line], chosen: Mapping[int, Line], levels: Sequence[int], questions: Questions
-) -> tuple[Oracle, tuple[CurvePoint, ...]]:
-    """The per-question best level and the router at other prices, looked up among the answers at every level."""
-    seen = {index: line for index, line in lines.items() if line["router_log_probs"]}
-    answers = [{index: line["answers"][str(level)] for index, line in seen.items()} for level in levels]
-    texts = {index: answer["prediction"] for index, answer in chosen.items()}
-    by_level = [score_answers(questions, {i: answer["prediction"] for i, answer in of.items()}) for of in answers]
-    unseen = score_answers(questions, {index: text for index, text in texts.items() if index not in seen})
-    router = compute_metrics(questions, score_answers(questions, texts))
+def _compare_levels(
+    lines: Mapping[int, Line],
+    chosen: Mapping[int, StoredAnswer],
+    outcomes: Outcomes,
+    levels: Sequence[int],
+    questions: Questions,
+) -> tuple[Oracle | None, tuple[CurvePoint, ...] | None]:
+    """The oracle and the router's curve over prices, from the answers at every level.
 
-    def outcome(choice: Mapping[int, int]) -> tuple[float, list[Line]]:
-        """The headline's value and the answers, with level number `choice[i]` for question i."""
+    Args:
+        lines: Question index -> its answers at every level.
+        chosen: Question index -> its routed answer.
+        outcomes: Outcomes of the routed answers.
+        levels: The model's levels.
+        questions: The questions.
+
+    Returns:
+        None for both if no question has an image.
+    """
+    routed = {index: line for index, line in lines.items() if line["router_log_probs"]}
+    if not routed:
+        return None, None
+    answers = [{index: line["answers"][str(level)] for index, line in routed.items()} for level in levels]
+    by_level = [
+        score_answers(questions, {index: answer["prediction"] for index, answer in of_level.items()})
+        for of_level in answers
+    ]
+
+    def headline(choice: Mapping[int, int]) -> tuple[float, list[StoredAnswer]]:
+        """The headline's value and the answers if question `i` is answered at the level of index `choice[i]`."""
         picked = {index: by_level[level][index] for index, level in choice.items()}
-        headline = next(iter(compute_metrics(questions, dict(sorted((unseen | picked).items()))).values()))
-        return headline.value, [answers[level][index] for index, level in choice.items()]
+        metrics = compute_metrics(questions, {index: picked.get(index, outcomes[index]) for index in outcomes})
+        return next(iter(metrics.values())).value, [answers[level][index] for index, level in choice.items()]
 
     score = questions.benchmark.question_score
-    best = {index: int(np.argmax([score(outcomes[index]) for outcomes in by_level])) for index in seen}
-    value, picked = outcome(best)
+    scores = torch.tensor([[score(of_level[index]) for of_level in by_level] for index in routed])
+    best = dict(zip(routed, scores.argmax(-1).tolist(), strict=True))  # the coarsest of equally good levels
+    value, picked = headline(best)
     oracle = Oracle(
         value=value,
-        regret=value - next(iter(router.values())).value,
+        regret=value - next(iter(compute_metrics(questions, outcomes).values())).value,
         agreement=fmean(set(chosen[index]["granularity"]) == {levels[level]} for index, level in best.items()),
         mean_visual_tokens=fmean(answer["num_visual_tokens"] for answer in picked),
     )
-    doublings = np.log2(np.asarray(levels) / levels[0])
+    log_probs = torch.stack([torch.tensor(line["router_log_probs"]).mean(0) for line in routed.values()])
     curve = []
     for cost in TOKEN_COSTS:
-        choice = {
-            index: int(np.argmax(np.mean(line["router_log_probs"], axis=0) - cost * doublings))
-            for index, line in seen.items()
-        }
-        value, picked = outcome(choice)
+        choice = level_values(log_probs, levels, cost).argmax(-1).tolist()
+        value, picked = headline(dict(zip(routed, choice, strict=True)))
         shares = [
             answer["num_visual_tokens"] / line["finest_visual_tokens"]
-            for answer, line in zip(picked, seen.values(), strict=True)
+            for answer, line in zip(picked, routed.values(), strict=True)
         ]
         curve.append(CurvePoint(cost, value, fmean(shares), fmean(answer["num_visual_tokens"] for answer in picked)))
     return oracle, tuple(curve)
-
-
-__all__ = ["evaluate"]

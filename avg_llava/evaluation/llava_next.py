@@ -1,17 +1,21 @@
-"""transformers' LLaVA-NeXT with the weights of an AVG-LLaVA model: what the paper compares with."""
+"""transformers' LLaVA-NeXT with the weights of an AVG-LLaVA model: the paper's baseline."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
+from avg_llava.inference.answers import Request
+from avg_llava.inference.predictor import Predictor
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 
 def as_llava_next(model: AvgLlavaForConditionalGeneration) -> LlavaNextForConditionalGeneration:
-    """The same weights in transformers' own model, all but the router's; tensors are shared where they can be.
+    """Puts the weights, except the router's, into transformers' model; tensors are shared where possible.
 
-    transformers embeds its placeholder, so the vocabulary grows by rows of zeros if the placeholder lies outside it.
+    transformers embeds its placeholder, so rows of zeros extend a vocabulary that does not hold it.
     """
     fields = model.config.to_dict()
     names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index", "vision_feature_layer")
@@ -26,13 +30,13 @@ def as_llava_next(model: AvgLlavaForConditionalGeneration) -> LlavaNextForCondit
             rows = weights[name].new_zeros(missing, weights[name].shape[1])
             weights[name] = torch.cat([weights[name], rows])
     baseline.load_state_dict(weights, assign=True)
-    _recompute_buffers(baseline, model)
+    _copy_buffers(model, baseline)
     baseline.generation_config = model.generation_config
     return baseline.eval()
 
 
-def _recompute_buffers(baseline: LlavaNextForConditionalGeneration, model: AvgLlavaForConditionalGeneration) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, position numbers) are the model's own."""
+def _copy_buffers(model: AvgLlavaForConditionalGeneration, baseline: LlavaNextForConditionalGeneration) -> None:
+    """Copies the buffers that are in no checkpoint (rotary frequencies, position indices)."""
     buffers = dict(model.named_buffers())
     for name, buffer in baseline.named_buffers():
         if buffer.is_meta:
@@ -41,7 +45,7 @@ def _recompute_buffers(baseline: LlavaNextForConditionalGeneration, model: AvgLl
 
 
 def expand_placeholders(input_ids: Tensor, image_sizes: Tensor, model: AvgLlavaForConditionalGeneration) -> Tensor:
-    """One prompt (L,) as transformers wants it: as many placeholders as each image has tokens at the finest level."""
+    """Repeats each placeholder of a prompt as often as its image has tokens at the finest level: (L,) -> (L',)."""
     finest = (model.config.granularities or [0])[-1]
     sizes = iter(image_sizes.tolist())
     pieces = []
@@ -51,4 +55,23 @@ def expand_placeholders(input_ids: Tensor, image_sizes: Tensor, model: AvgLlavaF
     return input_ids.new_tensor(pieces)
 
 
-__all__ = ["as_llava_next", "expand_placeholders"]
+def llava_next_answerer(predictor: Predictor, max_new_tokens: int) -> Callable[[Request], object]:
+    """Returns a function that answers greedily with the baseline on the predictor's weights and preprocessing."""
+    model, processor = predictor.model, predictor.processor
+    baseline = as_llava_next(model)
+
+    @torch.inference_mode()
+    def answer(request: Request) -> object:
+        inputs = predictor.inputs([request])
+        ids = expand_placeholders(inputs["input_ids"][0], inputs["image_sizes"], model)[None].to(model.device)
+        return baseline.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=inputs["pixel_values"].to(model.device, model.dtype),
+            image_sizes=inputs["image_sizes"].to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+
+    return answer
