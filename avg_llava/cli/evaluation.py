@@ -70,7 +70,7 @@ class Evaluate(ReportingCommand):
         import torch
 
         from avg_llava.common.tables import render_table
-        from avg_llava.evaluation.answering import Setting
+        from avg_llava.evaluation.answering import ModelLoader, Setting
         from avg_llava.evaluation.benchmarks import BENCHMARKS
         from avg_llava.evaluation.evaluate import evaluate
         from avg_llava.evaluation.published import compare_with_expected, load_expected
@@ -81,6 +81,7 @@ class Evaluate(ReportingCommand):
         expected = load_expected(self.check, names) if self.check else []
         results, differences, failures = [], [], []
         rows: list[tuple[str, ...]] = []
+        loader = ModelLoader(self.model, getattr(torch, self.dtype))
         for name in names:
             setting = Setting(
                 benchmark=name,
@@ -91,9 +92,9 @@ class Evaluate(ReportingCommand):
                 data=self.data,
                 limit=self.limit,
                 batch_size=self.batch_size,
-                dtype=getattr(torch, self.dtype),
+                dtype=loader.dtype,
             )
-            result = evaluate(setting, self.output, self.workers, self.timed)
+            result = evaluate(setting, self.output, self.workers, self.timed, loader)
             results.append(result)
             failures += [f"failed: {failure.error}" for failure in result.failures]
             comparisons = compare_with_expected(result, expected) if expected else []

@@ -96,6 +96,10 @@ class ModelLoader:
             self._predictor = Pipeline.load(self.model, dtype=self.dtype, device=device).predictor
         return self._predictor
 
+    def release(self) -> None:
+        """Frees the model; the next use loads it again."""
+        self._predictor = None
+
 
 def collect_answers(
     setting: Setting,
@@ -127,7 +131,7 @@ def collect_answers(
     failures: list[Failure] = []
     num_workers = _num_workers(num_workers, len(missing))
     if num_workers > 1:
-        loader = ModelLoader(setting.model, setting.dtype)  # a loaded model is not sent to other processes
+        loader.release()  # the workers load the model, and may need this process's share of a GPU
     start = partial(_start_worker, setting, loader)
     with tqdm(
         total=len(indices),
@@ -140,6 +144,7 @@ def collect_answers(
             failures += [line for line in lines if isinstance(line, Failure)]
             store.append(line for line in lines if not isinstance(line, Failure) and line["id"] not in known)
             progress.update(len(lines))
+    _stop_worker()
     found = {int(key): line for key, line in store.read_by_id().items() if int(key) in indices}
     return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
 
@@ -239,6 +244,12 @@ _answerer: _Answerer | None = None
 def _start_worker(setting: Setting, loader: ModelLoader, device: str) -> None:
     global _answerer
     _answerer = _Answerer(setting, open_questions(setting), loader.load(device))
+
+
+def _stop_worker() -> None:
+    """Drops what `_start_worker` opened in this process."""
+    global _answerer
+    _answerer = None
 
 
 def _answer_batch(indices: Sequence[int]) -> list[Line | Failure]:
