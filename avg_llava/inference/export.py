@@ -1,7 +1,6 @@
-"""Hand-over to engines that decode: the language model as a plain folder, and routed prompts as embeddings.
+"""Exports for inference engines: the language model as a plain causal LM, and routed prompts as input embeddings.
 
-Images are encoded, routed and spliced here. What the engine then sees is a causal language model of transformers and,
-for each prompt, its rows of input embeddings, so any engine that takes prompt embeddings decodes it.
+Images are encoded, routed and spliced here, so that any engine that accepts prompt embeddings can decode the answers.
 
 Shapes: L tokens of a prompt, visual ones included, D language-model width.
 """
@@ -29,7 +28,7 @@ INDEX, ERRORS = "index.jsonl", "errors.jsonl"
 
 
 class Prompt(NamedTuple):
-    """A routed prompt: (L, D) embeddings, and the levels of its images."""
+    """A routed prompt: (L, D) input embeddings, and the levels of its images."""
 
     embeds: Tensor
     granularity: tuple[int, ...]
@@ -37,21 +36,22 @@ class Prompt(NamedTuple):
 
 
 def language_model(model: AvgLlavaForConditionalGeneration) -> PreTrainedModel:
-    """The language model of a model, with its head, as transformers' own class; both share their weights."""
+    """The language model with its head as a transformers causal LM that shares the weights."""
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config.text_config, dtype=model.dtype)
+        language = AutoModelForCausalLM.from_config(model.config.text_config, dtype=model.dtype)
     weights = {
-        f"{plain.base_model_prefix}.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()
+        f"{language.base_model_prefix}.{name}": tensor
+        for name, tensor in model.model.language_model.state_dict().items()
     }
-    plain.load_state_dict(weights | {"lm_head.weight": model.lm_head.weight}, assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain
+    language.load_state_dict(weights | {"lm_head.weight": model.lm_head.weight}, assign=True)
+    language.tie_weights()
+    language.generation_config = model.generation_config
+    return language
 
 
 @torch.inference_mode()
 def route_prompt(predictor: Predictor, request: Request, budget: Budget) -> Prompt:
-    """Encodes, routes and splices a prompt, up to where the language model begins."""
+    """Encodes, routes and splices a prompt."""
     encoded = predictor.encode([request])
     levels = [] if encoded.features is None else predictor.choose(encoded, budget).levels
     spliced = predictor.model.splice(encoded.features, encoded.input_ids, encoded.attention_mask, granularity=levels)
@@ -59,12 +59,12 @@ def route_prompt(predictor: Predictor, request: Request, budget: Budget) -> Prom
 
 
 def as_safetensors(prompt: Prompt, max_new_tokens: int) -> bytes:
-    """A safetensors file with `prompt_embeds` (L, D): for engines that are called from Python."""
+    """A safetensors file with `prompt_embeds` (L, D), for engines called from Python."""
     return save({"prompt_embeds": prompt.embeds.contiguous().cpu()})
 
 
 def as_vllm_request(prompt: Prompt, max_new_tokens: int) -> bytes:
-    """The body of a request to `/v1/completions` of vLLM: the tensor as torch saves it, in base64."""
+    """Request body for `/v1/completions` of vLLM: the tensor saved by torch, in base64."""
     stream = io.BytesIO()
     torch.save(prompt.embeds.clone().cpu(), stream)
     encoded = base64.b64encode(stream.getvalue()).decode()
@@ -72,7 +72,7 @@ def as_vllm_request(prompt: Prompt, max_new_tokens: int) -> bytes:
 
 
 def as_sglang_request(prompt: Prompt, max_new_tokens: int) -> bytes:
-    """The body of a request to `/generate` of SGLang: L lists of D numbers."""
+    """Request body for `/generate` of SGLang: L lists of D numbers."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": 0}
     return _json({"input_embeds": prompt.embeds.float().tolist(), "sampling_params": sampling})
 
@@ -82,20 +82,20 @@ FORMATS: dict[str, tuple[Callable[[Prompt, int], bytes], str]] = {
     "vllm": (as_vllm_request, ".json"),
     "sglang": (as_sglang_request, ".json"),
 }
-"""How a prompt is written, given the longest answer in tokens, and the ending of its file."""
+"""Format -> function of a prompt and the maximum answer length that gives a file's bytes, and the file suffix."""
 
 
 def write_prompts(
     predictor: Predictor, questions: Sequence[Question], output: Path, form: str, max_new_tokens: int
 ) -> int:
-    """Writes one file for each question, and `index.jsonl`, which tells for each id its file, levels and tokens.
+    """Writes one file per question, and `index.jsonl` with the file, levels and token counts of each id.
 
-    Questions that cannot be read go to `errors.jsonl`, with the reason.
+    Failed questions are listed with the reason in `errors.jsonl`.
 
     Returns:
-        How many questions these are.
+        Number of failed questions.
     """
-    write, ending = FORMATS[form]
+    serialize, suffix = FORMATS[form]
     output.mkdir(parents=True, exist_ok=True)
     failures: list[dict[str, str]] = []
     with (output / INDEX).open("w", encoding="utf-8") as index:
@@ -107,8 +107,8 @@ def write_prompts(
             except ValueError as error:
                 failures.append({"id": question.id, "error": str(error)})
                 continue
-            file = output / f"{number:06d}{ending}"
-            file.write_bytes(write(prompt, max_new_tokens))
+            file = output / f"{number:06d}{suffix}"
+            file.write_bytes(serialize(prompt, max_new_tokens))
             facts = {
                 "id": question.id,
                 "file": file.name,
@@ -123,6 +123,3 @@ def write_prompts(
 
 def _json(body: dict[str, Any]) -> bytes:
     return json.dumps(body).encode()
-
-
-__all__ = ["ERRORS", "FORMATS", "INDEX", "Prompt", "language_model", "route_prompt", "write_prompts"]

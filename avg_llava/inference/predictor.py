@@ -100,7 +100,7 @@ class Predictor:
     @property
     def granularities(self) -> list[int]:
         """The model's levels in visual tokens per crop, coarse to fine."""
-        return list(self.model.config.granularities or ())
+        return list(self.model.config.granularities)
 
     def predict(
         self,
@@ -165,12 +165,13 @@ class Predictor:
         counts = encoded.images_per_request
         budgets = [budget] * len(counts) if isinstance(budget, Budget) else list(budget)
         sizes = [encoded.features.image_sizes[images] for images in encoded.image_slices()]
-        if all(own.granularity is not None for own, count in zip(budgets, counts, strict=True) if count):
+        budget_of_image = [budget for budget, count in zip(budgets, counts, strict=True) for _ in range(count)]
+        if all(budget.granularity is not None for budget in budget_of_image):
             return LevelChoice(select_levels(self.model.config, sizes, budgets, None))
         start = now(self.model.device)
         logits = self.model.route(encoded.features, encoded.input_ids, encoded.attention_mask).float()
-        token_costs = [own.token_cost for own, count in zip(budgets, counts, strict=True) for _ in range(count)]
-        values = level_values(logits, self.granularities, torch.tensor(token_costs, device=logits.device))
+        token_costs = torch.tensor([budget.token_cost for budget in budget_of_image], device=logits.device)
+        values = level_values(logits, self.granularities, token_costs)
         levels = select_levels(self.model.config, sizes, budgets, values.tolist())
         return LevelChoice(levels, logits.log_softmax(-1), now(self.model.device) - start)
 

@@ -1,4 +1,4 @@
-"""Questions of a file, answered into another: as far as it goes, whatever happens, and never twice."""
+"""Answers a file of questions into a file of answers; interrupted runs are resumed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +19,14 @@ _FIELDS = {"id", "prompt", "image", *_BUDGET_FIELDS}
 
 
 class Question(NamedTuple):
-    """One line: its name, what is asked, with paths for images, and at which price; or what is wrong with it."""
+    """One line of a file of questions.
+
+    Attributes:
+        id: Its name, unique in the file.
+        request: The question, with paths for images; None for an invalid line.
+        budget: Its budget.
+        error: Reason why the line is invalid; empty otherwise.
+    """
 
     id: str
     request: Request | None
@@ -28,12 +35,15 @@ class Question(NamedTuple):
 
 
 def read_questions(path: Path, image_root: Path, budget: Budget) -> list[Question]:
-    """Reads `{"id": ..., "prompt": ..., "image": path or list of paths, "granularity": ..., ...}`, one a line.
+    """Reads a file of questions.
+
+    A record is a JSON object with `prompt`, and optionally `id` (default: its position), `image` (a path or a list of
+    paths), `granularity`, `token_cost` and `max_visual_tokens`. Invalid records become questions with an error.
 
     Args:
-        path: JSONL, or a JSON list. `id` may be missing (the line's number), as `image` and the fields of a budget.
+        path: JSON Lines, or a JSON list.
         image_root: Folder that image paths are relative to.
-        budget: Of records that name none of its fields.
+        budget: Budget of records that set none of its fields.
 
     Raises:
         DataError: The file cannot be read, or two records have the same id.
@@ -42,7 +52,7 @@ def read_questions(path: Path, image_root: Path, budget: Budget) -> list[Questio
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise DataError(f"{path}: two records have the id {question.id!r}; answers are told apart by it")
+            raise DataError(f"{path}: two records have the id {question.id!r}; ids must be unique")
         seen.add(question.id)
     return questions
 
@@ -54,16 +64,16 @@ def _parse(record: RawRecord, image_root: Path, budget: Budget) -> Question:
         if record.error:
             raise DataError(record.error)
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
-            raise DataError("a record is a JSON object with a 'prompt' that is not empty")
+            raise DataError("a record must be a JSON object with a non-empty 'prompt'")
         if unknown := value.keys() - _FIELDS:
             raise DataError(f"unknown fields {', '.join(sorted(unknown))}; known are {', '.join(sorted(_FIELDS))}")
-        own = {name: value[name] for name in _BUDGET_FIELDS if value.get(name) is not None}
+        fields = {name: value[name] for name in _BUDGET_FIELDS if value.get(name) is not None}
         if wrong := [
-            name for name, number in own.items() if isinstance(number, bool) or not isinstance(number, (int, float))
+            name for name, number in fields.items() if isinstance(number, bool) or not isinstance(number, (int, float))
         ]:
-            raise DataError(f"{wrong[0]} must be a number, got {own[wrong[0]]!r}")
+            raise DataError(f"{wrong[0]} must be a number, got {fields[wrong[0]]!r}")
         images = tuple(image_root / relative for relative in image_paths(value.get("image")))
-        return Question(str(identity), Request(value["prompt"], images), Budget(**own) if own else budget)
+        return Question(str(identity), Request(value["prompt"], images), Budget(**fields) if fields else budget)
     except ValueError as error:
         return Question(str(identity), None, budget, f"{record.source}: {error}")
 
@@ -73,11 +83,11 @@ def answer_file(
 ) -> int:
     """Appends an answer to `output` for each question that has none there yet.
 
-    Lines are written whole and at once, so that a killed run goes on where it was. A question that cannot be answered
-    gets no line in `output`, and one that names it, with the reason, in `output` with the ending `.errors.jsonl`.
+    Each answer is appended as a whole line as soon as it is known, so that a killed run can be resumed. Failed
+    questions are listed with the reason in a file beside `output` with the suffix `.errors.jsonl`.
 
     Returns:
-        How many questions could not be answered.
+        Number of failed questions.
     """
     answers = JsonLines(output)
     done = answers.read_by_id()
@@ -98,7 +108,7 @@ def answer_file(
 
 
 def write_errors(path: Path, failures: Sequence[dict[str, str]]) -> None:
-    """Writes which questions failed and why, one a line; no file where there are none."""
+    """Writes failed questions as JSON Lines, or removes the file if there are none."""
     path.unlink(missing_ok=True)
     if failures:
         JsonLines(path).write(failures)
@@ -107,7 +117,7 @@ def write_errors(path: Path, failures: Sequence[dict[str, str]]) -> None:
 def _answer(
     predictor: Predictor, batch: Sequence[Question], decoding: Decoding
 ) -> Iterator[tuple[Question, Answer | str]]:
-    """Answers, or why there is none. A batch that fails is answered one by one."""
+    """Yields each question with its answer or error; if the batch fails, its questions are answered one by one."""
     readable: list[tuple[Question, Request]] = []
     for question in batch:
         if question.request is None:
@@ -133,6 +143,3 @@ def _answer(
         return
     for (question, _), answer in zip(readable, answers, strict=True):
         yield question, answer
-
-
-__all__ = ["Question", "answer_file", "read_questions", "write_errors"]
