@@ -361,7 +361,7 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                 )  # fmt: skip
                 token_cost = gr.Slider(
                     0, 1, value=0, step=0.01, label="Token cost", elem_id="token-cost",
-                    info="router penalty in nats per doubling of visual tokens; 0 as in the paper",
+                    info="nats per doubling of visual tokens; paper: 0",
                 )  # fmt: skip
                 max_visual_tokens = gr.Slider(
                     min(tokens), max(tokens), value=max(tokens), step=1, label="Maximum visual tokens",
