@@ -1,11 +1,10 @@
-"""AVG-LLaVA as a model of lmms-eval, found through the entry point of the package.
+"""AVG-LLaVA as a model of lmms-eval, registered through the package's entry point.
 
 lmms-eval --model avg_llava --model_args pretrained=DIR,granularity=auto,token_cost=0.1 --tasks mme --batch_size 8
 
-One process, or several under torchrun or accelerate, each of which answers its share.
+Runs in one process or, under torchrun or accelerate, in several that answer a share each.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,31 +23,29 @@ from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 
-logger = logging.getLogger(__name__)
-
-NUM_TOLD = 20
+MAX_NAMED_FAILURES = 20
 
 
 def manifests() -> list[ModelManifest]:
-    """What this package adds to lmms-eval; called through the entry point."""
+    """Returns the models that this package adds to lmms-eval; called through the entry point."""
     return [ModelManifest(model_id="avg_llava", simple_class_path=f"{__name__}.AvgLlava")]
 
 
 class FailedSamplesError(RuntimeError):
-    """Some questions have no answer. There is no score then: an empty answer would be taken for the model's."""
+    """Some questions have no answer. No score is computed, since an empty answer would count as the model's."""
 
 
 class AvgLlava(lmms):
-    """The model, as lmms-eval asks it.
+    """Answers the requests of lmms-eval.
 
     Args:
         pretrained: Checkpoint folder or hub id.
         granularity: "auto" (the router), or visual tokens per crop.
         token_cost: The router's price in nats per doubling of visual tokens.
         dtype: Data type of the weights.
-        batch_size: Questions at a time.
-        device: Where to run; None takes the process's GPU, or the CPU.
-        max_batch_size: lmms-eval gives it; batches are not searched for.
+        batch_size: Questions per batch.
+        device: `cpu` or `cuda`; None uses the process's GPU, or the CPU if there is none.
+        max_batch_size: Ignored; lmms-eval always passes it.
     """
 
     is_simple = True
@@ -82,7 +79,7 @@ class AvgLlava(lmms):
         """Answers greedily, in the order of the requests.
 
         Raises:
-            FailedSamplesError: images could not be read or prompts do not fit; all others were answered first.
+            FailedSamplesError: Images cannot be read or prompts are too long; all other requests are answered first.
         """
         answers: dict[int, str] = {}
         failures: list[str] = []
@@ -107,8 +104,8 @@ class AvgLlava(lmms):
         progress.close()
         if failures:
             raise FailedSamplesError(
-                f"{len(failures)} of {len(requests)} questions failed: {'; '.join(failures[:NUM_TOLD])}"
-                f"{' and others' if len(failures) > NUM_TOLD else ''}"
+                f"{len(failures)} of {len(requests)} questions failed: {'; '.join(failures[:MAX_NAMED_FAILURES])}"
+                f"{' and others' if len(failures) > MAX_NAMED_FAILURES else ''}"
             )
         return [answers[index] for index in range(len(requests))]
 
@@ -120,7 +117,7 @@ class AvgLlava(lmms):
         return {index: answer.text for index, answer in zip(requests, answers, strict=True)}
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Numbers of requests that are answered together: neighbours of equal options."""
+        """Yields the indices of requests that are answered together: neighbours with equal options."""
         batch: list[int] = []
         for index, request in enumerate(requests):
             if batch and (len(batch) == self.batch_size or request.args[1] != requests[batch[0]].args[1]):
@@ -136,17 +133,14 @@ class AvgLlava(lmms):
         return Request(prompt, tuple(images))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not asked by any of the twelve benchmarks."""
+        """Not supported."""
         raise NotImplementedError("avg_llava answers tasks of the kind generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not asked by any of the twelve benchmarks."""
+        """Not supported."""
         raise NotImplementedError("avg_llava answers tasks of the kind generate_until")
 
 
 def _name(request: Instance) -> str:
     _, _, _, doc_id, task, split = request.args
     return f"{task} question {doc_id} ({split})"
-
-
-__all__ = ["AvgLlava", "FailedSamplesError", "manifests"]

@@ -1,8 +1,7 @@
-"""Published figures: the paper's tables, and what a benchmark is expected to give.
+"""The paper's tables, and the comparison of measured figures with expected ones.
 
-`published.json` holds tables 1 to 4 with the source of every row, and notes on figures that are not what they are
-called. `eval/expected/<benchmark>.json` holds the figures of AVG-LLaVA with a tolerance. Shares are in
-percent, MME is in points.
+`published.json` holds tables 1 to 4 with the source of every row, and notes on figures whose name is misleading.
+Each benchmark's file holds the figures of AVG-LLaVA with a tolerance. Shares are in percent, MME is in points.
 """
 
 import json
@@ -28,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A row of a published table; `values` are in the columns' order, null where nothing was published."""
+    """A row of a published table; `values` are in the columns' order, null if unpublished."""
 
     name: str
     key: str | None
@@ -49,7 +48,7 @@ class PublishedTable:
 
 @dataclass(frozen=True)
 class RoutingStatement:
-    """What the paper says about figure 5, which has no numbers: these benchmarks go to these levels (by index)."""
+    """A statement about figure 5, which has no numbers: the router sends these benchmarks to these level indices."""
 
     statement: str
     benchmarks: tuple[str, ...]
@@ -67,39 +66,37 @@ class Published:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured figure beside an expected one."""
+    """A measured figure and the expected one."""
 
     expected: Expected
     measured: float
 
     @property
     def agrees(self) -> bool:
-        """Whether the two are within the tolerance."""
-        return (
-            abs(self.measured - self.expected.published) <= self.expected.tolerance + 1e-9
-        )  # a figure on the edge is within
+        """True if the difference is at most the tolerance."""
+        return abs(self.measured - self.expected.published) <= self.expected.tolerance + 1e-9  # rounding
 
 
 @cache
 def load_published() -> Published:
-    """The paper's tables."""
+    """Reads the paper's tables."""
     text = files("avg_llava.evaluation").joinpath("published.json").read_text(encoding="utf-8")
     return build(Published, json.loads(text))
 
 
 def score_columns() -> tuple[Column, ...]:
-    """The columns of tables 1 and 2: all metrics that are reported."""
+    """The columns of tables 1 and 2, that is, every metric the paper reports."""
     tables = load_published().tables
     return tables["1"].columns + tables["2"].columns
 
 
 def in_table_units(value: float, kind: str, maximum: float) -> float:
-    """A metric's value as tables give it: points where strata are added up (MME), else percent of the maximum."""
+    """Converts a metric's value to the unit of tables: points for sums of strata (MME), else percent of the maximum."""
     return value if kind == "stratum_sum" else 100 * value / maximum
 
 
 def load_expected(check: Path, names: Sequence[str]) -> list[Expected]:
-    """Expected figures: those of a file, or the published ones of the named benchmarks if `check` is `published`.
+    """Loads expected figures: those of a file, or the published ones of the named benchmarks if `check` is `published`.
 
     Raises:
         ResultError: The file holds no expected figures.
@@ -113,7 +110,7 @@ def read_expected(path: Path) -> list[Expected]:
     """Reads a JSON file with a list of expected figures, such as `eval/expected/sample.json`.
 
     Raises:
-        ResultError: If the file is none of these.
+        ResultError: The file is missing, not JSON, or no such list.
     """
     content = read_json(path)
     if not isinstance(content, list) or not content:
@@ -125,10 +122,10 @@ def read_expected(path: Path) -> list[Expected]:
 
 
 def compare_with_expected(result: Result, expected: list[Expected]) -> list[Comparison]:
-    """The result's figures beside those expected of its benchmark and protocol.
+    """Compares a result with the figures expected of its benchmark and protocol.
 
     Raises:
-        ResultError: If an expected metric was not measured, or what is expected is of other benchmarks or protocols.
+        ResultError: An expected metric was not measured, or all figures are of other benchmarks or protocols.
     """
     compared = []
     for entry in expected:

@@ -1,7 +1,7 @@
-"""The result of one benchmark in one setting: what `avg-llava evaluate` writes and `avg-llava report` reads.
+"""The result of one benchmark in one setting, written by `avg-llava evaluate` and read by `avg-llava report`.
 
-A result is a JSON file. It holds the score of every unit (a question, an image pair), not only the mean, so that
-confidence intervals and paired tests need nothing else. The answers are in a JSON-lines file beside it.
+A result is a JSON file. It holds the score of every unit (a question, an image pair), not only their mean, so that
+confidence intervals and paired tests need no other file. The answers are in a JSON-lines file beside it.
 """
 
 import dataclasses
@@ -19,13 +19,14 @@ from avg_llava.evaluation.benchmarks import BENCHMARKS, Protocol
 from avg_llava.evaluation.statistics import Metric, UnitError, compute_value
 
 FORMAT = 1
-VALUE_TOLERANCE = 1e-3  # of the maximum: some harnesses round to three decimals
+VALUE_TOLERANCE = 1e-3
+"""Relative to the maximum; some harnesses round to three decimals."""
 
 Granularity = Literal["auto", "random", "all"] | int
 
 
 class ResultError(ValueError):
-    """A result file that cannot be used; the message names the file and the field."""
+    """A result file is invalid; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class ModelFacts:
     granularities: tuple[int, ...]
     """Visual tokens per crop at each level, coarse to fine."""
     ablation: Literal["c", "e", "f", "g"] | None = None
-    """What was left out in training, by the letter of the paper's table 4; null: nothing. The others (a, b, d) follow
-    from the setting and the levels."""
+    """The training ablation, by its letter in the paper's table 4; null if there is none. The other letters (a, b, d)
+    follow from the setting and the levels."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class HarnessFacts:
-    """Whose task code made the prompts and the scores."""
+    """The code that made the prompts and the scores."""
 
     name: str
     version: str
@@ -64,7 +65,7 @@ class HarnessFacts:
 
 @dataclass(frozen=True)
 class GenerationFacts:
-    """How the answers were generated; always greedily."""
+    """Options of generation, which is always greedy."""
 
     max_new_tokens: int
     batch_size: int
@@ -72,7 +73,7 @@ class GenerationFacts:
 
 @dataclass(frozen=True)
 class Failure:
-    """A question that got no answer."""
+    """A question without an answer."""
 
     id: str
     error: str
@@ -88,48 +89,48 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for the same questions, medians of alternating runs (the paper's table 3)."""
+    """Median seconds per question on the same questions, answered in turn (the paper's table 3)."""
 
     num_questions: int
     routed_seconds: float
     finest_seconds: float
     llava_next_seconds: float | None
-    """transformers' LLaVA-NeXT; null where it was not timed."""
+    """transformers' LLaVA-NeXT; null if it was not timed."""
     speedup_over_finest: float
     speedup_over_llava_next: float | None
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Tokens and times, measured while evaluating; means are over questions."""
+    """Tokens and times, measured while answering; means are over questions."""
 
     mean_visual_tokens: float
     token_share: float
-    """Visual tokens as a share of those of the finest level."""
+    """Visual tokens relative to the finest level."""
     grid_share: float
-    """Tokens per crop as a share of the finest level's: "token per grid" of the paper's table 3."""
+    """Tokens per crop relative to the finest level: "token per grid" in the paper's table 3."""
     time_to_first_token_ms: Spread | None
     seconds_per_question: Spread | None
     router_share: float | None
-    """Of the time; null where no router ran."""
+    """The router's share of the time; null if it did not run."""
     speed: Speed | None
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The best level for each question, in hindsight."""
+    """Headline score if each question is answered at its best level."""
 
     value: float
     regret: float
     """The oracle's value minus the router's."""
     agreement: float
-    """Share of questions for which the router picked the oracle's level."""
+    """Share of questions that the router sent to the oracle's level."""
     mean_visual_tokens: float
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The router at one price."""
+    """Headline score and tokens of the router at one price."""
 
     token_cost: float
     value: float
@@ -139,41 +140,41 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the images were sent."""
+    """The levels of the images."""
 
     levels: dict[str, float]
-    """Tokens per crop -> share of the images (figure 5); empty where there was no image."""
+    """Tokens per crop -> share of the images (figure 5); empty if there was no image."""
     oracle: Oracle | None
     curve: tuple[CurvePoint, ...] | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark, one protocol, one setting. Field by field as in the file."""
+    """The result of one benchmark, protocol and setting. The fields are those of the file."""
 
     format: int
     benchmark: str
     protocol: Protocol
     model: ModelFacts
     granularity: Granularity
-    """Who chose the level: the router (`auto`), chance (`random`), or the user (tokens per crop). `all`: the router,
-    and every level was answered as well, for the oracle and the curve."""
+    """How levels were chosen: by the router (`auto`), at random, or forced (tokens per crop). `all`: by the router, and
+    every level was answered too, for the oracle and the curve."""
     token_cost: float
     dataset: DatasetFacts
     harness: HarnessFacts
     generation: GenerationFacts
     prompt: str
-    """The first question's, in full."""
+    """The prompt of the first question."""
     complete: bool
     num_failed: int
     failures: tuple[Failure, ...]
     metrics: dict[str, Metric]
-    """The first one is the benchmark's headline."""
+    """The first is the headline."""
     efficiency: Efficiency
     routing: Routing
     machine: dict[str, Any]
     answers: str
-    """The file of answers, beside this one."""
+    """Name of the file of answers beside this one."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -185,14 +186,14 @@ class Result:
 
 
 def parse_result(content: Any, source: str) -> Result:
-    """A result from the content of its file.
+    """Makes a result from the content of its file.
 
     Args:
-        content: What the JSON holds.
-        source: The file's name, for messages.
+        content: The parsed JSON.
+        source: Name of the file, for messages.
 
     Raises:
-        ResultError: If a field is missing, unknown, of the wrong type or contradicts another.
+        ResultError: A field is missing, unknown, of the wrong type or contradicts another.
     """
     if not isinstance(content, Mapping):
         raise ResultError(f"{source} holds {type(content).__name__}, not a result of `avg-llava evaluate`")
@@ -210,10 +211,10 @@ def parse_result(content: Any, source: str) -> Result:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        ResultError: If there is no such file or it is not JSON.
+        ResultError: There is no such file, or it is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -224,20 +225,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_result(path: Path) -> Result:
-    """The result in a file.
+    """Reads a result file.
 
     Raises:
-        ResultError: If it is none.
+        ResultError: It is not a valid result.
     """
     return parse_result(read_json(path), str(path))
 
 
 def write_result(result: Result, path: Path) -> None:
-    """Writes a result in one step: whoever finds the file finds it whole."""
+    """Writes a result file atomically."""
     write_json(path, dataclasses.asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
 
 
-# ---- what must agree ----------------------------------------------------------------------------------------------
+# ---- consistency of a result --------------------------------------------------------------------------------------
 
 
 def _check(result: Result) -> None:
@@ -292,7 +293,7 @@ def _check_shares(field: str, shares: Mapping[str, float], levels: tuple[int, ..
 
 
 def _numbers(content: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """The dotted names and values of all numbers in nested mappings."""
+    """Returns the dotted names and values of all numbers in nested mappings."""
     found = []
     for name, value in content.items():
         if isinstance(value, Mapping):

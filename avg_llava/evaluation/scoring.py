@@ -1,4 +1,4 @@
-"""Scores the answers of a benchmark: outcomes, and the metrics of these."""
+"""Scores answers: outcomes of single answers, and metrics of a benchmark."""
 
 import contextlib
 import random
@@ -10,7 +10,7 @@ from avg_llava.evaluation.questions import Questions
 from avg_llava.evaluation.statistics import Metric
 
 SEED = 0
-"""lmms-eval's own. MMMU guesses where it finds no letter, in the order of the questions."""
+"""The seed of lmms-eval; MMMU guesses a letter for answers without one."""
 
 
 def score_answers(questions: Questions, answers: Mapping[int, str]) -> dict[int, Outcome]:

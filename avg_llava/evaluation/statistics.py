@@ -1,10 +1,11 @@
-"""Scores, confidence intervals and paired tests from the units that a metric is made of.
+"""Metrics, confidence intervals and paired tests from the units that a metric is computed from.
 
 Legend: U units, K cells, R resamples.
 
-A unit is what is drawn again in a bootstrap: a question, MMBench's base question, an image pair of MME. Units with the
-same part in the score are interchangeable, so they are counted in K cells, and every metric is a function of the cells'
-counts. Drawing U units with replacement is then one multinomial draw of counts: the bootstrap itself, in little memory.
+A unit is resampled as a whole in a bootstrap: a question, MMBench's base question, an image pair of MME. Units that
+contribute the same to the score are interchangeable, so they are counted in K cells, and every metric is a function of
+the cells' counts. Resampling U units with replacement is one multinomial sample of counts: the exact bootstrap, which
+needs little memory.
 
 Sources: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Paired test by
 approximate randomisation, Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), applied to F1 by Yeh (2000,
@@ -25,7 +26,8 @@ Outcome = Literal["tp", "fp", "fn", "tn", "other"]
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-CHUNK = 2**21  # numbers held at a time
+CHUNK = 2**21
+"""Numbers kept in memory at a time."""
 
 _OUTCOMES: tuple[str, ...] = get_args(Outcome)
 FloatArray = NDArray[np.float64]
@@ -33,7 +35,7 @@ CountArray = NDArray[np.int64]
 
 
 class UnitError(ValueError):
-    """A unit that is none of its metric's kind; the message names it."""
+    """A unit does not fit the kind of its metric; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two runs compared on the units they share.
+    """The comparison of two runs on the units that both have.
 
     Attributes:
         difference: The first run's value minus the second's.
         low: Lower end of the difference's confidence interval (paired percentile bootstrap).
         high: Upper end.
-        p_value: Two-sided, of the hypothesis that it does not matter which run a unit's score came from (approximate
+        p_value: Two-sided, of the hypothesis that the runs' scores of a unit are exchangeable (approximate
             randomisation).
         num_units: Units that both runs have.
-        num_left_out: Units that only one of them has.
+        num_left_out: Units that only one run has.
     """
 
     difference: float
@@ -75,16 +77,16 @@ class PairedTest:
 
 
 def compute_value(kind: MetricKind, units: Mapping[str, Any]) -> float:
-    """The value of a metric.
+    """Computes the value of a metric.
 
     Args:
         kind: `mean`: a unit is a number, the value is their mean. `stratum_sum`: a unit is [number, stratum], the value
             is the sum over strata of the stratum's mean (MME: image pairs, categories). `f1`, `precision`, `recall`: a
-            unit is `tp`, `fp`, `fn`, `tn` or `other`, which counts nowhere; 0 where nothing is divided by nothing.
+            unit is `tp`, `fp`, `fn`, `tn` or `other`, which is ignored; 0 / 0 is taken as 0.
         units: Unit id -> unit.
 
     Raises:
-        UnitError: If there is no unit, or one of another kind.
+        UnitError: There is no unit, or one of another kind.
     """
     cells = _count([(stratum, value) for stratum, value in _parse(kind, units).values()])
     return float(_evaluate(kind, cells.counts[None], cells.strata, cells.values[:, 0])[0])
@@ -93,13 +95,13 @@ def compute_value(kind: MetricKind, units: Mapping[str, Any]) -> float:
 def bootstrap_interval(
     kind: MetricKind, units: Mapping[str, Any], seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of a metric; strata keep their numbers of units.
+    """Computes the 95% percentile bootstrap interval of a metric, resampling within strata.
 
     Args:
         kind: As for `compute_value`.
         units: Unit id -> unit.
-        seed: Of the resamples.
-        num_resamples: R.
+        seed: Seed of the resamples.
+        num_resamples: Number of resamples.
 
     Returns:
         Lower and upper end.
@@ -120,17 +122,17 @@ def paired_test(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> PairedTest:
-    """Whether two runs differ on the units they share.
+    """Tests the difference of two runs on the units that both have.
 
     Args:
         kind: As for `compute_value`; the same for both.
         first: Unit id -> unit of the first run.
-        second: Of the second run.
-        seed: Of the resamples and of the random exchanges.
+        second: Unit id -> unit of the second run.
+        seed: Seed of the resamples and of the random exchanges.
         num_resamples: R; the smallest possible p value is 1 / (R + 1).
 
     Raises:
-        UnitError: If they share no unit, or a unit is of different strata.
+        UnitError: They have no unit in common, or a unit is of different strata.
     """
     parsed = _parse(kind, first), _parse(kind, second)
     common = [name for name in parsed[0] if name in parsed[1]]
@@ -150,7 +152,7 @@ def paired_test(
         return _evaluate(kind, counts, cells.strata, one) - _evaluate(kind, counts, cells.strata, two)
 
     def difference_exchanged(exchanged: CountArray) -> FloatArray:
-        """Of each cell, `exchanged` units (R, K) have their two scores exchanged."""
+        """The difference if `exchanged` units (R, K) of each cell have their two scores exchanged."""
         counts = np.concatenate([cells.counts - exchanged, exchanged], axis=1)
         strata = np.concatenate([cells.strata, cells.strata])
         kept, other = np.concatenate([one, two]), np.concatenate([two, one])
@@ -183,7 +185,7 @@ def paired_test(
 
 @dataclass(frozen=True)
 class _Cells:
-    """Interchangeable units, counted: `counts` (K,), `strata` (K,) as indices, `values` (K, 1 or 2)."""
+    """Counts of interchangeable units: `counts` (K,), `strata` (K,) as indices, `values` (K, 1 or 2)."""
 
     counts: CountArray
     strata: CountArray
@@ -191,7 +193,7 @@ class _Cells:
 
 
 def _parse(kind: MetricKind, units: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    """Unit id -> (stratum, number); an outcome is its index among `_OUTCOMES`."""
+    """Parses units: id -> (stratum, number); an outcome becomes its index in `_OUTCOMES`."""
     if not units:
         raise UnitError("there is none, so there is nothing to compute")
     return {name: _parse_unit(kind, name, unit) for name, unit in units.items()}
@@ -216,7 +218,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _count(rows: list[tuple[Any, ...]]) -> _Cells:
-    """Rows (stratum, number, ...) as cells, in an order that does not depend on the rows'."""
+    """Counts rows (stratum, number, ...) in cells; the result does not depend on the order of rows."""
     counted = sorted(Counter(rows).items())
     index = {stratum: position for position, stratum in enumerate(sorted({row[0] for row in rows}))}
     return _Cells(
@@ -227,7 +229,7 @@ def _count(rows: list[tuple[Any, ...]]) -> _Cells:
 
 
 def _evaluate(kind: MetricKind, counts: CountArray, strata: CountArray, values: FloatArray) -> FloatArray:
-    """The metric for every row of counts: (R, K), (K,), (K,) -> (R,)."""
+    """Computes the metric of every row of counts: (R, K), (K,), (K,) -> (R,)."""
     if kind in ("mean", "stratum_sum"):
         total = np.zeros(len(counts))
         for stratum in np.unique(strata):
@@ -240,26 +242,26 @@ def _evaluate(kind: MetricKind, counts: CountArray, strata: CountArray, values: 
     wrong = {
         "precision": false_positive,
         "recall": false_negative,
-        "f1": (false_positive + false_negative) / 2,  # 2PR / (P + R), written in counts
+        "f1": (false_positive + false_negative) / 2,  # 2PR / (P + R) in terms of counts
     }[kind]
     return positive / np.where(positive > 0, positive + wrong, 1)
 
 
 def _resample(rng: np.random.Generator, cells: _Cells, num_rows: int) -> CountArray:
-    """Counts of as many units as each stratum has, drawn with replacement: (R, K)."""
-    drawn = np.empty((num_rows, len(cells.counts)), dtype=np.int64)
+    """Samples units with replacement within each stratum; returns their counts (R, K)."""
+    sampled = np.empty((num_rows, len(cells.counts)), dtype=np.int64)
     for stratum in np.unique(cells.strata):
         inside = cells.strata == stratum
         size = cells.counts[inside].sum()
-        drawn[:, inside] = rng.multinomial(size, cells.counts[inside] / size, size=num_rows)
-    return drawn
+        sampled[:, inside] = rng.multinomial(size, cells.counts[inside] / size, size=num_rows)
+    return sampled
 
 
-def _in_chunks(draw: Callable[[int], CountArray], num_rows: int, num_cells: int) -> Iterator[CountArray]:
-    """`num_rows` rows from `draw`, in chunks that fit into memory."""
+def _in_chunks(sample: Callable[[int], CountArray], num_rows: int, num_cells: int) -> Iterator[CountArray]:
+    """Yields `num_rows` rows from `sample`, in chunks of limited memory."""
     largest = max(1, CHUNK // num_cells)
     for start in range(0, num_rows, largest):
-        yield draw(min(largest, num_rows - start))
+        yield sample(min(largest, num_rows - start))
 
 
 def _percentiles(values: FloatArray) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Results by series: one model, one way of choosing levels, one protocol. A row of a table never mixes two."""
+"""Results grouped by series: one model, one way of choosing levels, one protocol. A row of a table is one series."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from avg_llava.evaluation.results import Result, ResultError
 
 @dataclass(frozen=True)
 class Measured:
-    """A result and the file it came from."""
+    """A result and its file."""
 
     path: Path
     result: Result
@@ -19,15 +19,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Series:
-    """What a row of a table, or a line of a chart, is about.
+    """One row of a table, or one line of a chart.
 
     Attributes:
         model: Short name of the model, unique among the models of a report.
         granularity: `auto`, `random`, `all` or tokens per crop.
         token_cost: The router's price in nats per doubling of visual tokens.
-        protocol: Whose prompts and metrics.
+        protocol: Which prompts and metrics were used.
         granularities: The model's levels.
-        ablation: What was left out in training.
+        ablation: The training ablation, by its letter in the paper's table 4.
     """
 
     model: str
@@ -39,22 +39,22 @@ class Series:
 
     @property
     def is_routed(self) -> bool:
-        """Whether the router chose."""
+        """True if the router chose the levels."""
         return self.granularity in ("auto", "all")
 
     @property
     def chooser(self) -> str:
-        """Who chose the levels, in words."""
+        """The way of choosing levels, in words."""
         if isinstance(self.granularity, int):
             return f"fixed, {self.granularity}"
         if not self.is_routed:
             return "random"
-        every = " (all levels)" if self.granularity == "all" else ""  # every level was answered, for the oracle
+        every = " (all levels)" if self.granularity == "all" else ""  # answered for the oracle
         return f"router{f', cost {self.token_cost:g}' if self.token_cost else ''}{every}"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label cells of its rows."""
+        """The label cells of the row."""
         return self.model, self.chooser, self.protocol
 
 
@@ -62,13 +62,14 @@ SeriesResults = Mapping[Series, Mapping[str, Measured]]
 
 
 def group(measured: Sequence[Measured]) -> SeriesResults:
-    """The results by series and benchmark.
+    """Groups results by series and benchmark.
 
-    Models are in the order of the files. Of each: today's protocol before the paper's; fixed levels from coarse to
-    fine, chance, the router at rising prices. Benchmarks are in the order of `BENCHMARKS`.
+    Models are in the order of the files. Within a model, the current protocol comes before the paper's; then fixed
+    levels from coarse to fine, random levels, and the router at rising prices. Benchmarks are in the order of
+    `BENCHMARKS`.
 
     Raises:
-        ResultError: If two files hold the same benchmark in the same series.
+        ResultError: Two files hold the same benchmark in the same series.
     """
     names = _model_names([entry.result for entry in measured])
     grouped: dict[Series, dict[str, Measured]] = {}
@@ -91,14 +92,14 @@ def group(measured: Sequence[Measured]) -> SeriesResults:
         others[result.benchmark] = entry
     models = list(dict.fromkeys(series.model for series in grouped))
 
-    def place(series: Series) -> tuple[object, ...]:
+    def order(series: Series) -> tuple[object, ...]:
         level = series.granularity if isinstance(series.granularity, int) else math.inf
         chooser = ("random", "auto", "all").index(series.granularity) if isinstance(series.granularity, str) else -1
         return models.index(series.model), PROTOCOLS.index(series.protocol), level, chooser, series.token_cost
 
     return {
         series: {benchmark: grouped[series][benchmark] for benchmark in BENCHMARKS if benchmark in grouped[series]}
-        for series in sorted(grouped, key=place)
+        for series in sorted(grouped, key=order)
     }
 
 
@@ -107,7 +108,7 @@ def _identity(result: Result) -> tuple[str, str]:
 
 
 def _model_names(results: Iterable[Result]) -> dict[tuple[str, str], str]:
-    """A short name for each model and data type: the end of its path, and more where two would be called the same."""
+    """A short name per model and data type: the end of its path, or more if two names would be equal."""
     models = {_identity(result): result.model for result in results}
     candidates: list[Callable[[tuple[str, str]], str]] = [
         lambda identity: "/".join(Path(models[identity].path).parts[-2:]),

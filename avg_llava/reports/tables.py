@@ -1,4 +1,4 @@
-"""The paper's tables from result files, published rows beside measured ones.
+"""The paper's tables from result files, with published and measured rows.
 
 A measured row is one series (see `avg_llava.reports.series`).
 """
@@ -22,7 +22,7 @@ LABELS = ("model", "level chosen by", "protocol")
 
 
 def metric_cell(metric: Metric, mark: str = "") -> Cell:
-    """A metric with its interval, in the units of the tables."""
+    """A metric and its interval in the units of the tables."""
     low, high = bootstrap_interval(metric.kind, metric.units)
     return Cell(_figure(metric, metric.value) + mark, (_figure(metric, low), _figure(metric, high)))
 
@@ -32,7 +32,7 @@ def _figure(metric: Metric, value: float) -> str:
 
 
 def is_partial(result: Result) -> bool:
-    """Whether questions of the benchmark are missing."""
+    """True if questions of the benchmark are missing."""
     whole = BENCHMARKS[result.benchmark].num_questions
     return not result.complete or result.num_failed > 0 or result.dataset.num_questions != whole
 
@@ -54,7 +54,7 @@ def _published_cells(row: PublishedRow, form: str = "{:.1f}") -> tuple[Cell | No
 
 
 def _notes(rows: Sequence[Row], *notes: str) -> tuple[str, ...]:
-    """The notes, and those on intervals and marks where rows have them."""
+    """The notes, preceded by those on intervals and marks if rows have them."""
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     return (
         *([INTERVALS] if any(cell.interval for cell in cells) else []),
@@ -67,7 +67,7 @@ def _notes(rows: Sequence[Row], *notes: str) -> tuple[str, ...]:
 
 
 def score_table(number: str, grouped: SeriesResults) -> Table | None:
-    """Table 1 or 2: a row per model, a column per benchmark; None where nothing of it was measured."""
+    """Table 1 or 2: a row per series, a column per benchmark; None if nothing of it was measured."""
     published = load_published().tables[number]
     measured = [
         Row(series.labels, tuple(_score(results, column) for column in published.columns))
@@ -111,7 +111,7 @@ def other_scores_table(grouped: SeriesResults) -> Table | None:
     )
 
 
-# Key -> what table 3 calls it, and its form.
+# Key -> name and format in table 3.
 QUANTITIES = {
     "grid_share": ("tokens per grid", "{:.1f}%"),
     "speedup_over_llava_next": ("speed-up, LLaVA-NeXT", "{:.2f}×"),
@@ -124,7 +124,7 @@ QUANTITIES = {
 
 
 def _quantities(result: Result) -> dict[str, float | None]:
-    """A result's part in table 3: key of `QUANTITIES` -> number, None where it was not measured."""
+    """The quantities of table 3: key of `QUANTITIES` -> number, None if it was not measured."""
     measured = result.efficiency
     speed, first, seconds = measured.speed, measured.time_to_first_token_ms, measured.seconds_per_question
     return {
@@ -139,7 +139,7 @@ def _quantities(result: Result) -> dict[str, float | None]:
 
 
 def efficiency_table(grouped: SeriesResults) -> Table | None:
-    """Table 3: tokens and speed where the router chose; None where it did nowhere."""
+    """Table 3: tokens and speed of routed series; None if there are none."""
     published = load_published().tables["3"]
 
     def cells(results: Mapping[str, Measured], key: str) -> tuple[Cell | None, ...]:
@@ -177,7 +177,7 @@ def efficiency_table(grouped: SeriesResults) -> Table | None:
 
 
 def ablation_letter(series: Series) -> str | None:
-    """The row of table 4 that a series belongs to: `full`, a letter, or None where it is none of them."""
+    """The row of table 4 that a series belongs to: `full`, a letter, or None."""
     changes = []
     if isinstance(series.granularity, int):
         changes.append("a")
@@ -193,7 +193,7 @@ def ablation_letter(series: Series) -> str | None:
 
 
 def ablation_table(grouped: SeriesResults) -> Table | None:
-    """Table 4; None where no ablation was measured."""
+    """Table 4: ablations; None if none was measured."""
     published = load_published().tables["4"]
     rows, measured = [], []
     for row in published.rows:
@@ -217,7 +217,7 @@ def ablation_table(grouped: SeriesResults) -> Table | None:
 
 
 def oracle_table(grouped: SeriesResults) -> Table | None:
-    """The router against the best level of each question in hindsight; None where it was not measured."""
+    """The router against the best level of each question; None if it was not measured."""
     rows = []
     for series, results in grouped.items():
         for benchmark, entry in results.items():
@@ -246,7 +246,7 @@ def oracle_table(grouped: SeriesResults) -> Table | None:
 
 
 def routing_table(grouped: SeriesResults) -> Table | None:
-    """What the paper says about its figure 5, beside the measured shares; None where no router of five levels ran."""
+    """The paper's statements on figure 5 and the measured shares; None if no router with five levels ran."""
     rows = []
     for statement in load_published().routing:
         for series, results in grouped.items():
@@ -269,7 +269,7 @@ def routing_table(grouped: SeriesResults) -> Table | None:
 
 
 def results_table(grouped: SeriesResults) -> Table:
-    """Every result: what was asked, of what, and on which machine."""
+    """Every result with its questions, weights, harness and machine."""
     rows = []
     for series, results in grouped.items():
         for benchmark, entry in results.items():
@@ -295,10 +295,10 @@ def results_table(grouped: SeriesResults) -> Table:
 
 
 def comparison_table(grouped: SeriesResults, against: SeriesResults) -> Table:
-    """Paired tests of every series against another run, for each benchmark and protocol that both have.
+    """Paired tests against another run, for each benchmark and protocol that both have.
 
     Raises:
-        ResultError: If they have none in common, the other run is ambiguous, or questions do not fit together.
+        ResultError: They have none in common, `against` holds one twice, or two results have no question in common.
     """
     others: dict[tuple[str, str], tuple[Series, Measured]] = {}
     for series, results in against.items():
@@ -338,7 +338,7 @@ def comparison_table(grouped: SeriesResults, against: SeriesResults) -> Table:
 
 
 def _tests(entry: Measured, other: Measured, labels: tuple[str, ...]) -> list[Row]:
-    """A row for each metric that a table shows of the benchmark."""
+    """One row per metric that the tables show of the benchmark."""
     result = entry.result
     shown = {column.metric for column in score_columns() if column.benchmark == result.benchmark}
     shown = shown or set(result.metrics)  # no table of the paper has the benchmark
