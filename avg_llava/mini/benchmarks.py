@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from avg_llava.common.files import hash_file
-from avg_llava.mini import lettered, open_ended
-from avg_llava.mini.published import REPOSITORIES, write_repository
+from avg_llava.mini import benchmark_rows as open_ended
+from avg_llava.mini import lettered
+from avg_llava.mini.benchmark_schemas import REPOSITORIES, write_repository
 from avg_llava.mini.sketchbook import Sketchbook
 from avg_llava.mini.world import MANIFEST, WorldError
 

@@ -4,7 +4,7 @@ Legend: Q questions, G levels (coarse to fine).
 
 Greedy answers at a level do not depend on who chose it. So every question is answered once per level, and each way of
 choosing (a fixed level, chance, the router at a price, the oracle) is a (Q, G) matrix of weights over those answers.
-This module is arithmetic; `avg_llava.mini.measure` collects the answers.
+This module is arithmetic; `avg_llava.mini.answers` collects the answers.
 """
 
 from collections.abc import Iterable, Sequence

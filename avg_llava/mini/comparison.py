@@ -8,7 +8,8 @@ from typing import Any
 
 from avg_llava.common.machine import machine_facts
 from avg_llava.common.workers import default_workers
-from avg_llava.mini import claims, measure
+from avg_llava.mini import answers as measure
+from avg_llava.mini import claims
 from avg_llava.reports.mini import write_report
 from avg_llava.training.checkpoint import StageManifest, read_manifest
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.weight_files import fingerprint
 from avg_llava.common.workers import default_workers, map_batches
-from avg_llava.mini import claims, measure
+from avg_llava.mini import answers as measure
+from avg_llava.mini import claims
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.reports.mini import Row

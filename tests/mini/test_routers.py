@@ -9,8 +9,8 @@ import torch
 from avg_llava import load, load_model
 from avg_llava.cli import main
 from avg_llava.inference.predictor import Predictor
+from avg_llava.mini.answers import read_questions
 from avg_llava.mini.claims import ClaimsError
-from avg_llava.mini.measure import read_questions
 from avg_llava.mini.routers import compare_routers
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.model.configuration import RouterConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avg_llava.mini import claims, comparison, measure
+from avg_llava.mini import answers as measure
+from avg_llava.mini import claims, comparison
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.training.checkpoint import StageManifest, write_manifest
