@@ -47,8 +47,7 @@ class MiniPretrain(SeededCommand):
     """Pretrains the mini backbones: CLIP tower, language model and tokenizer."""
 
     def run(self) -> int:
-        from avg_llava.mini.backbones import pretrain
-        from avg_llava.mini.recipe import Recipe
+        from avg_llava.mini.backbones import Recipe, pretrain
 
         pretrain(self.output, Recipe(seed=self.seed))
         return self.report({"output": str(self.output)}, f"the backbones are in {self.output}")

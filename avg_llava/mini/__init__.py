@@ -1,1 +1,1 @@
-"""A small drawn world in which the whole method can be trained and judged on a CPU, in minutes."""
+"""The mini world: synthetic images and questions on which the whole method trains and is evaluated in CPU minutes."""

@@ -1,14 +1,10 @@
-"""How the twelve benchmarks are published on the hub: repositories, configurations, splits, columns and their types."""
+"""Schemas of the twelve benchmarks as published on the hub: repositories, configurations, splits and column types."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
-from datasets import Dataset, Features, Image, Sequence, Value
-from pyarrow import parquet
+from datasets import Features, Image, Sequence, Value
 
 _TEXT, _TEXTS = Value("string"), Sequence(Value("string"))
 _OBJECTS = [{"objectId": Value("string"), "value": Value("string")}]
@@ -93,7 +89,14 @@ _MMMU = Features(
 
 @dataclass(frozen=True)
 class Table:
-    """One split of one configuration: the folder that holds its Parquet file, and its columns."""
+    """One split of one configuration.
+
+    Attributes:
+        config: Name of the configuration.
+        split: Name of the split.
+        folder: Folder of the Parquet file.
+        columns: Column types.
+    """
 
     config: str
     split: str
@@ -136,26 +139,4 @@ REPOSITORIES = {
     ],
     "MMMU": [Table("default", "validation", "data", _MMMU)],
 }
-"""Repository name -> its tables, with the types of lmms-lab's copies on the hub."""
-
-
-def write_repository(folder: Path, tables: list[Table], rows: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """Writes what a clone of a data set's repository holds: README.md with its configurations, and Parquet files.
-
-    Args:
-        folder: a new folder.
-        tables: of the repository.
-        rows: of each (configuration, split). An image is `{"bytes": PNG, "path": file name}`.
-    """
-    configs: dict[str, list[dict[str, str]]] = {}
-    for table in tables:
-        path = folder / table.folder / f"{table.split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = Dataset.from_list(rows[table.config, table.split], features=table.columns)
-        parquet.write_table(written.data.table, path)
-        pattern = f"{table.folder}/{table.split}-*"
-        configs.setdefault(table.config, []).append({"split": table.split, "path": pattern})
-    head = {"configs": [{"config_name": name, "data_files": files} for name, files in configs.items()]}
-    front = yaml.safe_dump(head, sort_keys=False)
-    about = f"Pictures and questions of the mini world, in the columns of {folder.name}."
-    (folder / "README.md").write_text(f"---\n{front}---\n\n{about}\n", "utf-8")
+"""Repository name -> its tables, with the column types of lmms-lab's copies on the hub."""

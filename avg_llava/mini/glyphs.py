@@ -1,10 +1,10 @@
-"""Colours and bitmaps of the mini world: no system font, no anti-aliasing, the same pixels everywhere."""
+"""Colours and bitmaps of the mini world, without fonts or anti-aliasing: the pixels are the same on all machines."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Marks and grounds never share a colour, so that every mark stands out on every ground.
+# Marks and grounds have different colours, so that every mark is visible on every ground.
 COLOURS = {
     "red": (225, 30, 40),
     "green": (30, 165, 50),
@@ -28,7 +28,7 @@ PALETTE_INDEX = {name: index for index, name in enumerate([*COLOURS, *GROUNDS])}
 
 SHAPES = ["circle", "square", "triangle", "diamond", "ring"]
 
-# 5x7 letters. I, O, Q, B, D and G are left out: at one patch they are too close to other marks.
+# 5x7 letters, without I, O, Q, B, D and G: within one patch they are too similar to other marks.
 _LETTERS = {
     "A": "01110 10001 10001 11111 10001 10001 10001",
     "C": "01110 10001 10000 10000 10000 10001 01110",
@@ -63,7 +63,7 @@ _DIGITS = {
     "8": "01110 10001 10001 01110 10001 10001 01110",
     "9": "01110 10001 10001 01111 00001 00010 01100",
 }
-# 7x7 signs that open a code.
+# 7x7 signs; a code starts with one.
 _SIGNS = {
     "star": "0001000 0001000 1111111 0111110 0011100 0110110 1100011",
     "heart": "0110110 1111111 1111111 1111111 0111110 0011100 0001000",
@@ -79,7 +79,7 @@ MASTER_CELL = 8  # pixels per cell of the master drawing; one cell is one patch 
 
 
 def _bitmap(rows: str) -> np.ndarray:
-    """Text rows of 0 and 1 -> an 8x8 boolean mask with the glyph in its middle."""
+    """Rows of 0 and 1 as text -> (8, 8) boolean mask with the glyph centred horizontally."""
     glyph = np.array([[char == "1" for char in row] for row in rows.split()])
     mask = np.zeros((MASTER_CELL, MASTER_CELL), dtype=bool)
     left = (MASTER_CELL - glyph.shape[1]) // 2
@@ -93,12 +93,12 @@ SIGNS = {name: _bitmap(rows) for name, rows in _SIGNS.items()}
 
 
 def shape_mask(name: str, side: int) -> np.ndarray:
-    """A large shape as a boolean mask (side, side), by integer arithmetic only.
+    """A large shape as a boolean mask (side, side), computed with integers only.
 
     Raises:
         ValueError: `name` is not one of SHAPES.
     """
-    # Doubled coordinates from the centre keep half pixels whole.
+    # Coordinates relative to the centre, doubled so that half pixels are integers.
     axis = 2 * np.arange(side) - side + 1
     y, x = axis[:, None], axis[None, :]
     reach = side - 4

@@ -1,10 +1,12 @@
-"""Questions and captions about a scene, each with the family that says which granularity it needs.
+"""Questions and captions about a scene.
 
-scene   the whole picture: any level answers
-object  large and medium things: coarse or middle levels answer
+The family of a question says which granularity it needs:
+
+scene   the whole picture: any level suffices
+object  large and medium marks: coarse or middle levels suffice
 fine    marks of one cell, dozens of them close together: pooling destroys the answer
 
-Letters and frames are asked about in the same words whatever their size: only the picture tells how fine to look.
+Questions about letters and frames have the same wording at all sizes: only the picture shows which level is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from avg_llava.mini.scenes import Scene
 FAMILIES = ["scene", "object", "fine"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
-# What instruction data and benchmarks append to a question to say which form the answer shall have.
+# Suffixes by which instruction data and benchmarks request an answer format.
 SHORT_ANSWER = (
     "\nAnswer the question using a single word or phrase.",
     "\nAnswer the question with a single word.",
@@ -28,7 +30,7 @@ SHORT_ANSWER = (
 )
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-# question type -> (wordings, statement of a caption)
+# question type -> (wordings of the question, statement in a caption)
 WORDINGS = {
     "ground": (["What is the background colour?", "Which colour is the background?"], "background {answer}"),
     "ground_side": (
@@ -61,7 +63,14 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A fact of a scene. question_type is "letter_small" and the like where the size makes the difference."""
+    """A question about a scene and its answer.
+
+    Attributes:
+        family: One of FAMILIES.
+        question_type: A key of WORDINGS; with the mark's size appended for letters and frames, e.g. "letter_small".
+        key: The mark, colour or side that the question is about; empty if it is about the whole scene.
+        answer: The answer.
+    """
 
     family: str
     question_type: str
@@ -70,10 +79,12 @@ class Question:
 
     @property
     def wordings(self) -> list[str]:
+        """Equivalent formulations of the question."""
         return [wording.format(key=self.key) for wording in WORDINGS[self._base][0]]
 
     @property
     def statement(self) -> str:
+        """Question and answer in a few words, as in captions."""
         return WORDINGS[self._base][1].format(key=self.key, answer=self.answer)
 
     @property
@@ -84,7 +95,7 @@ class Question:
 
 
 def choices(question: Question, num_choices: int, rng: random.Random) -> list[str]:
-    """The answer among other answers of its kind, shuffled; fewer than `num_choices` if there are no more."""
+    """The answer and other answers of its kind, shuffled; fewer than `num_choices` if the kind has fewer."""
     answers = next(group for group in (["yes", "no"], NUMBERS, SHAPES, GROUNDS, COLOURS) if question.answer in group)
     others = [answer for answer in answers if answer != question.answer]
     others = rng.sample(others, min(num_choices - 1, len(others)))
@@ -92,14 +103,14 @@ def choices(question: Question, num_choices: int, rng: random.Random) -> list[st
 
 
 def multiple_choice(question: Question, wording: str, rng: random.Random) -> tuple[str, str]:
-    """A question with up to four lettered options, and the letter of the right one."""
+    """The question with up to four lettered options, and the letter of the correct one."""
     options = choices(question, 4, rng)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
     return f"{wording}{lines}{OPTION_LETTER}", "ABCD"[options.index(question.answer)]
 
 
-def _place(scene: Scene, row: int, column: int) -> str | None:
-    """The quarter that holds a large mark, or None if a middle line crosses it."""
+def _quadrant(scene: Scene, row: int, column: int) -> str | None:
+    """The quadrant that contains a large mark, or None if a centre line crosses it."""
     y, x = row + 2, column + 2
     if 2 * y == scene.rows or 2 * x == scene.columns:
         return None
@@ -121,7 +132,7 @@ def _scene_questions(scene: Scene) -> list[Question]:
 
 
 def all_questions(scene: Scene) -> list[Question]:
-    """Every question that the scene answers, in drawing order."""
+    """All questions about the scene, in a fixed order."""
     questions = _scene_questions(scene)
     shapes = [mark for mark in scene.marks if mark.kind in SHAPES]
     if shapes:
@@ -129,9 +140,9 @@ def all_questions(scene: Scene) -> list[Question]:
     for mark in shapes:
         questions.append(Question("object", "shape", mark.colour, mark.kind))
         questions.append(Question("object", "shape_colour", mark.kind, mark.colour))
-        place = _place(scene, mark.row, mark.column)
-        if place is not None:
-            questions.append(Question("object", "place", mark.kind, place))
+        quadrant = _quadrant(scene, mark.row, mark.column)
+        if quadrant is not None:
+            questions.append(Question("object", "place", mark.kind, quadrant))
     for mark in scene.marks:
         family = "fine" if mark.size == "small" else "object"
         if mark.kind in LETTERS:
@@ -145,21 +156,28 @@ def all_questions(scene: Scene) -> list[Question]:
 def choose_questions(
     scene: Scene, num_questions: int, rng: random.Random, without: Collection[str] = ()
 ) -> list[Question]:
-    """Up to `num_questions` different questions, none of the types in `without`: family first, then type."""
-    left = [question for question in all_questions(scene) if question.question_type not in without]
+    """Samples different questions: first a family, then a question type, then a question.
+
+    Args:
+        scene: The scene.
+        num_questions: Number of questions; fewer are returned if the scene has fewer.
+        rng: Source of randomness.
+        without: Question types to exclude.
+    """
+    remaining = [question for question in all_questions(scene) if question.question_type not in without]
     chosen: list[Question] = []
-    while left and len(chosen) < num_questions:
-        family = rng.choice([name for name in FAMILIES if any(q.family == name for q in left)])
-        kinds = sorted({q.question_type for q in left if q.family == family})
-        # Twice as many questions about letters and frames: their wording does not tell how fine to look.
+    while remaining and len(chosen) < num_questions:
+        family = rng.choice([name for name in FAMILIES if any(q.family == name for q in remaining)])
+        kinds = sorted({q.question_type for q in remaining if q.family == family})
+        # Twice the weight for letters and frames, whose wording does not reveal the level needed.
         kind = rng.choices(kinds, weights=[2 if name.startswith(("letter_", "frame_")) else 1 for name in kinds])[0]
-        question = rng.choice([q for q in left if q.question_type == kind])
-        left.remove(question)
+        question = rng.choice([q for q in remaining if q.question_type == kind])
+        remaining.remove(question)
         chosen.append(question)
     return chosen
 
 
 def caption(scene: Scene, num_statements: int, rng: random.Random, without: Collection[str] = ()) -> str:
-    """Facts about the scene in random order, each in a few words: "K red, star 4 7 1, circle at top left."."""
+    """A caption of random statements about the scene, such as "K red, star 4 7 1, circle at top left."."""
     chosen = choose_questions(scene, num_statements, rng, without)
     return ", ".join(question.statement for question in chosen) + "."

@@ -1,8 +1,8 @@
-"""Scenes of the mini world: what is drawn where, at which size, and what covers every cell.
+"""Scenes of the mini world: random pictures of marks on a grid of cells, with a label for every cell.
 
-A scene is a lattice of cells. One cell becomes one patch of a tile after anyres preprocessing, so a mark of one cell
-is readable only where every patch keeps a token of its own; medium marks fill 2x2 cells and large ones 4x4 cells (a
-"site", what one token of the coarsest level covers).
+Anyres preprocessing turns one cell into one patch of a tile. Small marks fill one cell, so they are readable only at
+the finest level, which has a token per patch. Medium marks fill 2x2 cells, and large ones 4x4 cells (a "site"), the
+area of one token of the coarsest level.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SITE = 4  # cells per side of a site
 OVERVIEW = 8  # patches per side of one crop
 SIZES = ["none", "small", "medium", "large"]
 CELLS_OF_SIZE = {"small": 1, "medium": 2, "large": 4}
-# "writing": small marks that the overview shows, but cannot spell out.
+# "writing": a small mark in the overview, where it is visible but not readable.
 KINDS = ["nothing", "writing", "frame", *SHAPES, *LETTERS, *DIGITS, *SIGNS]
 HUES = ["none", *COLOURS]
 GROUND_NAMES = list(GROUNDS)
-# What is known of a patch, with the number of values of each field.
+# Fields of a patch's label and their numbers of values.
 LABEL_FIELDS = {
     "ground": len(GROUND_NAMES),
     "kind": len(KINDS),
@@ -41,14 +41,14 @@ LABEL_FIELDS = {
     "size": len(SIZES),
 }
 
-# (rows, columns) in cells: weight. Multiples of a site; each fits one anyres grid of two or more tiles exactly,
-# except 8x8 (two tiles, half of them padding) and 12x16 and 16x12 (2x2 tiles with padding).
+# (rows, columns) in cells -> weight. All are multiples of a site, and fill an anyres grid of two or more tiles exactly,
+# except 8x8 (two tiles, half padding) and 12x16 and 16x12 (2x2 tiles with padding).
 LAYOUTS = {(16, 16): 3, (12, 16): 2, (16, 12): 2, (8, 16): 2, (16, 8): 2, (8, 24): 1, (24, 8): 1, (8, 8): 1}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn thing: kind is a name of KINDS, (row, column) its upper left cell."""
+    """A letter, digit, sign, shape or frame; `kind` is in KINDS, (row, column) is the upper left cell."""
 
     kind: str
     colour: str
@@ -60,7 +60,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Code:
-    """A sign and the digits right of it, all of one cell."""
+    """A sign and the digits to its right, one cell each."""
 
     sign: str
     digits: str
@@ -68,7 +68,20 @@ class Code:
 
 @dataclass
 class Scene:
-    """One picture: its marks, the master drawing (palette indices) and the labels of its cells (rows, columns, 5)."""
+    """One picture.
+
+    Attributes:
+        rows: Height in cells.
+        columns: Width in cells.
+        cell: Side of a cell in pixels.
+        grounds: Background colours: one, or two if the background is split.
+        split: "none", "columns" or "rows".
+        share: Cells of the first ground along the split axis.
+        drawing: (rows * 8, columns * 8) palette indices, the drawing at 8 pixels per cell.
+        labels: (rows, columns, 5) the LABEL_FIELDS of every cell.
+        marks: All marks, those of codes included.
+        codes: The codes.
+    """
 
     rows: int
     columns: int
@@ -86,7 +99,7 @@ class Scene:
         return any(mark.size == "small" for mark in self.marks)
 
     def pixels(self) -> np.ndarray:
-        """Palette indices (rows * cell, columns * cell), the master drawing at this scene's scale."""
+        """Palette indices (rows * cell, columns * cell): the drawing, scaled to `cell` pixels per cell."""
         y = np.arange(self.rows * self.cell) * MASTER_CELL // self.cell
         x = np.arange(self.columns * self.cell) * MASTER_CELL // self.cell
         return self.drawing[y[:, None], x[None, :]]
@@ -116,7 +129,7 @@ class Scene:
         self.marks.append(mark)
 
     def overview_labels(self) -> np.ndarray:
-        """Labels (8, 8, 5) of the overview: the cell under its middle; "writing" if too small."""
+        """Labels (8, 8, 5) of the overview: of the cell at each patch's centre, or "writing" if it is unreadably small."""
         middles = 2 * np.arange(OVERVIEW) + 1
         row = middles * self.rows // (2 * OVERVIEW)
         column = middles * self.columns // (2 * OVERVIEW)
@@ -128,9 +141,9 @@ class Scene:
 
 
 def _empty(rng: random.Random, layouts: dict[tuple[int, int], int]) -> Scene:
-    """A ground of one colour, or of two unequal parts."""
+    """A scene without marks; its background has one colour or two unequal parts."""
     rows, columns = rng.choices(list(layouts), weights=list(layouts.values()))[0]
-    # Pictures smaller than a crop hold no marks of one cell, unless `layouts` asks for pictures of that shape.
+    # Pictures smaller than a crop have no small marks, unless `layouts` asks for that size.
     small_picture = layouts is LAYOUTS and rows * columns == SITE * SITE * 4
     cell = rng.choice([4, 6, 8]) if small_picture else rng.choice([8, 8, 10, 12])
     first, second = rng.sample(GROUND_NAMES, 2)
@@ -160,17 +173,21 @@ def _empty(rng: random.Random, layouts: dict[tuple[int, int], int]) -> Scene:
 
 
 def draw_scene(rng: random.Random, layouts: dict[tuple[int, int], int] | None = None) -> Scene:
-    """One random picture, of any of the `layouts` (default: LAYOUTS).
+    """One random picture.
 
-    Letters and frames of a picture are of one size (large, medium or small), so the same question is asked about
-    marks of any size. Codes and shapes may stand beside them.
+    All letters and frames of a picture have the same size (large, medium or small), so that questions about them need
+    not mention it. Codes and shapes may be added.
+
+    Args:
+        rng: Source of randomness.
+        layouts: (rows, columns) in cells -> weight; None takes LAYOUTS.
     """
     scene = _empty(rng, layouts or LAYOUTS)
     sites = [(row, column) for row in range(0, scene.rows, SITE) for column in range(0, scene.columns, SITE)]
     rng.shuffle(sites)
     if len(sites) > 1:
-        sites.pop()  # at least one site shows the ground
-    # Marks of one cell would not survive in the small pictures of the shipped layouts.
+        sites.pop()  # at least one site stays empty
+    # Small marks would be unreadable in the small pictures of LAYOUTS.
     coarse_only = layouts is None and len(sites) < 4
     size = rng.choice(["large", "medium"] if coarse_only else ["large", "large", "medium", "small", "small"])
     if len(sites) == 1:

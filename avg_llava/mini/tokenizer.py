@@ -1,4 +1,4 @@
-"""A sentencepiece-style tokenizer of a few hundred tokens, in which every word of the mini world is one token."""
+"""A sentencepiece-style tokenizer of a few hundred tokens with one token for every word of the mini world."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_LENGTH = 2048
 
 
 def _words() -> tuple[list[str], list[str]]:
-    """Words as they stand after a space, and words that (also) open a text."""
+    """Words that follow a space, and words that (also) start a text."""
     questions = [wording for wordings, _ in WORDINGS.values() for wording in wordings]
     texts = [VICUNA_SYSTEM, "USER ASSISTANT", *questions, *(statement for _, statement in WORDINGS.values())]
     texts += [*COLOURS, *GROUNDS, *SHAPES, *SIGNS, *NUMBERS, *LETTERS, *DIGITS, "top bottom left right yes no"]
@@ -26,11 +26,11 @@ def _words() -> tuple[list[str], list[str]]:
 
 
 def build_tokenizer() -> LlamaTokenizer:
-    """The tokenizer: Llama's special tokens, byte fallback, ASCII characters, then words with their prefixes.
+    """Builds the tokenizer: Llama's special tokens, byte fallback, ASCII characters, and words with their prefixes.
 
-    Byte-pair merges build a word from its first character on, so that known words become one token and an unknown word
-    is its longest known prefix and characters. Merges of words after a space come first: they win over those of
-    opening words, which could otherwise start in the middle of a word.
+    Byte-pair merges extend a word's prefix by one character at a time, so a known word becomes one token, and an
+    unknown word its longest known prefix and single characters. Merges of words after a space have priority over merges
+    of words at the start of a text, which would otherwise also apply in the middle of a word.
     """
     words, opening = _words()
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), BOUNDARY]

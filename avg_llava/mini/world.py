@@ -1,4 +1,4 @@
-"""Writes the mini world: images and LLaVA JSON, the same bytes for the same seed on every machine."""
+"""Writes the mini world's training and evaluation data: images and LLaVA JSON, byte-identical for the same seed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,39 @@ from avg_llava.mini.scenes import Scene, draw_scene
 
 MANIFEST = "manifest.json"
 CAPTIONED_LAYOUTS = {(8, 8): 1}
-"""Captioned pictures are of one crop, full of marks: the projector finds out sooner what each patch is called."""
+"""Captioned pictures have the size of one crop and are dense with marks, which speeds up training the projector."""
 CAPTIONED_CODES = 0.6
-"""Share of captioned pictures that are drawn again until they hold a code: reading those is learnt last."""
-
+"""Share of captioned pictures that are redrawn until they contain a code: reading codes is learnt last."""
 
 NOT_ASKED = ("ground_side", "place")
-"""Question types that the language model met in pretraining and the world leaves out: where in the whole picture
-something lies is learnt far later than all the rest, at every level alike, so it says nothing about granularity."""
-
+"""Question types of pretraining that the data leave out. Positions in the picture are learnt much later than everything
+else, at all levels alike, so they say nothing about granularity."""
 
 FORMATTED_TURNS = 4
+"""Leading turns of a conversation that request an answer format."""
 DRAWING_MODULES = ("glyphs", "questions", "scenes", "world")
+"""Modules that determine the data; their hash is part of the manifest."""
 
 
 class WorldError(ValueError):
-    """The output folder cannot hold the world that was asked for."""
+    """The output folder holds other data."""
 
 
 @dataclass(frozen=True)
 class WorldSize:
-    """Number of images per split, and of questions per image."""
+    """Numbers of images per split and of questions per image.
+
+    Attributes:
+        num_captions: Images of `stage1.json`.
+        num_instruct: Images of `instruct.json`.
+        num_router: Images of `router.json`.
+        num_eval: Images of `eval.json`.
+        instruct_questions: Turns of a conversation.
+        router_questions: Questions per image of `router.json`.
+        caption_statements: Most statements in a caption.
+        short_answer_share: Share of conversations whose first turns request a short answer, as instruction data do.
+        multiple_choice_share: Share of conversations that start with multiple-choice questions.
+    """
 
     num_captions: int = 8000
     num_instruct: int = 4000
@@ -52,13 +64,11 @@ class WorldSize:
     router_questions: int = 2
     caption_statements: int = 24
     short_answer_share: float = 0.3
-    """Share of conversations whose first turns ask for a short answer, in the words of instruction data."""
     multiple_choice_share: float = 0.15
-    """Share of conversations that begin with questions of multiple choice."""
 
 
 def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
-    """The scene of one image and the generator that goes on to draw its questions."""
+    """The scene of one image, and the random generator from which its questions are sampled next."""
     rng = random.Random(f"{seed}/{split}/{index}")
     if split != "captions":
         return draw_scene(rng), rng
@@ -70,9 +80,9 @@ def scene_of(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Palette indices (H, W) below 16 -> PNG bytes, 4 bits per pixel.
+    """Encodes palette indices (H, W) below 16 as a PNG file with 4 bits per pixel.
 
-    Stored without compression: compressed bytes differ between zlib builds, and the same seed must give the same files.
+    Not compressed: compressed bytes differ between zlib builds, and the same seed must give the same files.
     """
     height, width = pixels.shape
     packed = np.zeros((height, (width + 1) // 2), dtype=np.uint8)
@@ -98,7 +108,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def conversation_record(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """A LLaVA record; the image stands before the first turn."""
+    """A LLaVA record of (question, answer) turns, with the image before the first."""
     conversations = []
     for index, (asked, answered) in enumerate(turns):
         head = "<image>\n" if index == 0 and asked else "<image>" if index == 0 else ""
@@ -111,7 +121,7 @@ def _worded(questions: list[Question], rng: random.Random) -> list[tuple[str, st
 
 
 def _instructed(questions: list[Question], size: WorldSize, rng: random.Random) -> list[tuple[str, str]]:
-    """The turns of a conversation, some in the formats that benchmarks ask for."""
+    """(question, answer) turns of a conversation, some of which request an answer format."""
     turns = _worded(questions, rng)
     form = rng.random()
     if form < size.short_answer_share:
@@ -125,7 +135,7 @@ def _instructed(questions: list[Question], size: WorldSize, rng: random.Random) 
 
 
 def _single_turns(name: str, image: str, questions: list[Question], rng: random.Random) -> list[dict[str, Any]]:
-    """One record per question, with its family and type."""
+    """One record per question, with the question's family and type."""
     return [
         {
             **conversation_record(f"{name}-{number}", image, [turn]),
@@ -158,21 +168,21 @@ def _draw_split(
 
 
 def _code_hash() -> str:
-    """SHA-256 of the modules that decide what is drawn and asked."""
+    """SHA-256 of the DRAWING_MODULES."""
     folder = Path(__file__).parent
     return hash_chunks((folder / f"{name}.py").read_bytes() for name in DRAWING_MODULES)
 
 
 def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None) -> dict[str, Any]:
-    """Draws the world below `output`: stage1.json, instruct.json, router.json, eval.json and images/.
+    """Writes stage1.json, instruct.json, router.json, eval.json and images/ below `output`.
 
-    A finished world of the same seed, size and code is left as it is; any other of this seed and size is drawn again.
+    Complete data of the same seed, size and code are left untouched; of other code, they are written again.
 
     Returns:
-        The manifest: seed, size, number of records and the SHA-256 of all image bytes and of each JSON file.
+        The manifest: seed, size, hash of the code, numbers of records, SHA-256 of all images and of each JSON file.
 
     Raises:
-        WorldError: `output` holds a world of another seed or size.
+        WorldError: `output` holds data of another seed or size.
     """
     output, size = Path(output), size or WorldSize()
     wanted = {"seed": seed, "size": asdict(size), "code": _code_hash()}
@@ -182,7 +192,7 @@ def write_world(output: str | Path, seed: int = 0, size: WorldSize | None = None
         if {key: found.get(key) for key in wanted} == wanted:
             return found
         if (found.get("seed"), found.get("size")) == (seed, wanted["size"]):
-            manifest_path.unlink()  # drawn by other code: drawn again
+            manifest_path.unlink()  # of other code
         else:
             raise WorldError(
                 f"{output} already holds a mini world drawn with {found.get('seed')=} and {found.get('size')=}: "

@@ -11,18 +11,20 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, Lla
 
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.mini.backbones import (
-    IGNORED,
     SHIPPED,
+    Recipe,
+    VisionPhase,
     crop_labels,
+    image_processor,
     language_batch,
     pretrain_language,
     pretrain_vision,
     vision_batch,
 )
 from avg_llava.mini.glyphs import COLOURS, LETTERS, SHAPES
-from avg_llava.mini.recipe import Recipe, VisionPhase, image_processor
 from avg_llava.mini.scenes import KINDS, LABEL_FIELDS, draw_scene
 from avg_llava.mini.tokenizer import build_tokenizer
+from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.model.templates import VICUNA_SYSTEM
 
 FEATURE_LAYER = -2
@@ -93,7 +95,7 @@ def test_padding_has_no_label():
     scene = draw_scene(random.Random(0), {(12, 16): 1})
     labels = crop_labels(scene, processor.image_grid_pinpoints)
     assert labels.shape == (5, 64, len(LABEL_FIELDS))
-    assert (labels[1:] == IGNORED).all(-1).sum() == 4 * 16
+    assert (labels[1:] == IGNORE_INDEX).all(-1).sum() == 4 * 16
 
 
 def test_shipped_tower_sees_marks():
@@ -155,7 +157,7 @@ def test_conversations_of_the_recipe_hold_one_picture_and_answers():
     _, ids, labels = language_batch(random.Random(0), Recipe().language[1], tokenizer)
     for sample, targets in zip(ids, labels, strict=True):
         assert sample.count(len(tokenizer)) == 1
-        assert any(target != IGNORED for target in targets)
+        assert any(target != IGNORE_INDEX for target in targets)
         assert tokenizer.unk_token_id not in sample
 
 
