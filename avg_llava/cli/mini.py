@@ -71,11 +71,11 @@ class MiniClaims(ReportingCommand):
     """Fail if a claim does not hold."""
 
     def run(self) -> int:
-        from avg_llava.mini.comparison import compare
+        from avg_llava.mini.comparison import evaluate_claims
         from avg_llava.reports.mini import table_lines
 
         output = self.output or self.runs / "report"
-        report = compare(self.runs, self.data, output, self.token_cost, self.workers)
+        report = evaluate_claims(self.runs, self.data, output, self.token_cost, self.workers)
         text = "\n".join([*table_lines(report), "", f"report: {output / 'index.html'}"])
         return self.report(report, text, failed=self.check and not all(claim["held"] for claim in report["claims"]))
 
@@ -100,7 +100,7 @@ class MiniRouters(ReportingCommand):
             raise ValueError("give at least one checkpoint folder that contains a router")
 
     def run(self) -> int:
-        from avg_llava.mini.routers import compare_routers
+        from avg_llava.mini.comparison import compare_routers
         from avg_llava.reports.mini import table_lines
 
         rows = compare_routers(self.model, self.routers, self.data, self.answers, num_workers=self.workers)

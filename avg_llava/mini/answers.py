@@ -1,8 +1,8 @@
-"""Answers the held-out questions of the mini world once per level, in several processes, and remembers the answers.
+"""Answers of the mini models to the mini world's questions at every level, collected by several processes.
 
-Every answer is appended to a JSON-lines file as soon as it is there: `llava-next.jsonl` (the stage-2 model at the
-finest level), `fixed-<tokens per crop>.jsonl` (the final model) and `router.jsonl` (its log-probabilities). A second
-call answers only what is missing. Answers of other weights or other questions are dropped.
+Answers are appended to JSON-lines files as they are generated: `llava-next.jsonl` (the stage-2 model at the finest
+level), `fixed-<tokens per crop>.jsonl` (the final model) and `router.jsonl` (its log-probabilities). A second call
+generates only missing answers. Answers of other weights or other questions are deleted.
 """
 
 import json
@@ -27,7 +27,7 @@ from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import Predictor
-from avg_llava.mini.claims import ClaimsError, Outcomes, Question, router_choice
+from avg_llava.mini.claims import ClaimsError, EvalQuestion, Outcomes, choose_levels
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.templates import IMAGE_PLACEHOLDER
@@ -41,23 +41,23 @@ NUM_CALIBRATION = 2000
 
 @dataclass(frozen=True)
 class Item:
-    """A held-out question with its image and prompt."""
+    """A question with its image file and its request to a model."""
 
-    question: Question
+    question: EvalQuestion
     image: Path
     request: Request
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What to measure.
+class AnsweringJob:
+    """Models, questions and the folder of answers.
 
     Attributes:
-        baseline: Checkpoint of the stage-2 model; None where it is not compared with.
+        baseline: Checkpoint of the stage-2 model; None if only the final model answers.
         final: Checkpoint of the stage-4 model.
         data: Folder of the mini world, with `eval.json` (the held-out questions) and `router.json`.
-        answers: Folder that the answers are written to.
-        num_workers: Processes that answer.
+        answers: Folder of the JSON-lines files.
+        num_workers: Number of processes.
     """
 
     baseline: Path | None
@@ -68,10 +68,11 @@ class Measurement:
 
 
 def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
-    """The single-turn questions of a file of the mini world.
+    """Reads the single-turn questions of a file of the mini world.
 
     Raises:
-        ClaimsError: If a record is not one question with one answer, or lacks its family.
+        FileNotFoundError: The file is missing.
+        ClaimsError: A record is not one question with one answer, or lacks its family.
     """
     path = data / name
     if not path.is_file():
@@ -86,7 +87,7 @@ def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
                 f"question_type{' (missing: ' + ', '.join(missing) + ')' if missing else ''}"
             )
         asked, answered = (turn.value for turn in sample.turns)
-        question = Question(sample.id, record["question_type"], record["family"], answered.strip())
+        question = EvalQuestion(sample.id, record["question_type"], record["family"], answered.strip())
         (image,) = sample.images
         items.append(Item(question, image, Request(asked.replace(IMAGE_PLACEHOLDER, "").strip(), (image,))))
     if len({item.question.id for item in items}) != len(items):
@@ -100,25 +101,25 @@ _predictors: dict[str, Predictor] = {}
 
 
 def load_predictors(checkpoints: dict[str, Path], device: str) -> None:
-    """Loads what `predictor_of` gives, in this process."""
+    """Loads the checkpoints of `predictor_of` in this process."""
     _predictors.clear()
     for name, path in checkpoints.items():
         _predictors[name] = make_predictor(path, device)
 
 
 def predictor_of(name: str) -> Predictor:
-    """A predictor that this process has loaded."""
+    """The predictor of a checkpoint that this process has loaded."""
     return _predictors[name]
 
 
 def make_predictor(path: str | Path, device: str) -> Predictor:
-    """A predictor of a checkpoint."""
-    disable_progress_bar()  # of loading mini models, which takes no time
+    """Loads a checkpoint."""
+    disable_progress_bar()  # mini models load at once
     return Pipeline.load(path, device=device).predictor
 
 
 def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
-    """Answers a batch with one of the two models: file name -> lines."""
+    """Runs in a worker: the lines of a batch by file name, from one of the two models."""
     which, items = batch
     predictor = predictor_of(which)
     encoded = predictor.encode([item.request for item in items])
@@ -141,21 +142,21 @@ def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any
         ]
     if which != BASELINE:
         choice = predictor.choose(encoded)
-        assert choice.log_probs is not None, "the router was asked"
+        assert choice.log_probs is not None, "the router ran"
         log_probs = choice.log_probs.tolist()
         lines[ROUTER] = [{"id": item.question.id, "log_probs": row} for item, row in zip(items, log_probs, strict=True)]
     return lines
 
 
-# ---- the store of answers -----------------------------------------------------------------------------------------
+# ---- the folder of answers -----------------------------------------------------------------------------------------
 
 
-def _identity(measurement: Measurement) -> dict[str, str]:
-    """What the answers depend on."""
+def _identity(job: AnsweringJob) -> dict[str, str]:
+    """Hashes of the files that the answers depend on."""
     files = {
-        **{name: folder / "model.safetensors" for name, folder in _checkpoints(measurement).items()},
-        "questions": measurement.data / HELD_OUT,
-        "calibration": measurement.data / CALIBRATION,
+        **{name: folder / "model.safetensors" for name, folder in _checkpoints(job).items()},
+        "questions": job.data / HELD_OUT,
+        "calibration": job.data / CALIBRATION,
     }
     for name, path in files.items():
         if not path.is_file():
@@ -167,14 +168,14 @@ def _store(answers: Path, name: str) -> JsonLines:
     return JsonLines(answers / f"{name}.jsonl")
 
 
-def _checkpoints(measurement: Measurement) -> dict[str, Path]:
-    """The models that answer."""
-    folders = {BASELINE: measurement.baseline, "final": measurement.final}
+def _checkpoints(job: AnsweringJob) -> dict[str, Path]:
+    """Checkpoints of the models that answer, by name."""
+    folders = {BASELINE: job.baseline, "final": job.final}
     return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 def batch_by_length(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
-    """Batches of images with about as many visual tokens, so that little is padded; longest first."""
+    """Batches of images with similar numbers of visual tokens, to save padding; longest first."""
 
     def length(item: Item) -> int:
         with Image.open(item.image) as image:
@@ -186,33 +187,31 @@ def batch_by_length(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[l
 
 
 def calibration_items(data: Path) -> list[Item]:
-    """Questions by which the router's price is chosen: some of stage 4's, none of which is held out."""
+    """Questions for choosing the router's price: a sample of stage 4's training data, none of them held out."""
     items = read_questions(data, CALIBRATION)
     return random.Random(0).sample(items, min(NUM_CALIBRATION, len(items)))
 
 
-def collect_answers(
-    measurement: Measurement, items: Sequence[Item], calibration: Sequence[Item] = ()
-) -> tuple[int, ...]:
-    """Answers whatever is not answered yet.
+def collect_answers(job: AnsweringJob, items: Sequence[Item], calibration: Sequence[Item] = ()) -> tuple[int, ...]:
+    """Generates all missing answers.
 
     Args:
-        measurement: The models and where their answers are kept.
-        items: The held-out questions, for both models.
-        calibration: Further questions, for the final model alone.
+        job: The models and the folder of their answers.
+        items: Held-out questions, for both models.
+        calibration: Further questions, for the final model only.
 
     Returns:
         The levels of the final model in visual tokens per crop, coarse to fine.
     """
-    open_folder(measurement.answers, _identity(measurement))
-    config = AvgLlavaConfig.from_pretrained(measurement.final)
+    open_folder(job.answers, _identity(job))
+    config = AvgLlavaConfig.from_pretrained(job.final)
     granularities = tuple(config.granularities or ())
-    checkpoints = _checkpoints(measurement)
+    checkpoints = _checkpoints(job)
     names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
     asked = {BASELINE: items, "final": [*items, *calibration]}
     todo: dict[str, list[Item]] = {which: [] for which in names}
     for which in checkpoints:
-        answered = [_store(measurement.answers, name).read_by_id() for name in names[which]]
+        answered = [_store(job.answers, name).read_by_id() for name in names[which]]
         todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
     total = sum(map(len, todo.values()))
     if not total:
@@ -222,26 +221,26 @@ def collect_answers(
     batches = [(which, batch) for which in ("final", BASELINE) for batch in batch_by_length(todo[which], config)]
     start = partial(load_predictors, checkpoints)
     with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
-        for answered_batch in map_batches(start, _answer_batch, batches, measurement.num_workers):
+        for answered_batch in map_batches(start, _answer_batch, batches, job.num_workers):
             for name, lines in answered_batch.items():
-                _store(measurement.answers, name).append(lines)
+                _store(job.answers, name).append(lines)
             progress.update(len(next(iter(answered_batch.values()))))
     return granularities
 
 
 def read_outcomes(
-    answers: Path, questions: Sequence[Question], granularities: Sequence[int], with_baseline: bool = True
+    answers: Path, questions: Sequence[EvalQuestion], granularities: Sequence[int], with_baseline: bool = True
 ) -> Outcomes:
-    """The collected answers as arrays.
+    """Reads the collected answers as arrays.
 
     Args:
-        answers: The folder of the answers.
-        questions: The questions, in the order of the arrays.
-        granularities: The levels, coarse to fine.
-        with_baseline: Whether LLaVA-NeXT was asked too.
+        answers: Folder of the answers.
+        questions: Questions, in the order of the arrays.
+        granularities: Levels, coarse to fine.
+        with_baseline: Also read the answers of LLaVA-NeXT.
 
     Raises:
-        ClaimsError: If an answer is missing.
+        ClaimsError: An answer is missing.
     """
 
     def column(name: str, key: str) -> list[Any]:
@@ -266,20 +265,20 @@ def read_outcomes(
 
 
 def verify_routing(
-    measurement: Measurement, items: Sequence[Item], outcomes: Outcomes, token_cost: float, num_verified: int = 64
+    job: AnsweringJob, items: Sequence[Item], outcomes: Outcomes, token_cost: float, num_verified: int = 64
 ) -> int:
-    """Answers a sample of the questions with the router choosing, and compares with what was looked up.
+    """Checks on a sample of the questions that routed generation gives the level and answer found by lookup.
 
     Returns:
-        The number of questions compared.
+        The number of questions checked.
 
     Raises:
-        ClaimsError: If a routed answer or its level differs from the forced one.
+        ClaimsError: A routed answer or its level differs from the recorded one.
     """
-    chosen = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
+    chosen = choose_levels(outcomes.router_log_probs, outcomes.granularities, token_cost)
     sample = sorted(random.Random(0).sample(range(len(items)), min(num_verified, len(items))))
-    predictor = make_predictor(measurement.final, "cuda" if torch.cuda.is_available() else "cpu")
-    forced = {level: _store(measurement.answers, f"fixed-{level}").read_by_id() for level in outcomes.granularities}
+    predictor = make_predictor(job.final, "cuda" if torch.cuda.is_available() else "cpu")
+    forced = {level: _store(job.answers, f"fixed-{level}").read_by_id() for level in outcomes.granularities}
     for start in range(0, len(sample), BATCH_SIZE):
         batch = sample[start : start + BATCH_SIZE]
         routed = predictor.predict(
@@ -287,10 +286,10 @@ def verify_routing(
         )
         for index, prediction in zip(batch, routed, strict=True):
             level = outcomes.granularities[chosen[index]]
-            looked_up = forced[level][items[index].question.id]["prediction"]
-            if prediction.granularity != (level,) or prediction.text != looked_up:
+            recorded = forced[level][items[index].question.id]["prediction"]
+            if prediction.granularity != (level,) or prediction.text != recorded:
                 raise ClaimsError(
                     f"question {items[index].question.id}: routed generation gives {prediction.text!r} at "
-                    f"{prediction.granularity[0]} tokens per crop, the forced level {level} gave {looked_up!r}"
+                    f"{prediction.granularity[0]} tokens per crop, the forced level {level} gave {recorded!r}"
                 )
     return len(sample)

@@ -1,18 +1,20 @@
-"""The paper's comparisons in the mini world: which way of choosing a level answers how much, at how many tokens.
+"""The paper's claims in the mini world: accuracy and visual tokens of policies that choose a level per question.
 
-Legend: Q questions, G levels (coarse to fine).
+The greedy answer at a level does not depend on how the level was chosen. So every question is answered once per level,
+and a policy (a fixed level, chance, the router at a price, the oracle) is a matrix (Q, G) of weights over the answers.
+This module only computes; `avg_llava.mini.answers` collects the answers.
 
-Greedy answers at a level do not depend on who chose it. So every question is answered once per level, and each way of
-choosing (a fixed level, chance, the router at a price, the oracle) is a (Q, G) matrix of weights over those answers.
-This module is arithmetic; `avg_llava.mini.answers` collects the answers.
+Shapes: Q questions, G levels coarse to fine.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from avg_llava.model.router import level_values
 from avg_llava.reports.mini import Claim, Row
 
 FloatArray = NDArray[np.float64]
@@ -22,21 +24,21 @@ KINDS = ("scene", "object", "fine")
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5, 2.0)
 MIN_QUESTIONS = 1000
 TOKEN_BUDGET = 0.45
-"""Of the best fixed level's visual tokens; below the half that is claimed, since other questions may need more."""
+"""Share of the best fixed level's visual tokens; below the claimed half, since other questions may need more."""
 
 
 class ClaimsError(ValueError):
-    """The answers that the comparison needs are missing or contradict each other."""
+    """Answers that the comparison needs are missing or inconsistent."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """One held-out question.
+class EvalQuestion:
+    """One question of `eval.json` or `router.json`.
 
     Attributes:
-        id: Its id in the data file.
-        family: The question family, such as `mark-colour`.
-        kind: What the family needs to see: one of `KINDS`.
+        id: The record's id.
+        family: The record's `question_type`, such as `letter_small`; a family of the report.
+        kind: The record's `family`, one of `KINDS`: what a question of this type needs to see.
         answer: The gold answer.
     """
 
@@ -48,20 +50,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What was measured, question by question.
+    """Answers of the models to all questions, as arrays.
 
     Attributes:
         questions: The Q questions.
         granularities: The G levels in visual tokens per crop, coarse to fine.
-        correct: (Q, G) whether the final model's answer is right when the level is forced.
-        tokens: (Q, G) visual tokens that the language model saw.
+        correct: (Q, G) true where the final model's answer at the forced level is correct.
+        tokens: (Q, G) visual tokens in the language model's input.
         router_log_probs: (Q, G) the router's log-probabilities.
-        baseline_correct: (Q,) whether LLaVA-NeXT (the stage-2 model at the finest level) is right; None where it was
-            not asked, as on the questions by which a price is chosen.
-        baseline_tokens: (Q,) its visual tokens.
+        baseline_correct: (Q,) true where LLaVA-NeXT (the stage-2 model at the finest level) is correct; None for
+            questions that only the final model answers, such as those by which the price is chosen.
+        baseline_tokens: (Q,) visual tokens of LLaVA-NeXT, or None.
     """
 
-    questions: Sequence[Question]
+    questions: Sequence[EvalQuestion]
     granularities: tuple[int, ...]
     correct: BoolArray
     tokens: FloatArray
@@ -81,11 +83,11 @@ class Outcomes:
             raise ClaimsError(f"levels must go from coarse to fine, not {self.granularities}")
 
 
-def family_kinds(questions: Sequence[Question]) -> dict[str, str]:
-    """Question family -> scene, object or fine.
+def family_kinds(questions: Sequence[EvalQuestion]) -> dict[str, str]:
+    """Maps each question family to its kind: scene, object or fine.
 
     Raises:
-        ClaimsError: If a family is of no known kind or of two.
+        ClaimsError: A family has an unknown kind or two kinds.
     """
     kinds: dict[str, str] = {}
     for question in questions:
@@ -99,34 +101,29 @@ def family_kinds(questions: Sequence[Question]) -> dict[str, str]:
     return dict(sorted(kinds.items(), key=lambda item: (KINDS.index(item[1]), item[0])))
 
 
-def router_choice(log_probs: FloatArray, granularities: Sequence[int], token_cost: float) -> NDArray[np.int64]:
-    """The level index that the router picks for each question: (Q, G) -> (Q,).
-
-    The price is paid per doubling of visual tokens, as in the model's `choose_granularity`.
-    """
-    doublings = np.log2(np.asarray(granularities, dtype=np.float64) / granularities[0])
-    return np.argmax(log_probs - token_cost * doublings, axis=1)
+def choose_levels(log_probs: FloatArray, granularities: Sequence[int], token_cost: float) -> NDArray[np.int64]:
+    """Index (Q,) of the level that the router chooses at a price, from its log-probabilities (Q, G)."""
+    return level_values(torch.from_numpy(log_probs), granularities, token_cost).argmax(-1).numpy()
 
 
 def one_hot(choice: NDArray[np.int64], num_levels: int) -> FloatArray:
-    """Level indices (Q,) as weights (Q, G)."""
+    """Weights (Q, G) of level indices (Q,)."""
     return np.eye(num_levels)[choice]
 
 
 def oracle_choice(correct: BoolArray) -> NDArray[np.int64]:
-    """The cheapest level that answers right, and the cheapest of all where none does: (Q, G) -> (Q,)."""
+    """Index (Q,) of the coarsest level with a correct answer, or of the coarsest level if no answer is correct."""
     return np.argmax(correct, axis=1)
 
 
-def blind_mixture(level_tokens: FloatArray, mean_tokens: float) -> FloatArray:
-    """Chance at a given budget: the most even distribution over levels with that mean number of tokens.
+def budgeted_mixture(level_tokens: FloatArray, mean_tokens: float) -> FloatArray:
+    """Random choice at a given budget: the maximum-entropy distribution (G,) over levels with that mean of tokens.
 
-    Of all distributions (G,) with mean `mean_tokens`, the one of largest entropy is p_g ~ exp(tilt * tokens_g);
-    its tilt is found by bisection. At tilt 0 it is uniform choice.
+    It has the form p_g ~ exp(tilt * tokens_g), with the tilt found by bisection; tilt 0 is the uniform distribution.
 
     Args:
         level_tokens: (G,) mean visual tokens of each level.
-        mean_tokens: The mean to meet; outside the levels' range the nearest level is taken alone.
+        mean_tokens: The required mean; outside the levels' range all weight is on the nearest level.
     """
     scaled = (level_tokens - level_tokens.min()) / np.ptp(level_tokens)
     target = (mean_tokens - level_tokens.min()) / np.ptp(level_tokens)
@@ -147,8 +144,8 @@ def blind_mixture(level_tokens: FloatArray, mean_tokens: float) -> FloatArray:
 
 
 def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float | None = None) -> Row:
-    """The row of a way of choosing, given as weights (Q, G) that sum to 1 for each question."""
-    right = (weights * outcomes.correct).sum(axis=1)  # (Q,)
+    """The row of a policy, given as weights (Q, G) that sum to 1 for each question."""
+    correct = (weights * outcomes.correct).sum(axis=1)  # (Q,)
     tokens = (weights * outcomes.tokens).sum(axis=1)  # (Q,)
     families = np.array([question.family for question in outcomes.questions])
     kinds = np.array([question.kind for question in outcomes.questions])
@@ -162,12 +159,12 @@ def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float |
 
     return Row(
         name=name,
-        accuracy=float(right.mean()),
+        accuracy=float(correct.mean()),
         mean_visual_tokens=float(tokens.mean()),
         token_cost=token_cost,
-        families=mean_by(families, right, names),
+        families=mean_by(families, correct, names),
         family_tokens=mean_by(families, tokens, names),
-        kinds=mean_by(kinds, right, KINDS),
+        kinds=mean_by(kinds, correct, KINDS),
         kind_tokens=mean_by(kinds, tokens, KINDS),
         levels=shares(weights),
         family_levels={family: shares(weights[families == family]) for family in names},
@@ -175,9 +172,9 @@ def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float |
 
 
 def _baseline_row(outcomes: Outcomes) -> Row:
-    """The row of LLaVA-NeXT: as if its answers were those of the finest level."""
+    """The row of LLaVA-NeXT, counted at the finest level."""
     if outcomes.baseline_correct is None or outcomes.baseline_tokens is None:
-        raise ClaimsError("the answers of LLaVA-NeXT are missing, without which there is no row of it")
+        raise ClaimsError("the answers of LLaVA-NeXT are missing, so its row cannot be computed")
     num_levels = len(outcomes.granularities)
     finest = np.full(len(outcomes.questions), num_levels - 1)
     baseline = Outcomes(
@@ -195,20 +192,18 @@ def _baseline_row(outcomes: Outcomes) -> Row:
 def choose_token_cost(
     outcomes: Outcomes, token_costs: Sequence[float] = TOKEN_COSTS, budget: float = TOKEN_BUDGET
 ) -> float:
-    """The lowest price at which the router keeps to a budget of visual tokens; the highest, where none does.
-
-    To be chosen on questions other than those that the claims are judged on.
+    """The lowest price at which the router stays within a budget of visual tokens, or the highest if none does.
 
     Args:
-        outcomes: The answers to those questions.
-        token_costs: The prices to choose from.
+        outcomes: Answers to calibration questions, which must not be those that the claims are judged on.
+        token_costs: Candidate prices.
         budget: Visual tokens as a share of the best fixed level's.
     """
     best = max(range(len(outcomes.granularities)), key=lambda level: (outcomes.correct[:, level].mean(), -level))
     allowed = budget * outcomes.tokens[:, best].mean()
 
     def tokens(cost: float) -> float:
-        choice = router_choice(outcomes.router_log_probs, outcomes.granularities, cost)
+        choice = choose_levels(outcomes.router_log_probs, outcomes.granularities, cost)
         return float(outcomes.tokens[np.arange(len(choice)), choice].mean())
 
     return min((cost for cost in token_costs if tokens(cost) <= allowed), default=max(token_costs))
@@ -222,27 +217,27 @@ def router_name(token_cost: float) -> str:
 def compute_rows(outcomes: Outcomes, token_cost: float, token_costs: Sequence[float] = TOKEN_COSTS) -> list[Row]:
     """All rows of the report.
 
-    Chance is taken in expectation over its choice, so that no draw of levels adds noise.
+    Rows of random choice are expectations over the choice, so that sampling adds no noise.
 
     Args:
-        outcomes: The measured answers.
-        token_cost: The price at which the claims are checked; also sets the budget of `random@router-tokens`.
-        token_costs: The prices of the curve.
+        outcomes: The answers.
+        token_cost: Price at which the claims are judged; also sets the budget of `random@router-tokens`.
+        token_costs: Prices of the curve.
     """
     routers = [router_row(router_name(cost), outcomes, cost) for cost in sorted({0.0, token_cost, *token_costs})]
     budget = find_row(routers, router_name(token_cost)).mean_visual_tokens
-    blind = blind_mixture(outcomes.tokens.mean(axis=0), budget)
+    random = budgeted_mixture(outcomes.tokens.mean(axis=0), budget)
     return [
         _baseline_row(outcomes),
         *rows_without_router(outcomes),
-        _row("random@router-tokens", outcomes, np.tile(blind, (len(outcomes.questions), 1))),
+        _row("random@router-tokens", outcomes, np.tile(random, (len(outcomes.questions), 1))),
         *routers,
         oracle_row(outcomes),
     ]
 
 
 def rows_without_router(outcomes: Outcomes) -> list[Row]:
-    """The row of each fixed level, coarse to fine, and that of chance."""
+    """The rows of the fixed levels, coarse to fine, and of uniform random choice."""
     num_questions, num_levels = outcomes.correct.shape
     fixed = [
         _row(f"fixed-{granularity}", outcomes, one_hot(np.full(num_questions, index), num_levels))
@@ -253,20 +248,20 @@ def rows_without_router(outcomes: Outcomes) -> list[Row]:
 
 def router_row(name: str, outcomes: Outcomes, token_cost: float) -> Row:
     """The row of the router at a price."""
-    choice = router_choice(outcomes.router_log_probs, outcomes.granularities, token_cost)
+    choice = choose_levels(outcomes.router_log_probs, outcomes.granularities, token_cost)
     return _row(name, outcomes, one_hot(choice, len(outcomes.granularities)), token_cost)
 
 
 def oracle_row(outcomes: Outcomes) -> Row:
-    """The row of the cheapest level that answers right."""
+    """The row of the oracle: for each question the coarsest level with a correct answer."""
     return _row("oracle", outcomes, one_hot(oracle_choice(outcomes.correct), len(outcomes.granularities)))
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
-    """The row of that name.
+    """The row of this name.
 
     Raises:
-        ClaimsError: If there is none.
+        ClaimsError: There is no such row.
     """
     for row in rows:
         if row.name == name:
@@ -275,25 +270,25 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
 
 
 def check_claims(rows: Sequence[Row], token_cost: float, num_questions: int) -> list[Claim]:
-    """What the mini world must show, each with its measurement.
+    """The claims, each with its measurement and whether it holds.
 
     Args:
         rows: The rows of `compute_rows`.
-        token_cost: The router's price at which it is judged.
-        num_questions: The number of held-out questions.
+        token_cost: Price at which the router is judged.
+        num_questions: Number of held-out questions.
     """
     fixed = [row for row in rows if row.name.startswith("fixed-")]
     coarsest, finest = fixed[0], fixed[-1]
     best = max(fixed, key=lambda row: (row.accuracy, -row.mean_visual_tokens))
-    router, blind = find_row(rows, router_name(token_cost)), find_row(rows, "random@router-tokens")
+    router, random = find_row(rows, router_name(token_cost)), find_row(rows, "random@router-tokens")
 
     fine_gap = finest.kinds.get("fine", 0.0) - coarsest.kinds.get("fine", 0.0)
     router_gap = router.accuracy - best.accuracy
     share = router.mean_visual_tokens / best.mean_visual_tokens
-    over_blind = router.kinds.get("fine", 0.0) - blind.kinds.get("fine", 0.0)
+    over_random = router.kinds.get("fine", 0.0) - random.kinds.get("fine", 0.0)
     coarse_scene = coarsest.kinds.get("scene", 0.0)
     at = f"token_cost {token_cost:g}"
-    # Differences of shares carry rounding noise; a measured 25.0 points must not fail as 24.99999999.
+    # Rounding: a difference of 25.0 points must not fail as 24.99999999.
     slack = 1e-9
     return [
         Claim(f"at least {MIN_QUESTIONS:,} held-out questions", f"{num_questions:,}", num_questions >= MIN_QUESTIONS),
@@ -324,7 +319,7 @@ def check_claims(rows: Sequence[Row], token_cost: float, num_questions: int) -> 
         ),
         Claim(
             f"the router ({at}) is at least 10 points above random choice at equal mean tokens on fine families",
-            f"{100 * over_blind:+.1f} points",
-            over_blind >= 0.1 - slack,
+            f"{100 * over_random:+.1f} points",
+            over_random >= 0.1 - slack,
         ),
     ]

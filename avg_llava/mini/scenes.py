@@ -129,7 +129,7 @@ class Scene:
         self.marks.append(mark)
 
     def overview_labels(self) -> np.ndarray:
-        """Labels (8, 8, 5) of the overview: of the cell at each patch's centre, or "writing" if it is unreadably small."""
+        """Labels (8, 8, 5) of the overview: of the cell at each patch's centre, or "writing" if it is unreadable."""
         middles = 2 * np.arange(OVERVIEW) + 1
         row = middles * self.rows // (2 * OVERVIEW)
         column = middles * self.columns // (2 * OVERVIEW)

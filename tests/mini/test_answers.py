@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avg_llava.mini import answers as measure
 from avg_llava.mini import claims, comparison
+from avg_llava.mini.answers import (
+    AnsweringJob,
+    calibration_items,
+    collect_answers,
+    read_outcomes,
+    read_questions,
+    verify_routing,
+)
 from avg_llava.mini.claims import ClaimsError
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.training.checkpoint import StageManifest, write_manifest
@@ -39,13 +46,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(trained):
-    return comparison.compare(trained / "runs", trained / "data", trained / "report", token_cost=0.1, num_workers=1)
-
-
-def measurement_of(trained: Path, answers: Path) -> measure.Measurement:
-    return measure.Measurement(
-        trained / "runs/stage2", trained / "runs/stage4", trained / "data", answers, num_workers=1
+    return comparison.evaluate_claims(
+        trained / "runs", trained / "data", trained / "report", token_cost=0.1, num_workers=1
     )
+
+
+def job_of(trained: Path, answers: Path) -> AnsweringJob:
+    return AnsweringJob(trained / "runs/stage2", trained / "runs/stage4", trained / "data", answers, num_workers=1)
 
 
 def test_report_has_the_promised_form(trained, report):
@@ -78,9 +85,9 @@ def test_a_killed_run_goes_on_where_it_stopped(trained, report, tmp_path):
     whole = (answers / "fixed-4.jsonl").read_text().splitlines(keepends=True)
     # A kill in the middle of a line, after half of one level was written.
     (answers / "fixed-4.jsonl").write_text("".join(whole[: len(whole) // 2]) + whole[-1][:20])
-    items = measure.read_questions(trained / "data")
+    items = read_questions(trained / "data")
     kept = (answers / "llava-next.jsonl").read_text()
-    measure.collect_answers(measurement_of(trained, answers), items)
+    collect_answers(job_of(trained, answers), items)
     again = [json.loads(line) for line in (answers / "fixed-4.jsonl").read_text().splitlines()]
     by_id = lambda lines: sorted(lines, key=lambda line: line["id"])  # noqa: E731
     assert by_id(again) == by_id(map(json.loads, whole))
@@ -88,9 +95,9 @@ def test_a_killed_run_goes_on_where_it_stopped(trained, report, tmp_path):
 
 
 def test_two_processes_give_the_answers_of_one(trained, report, tmp_path):
-    items = measure.read_questions(trained / "data")
+    items = read_questions(trained / "data")
     alone, together = trained / "runs" / "answers", tmp_path / "answers"
-    measure.collect_answers(dataclasses.replace(measurement_of(trained, together), num_workers=2), items)
+    collect_answers(dataclasses.replace(job_of(trained, together), num_workers=2), items)
     for name in ("llava-next", "fixed-1", "fixed-16"):
         lines = [[json.loads(line) for line in (folder / f"{name}.jsonl").open()] for folder in (alone, together)]
         one, two = ({line["id"]: line for line in of if line["id"].startswith("eval")} for of in lines)
@@ -104,8 +111,8 @@ def test_answers_of_other_questions_are_dropped(trained, report, tmp_path):
     (answers / "identity.json").write_text(json.dumps({**identity, "questions": "others"}))
     line = {"id": "strange", "prediction": "", "correct": True, "num_visual_tokens": 0}
     (answers / "fixed-1.jsonl").write_text(json.dumps(line) + "\n")
-    items = measure.read_questions(trained / "data")
-    measure.collect_answers(measurement_of(trained, answers), items)
+    items = read_questions(trained / "data")
+    collect_answers(job_of(trained, answers), items)
     assert "strange" not in (answers / "fixed-1.jsonl").read_text()
     assert len((answers / "fixed-1.jsonl").read_text().splitlines()) == len(items)
 
@@ -113,39 +120,39 @@ def test_answers_of_other_questions_are_dropped(trained, report, tmp_path):
 def test_a_wrong_lookup_is_noticed(trained, report, tmp_path):
     answers = tmp_path / "answers"
     shutil.copytree(trained / "runs" / "answers", answers)
-    items = measure.read_questions(trained / "data")
+    items = read_questions(trained / "data")
     questions = [item.question for item in items]
-    measurement = measurement_of(trained, answers)
-    outcomes = measure.read_outcomes(answers, questions, (1, 2, 4, 8, 16))
-    assert measure.verify_routing(measurement, items, outcomes, 0.1) == min(64, len(items))
+    job = job_of(trained, answers)
+    outcomes = read_outcomes(answers, questions, (1, 2, 4, 8, 16))
+    assert verify_routing(job, items, outcomes, 0.1) == min(64, len(items))
     for level in (1, 2, 4, 8, 16):
         path = answers / f"fixed-{level}.jsonl"
         lines = [{**json.loads(line), "prediction": "forged"} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ClaimsError, match=r"routed generation gives .* the forced level \d+ gave 'forged'"):
-        measure.verify_routing(measurement, items, outcomes, 0.1)
+        verify_routing(job, items, outcomes, 0.1)
 
 
 def test_outcomes_are_in_the_order_of_the_questions(trained, report):
-    items = measure.read_questions(trained / "data")
+    items = read_questions(trained / "data")
     questions = [item.question for item in items]
     answers = trained / "runs" / "answers"
-    forward = measure.read_outcomes(answers, questions, (1, 2, 4, 8, 16))
-    backward = measure.read_outcomes(answers, questions[::-1], (1, 2, 4, 8, 16))
+    forward = read_outcomes(answers, questions, (1, 2, 4, 8, 16))
+    backward = read_outcomes(answers, questions[::-1], (1, 2, 4, 8, 16))
     np.testing.assert_array_equal(forward.tokens, backward.tokens[::-1])
     assert (np.diff(forward.tokens, axis=1) > 0).all()
     with pytest.raises(ClaimsError, match=r"fixed-3\.jsonl lacks \d+ answers"):
-        measure.read_outcomes(answers, questions, (3,))
+        read_outcomes(answers, questions, (3,))
 
 
 def test_price_is_chosen_on_questions_that_are_not_held_out(trained, report, tmp_path):
-    held_out = {item.question.id for item in measure.read_questions(trained / "data")}
-    calibration = measure.calibration_items(trained / "data")
+    held_out = {item.question.id for item in read_questions(trained / "data")}
+    calibration = calibration_items(trained / "data")
     assert calibration
     assert not held_out & {item.question.id for item in calibration}
-    chosen = comparison.compare(trained / "runs", trained / "data", tmp_path / "report", num_workers=1)
+    chosen = comparison.evaluate_claims(trained / "runs", trained / "data", tmp_path / "report", num_workers=1)
     questions = [item.question for item in calibration]
-    outcomes = measure.read_outcomes(trained / "runs/answers", questions, (1, 2, 4, 8, 16), with_baseline=False)
+    outcomes = read_outcomes(trained / "runs/answers", questions, (1, 2, 4, 8, 16), with_baseline=False)
     assert chosen["token_cost"] == claims.choose_token_cost(outcomes)
     assert chosen["token_cost_choice"].endswith("questions of router.json, none of them held out")
     assert report["token_cost_choice"] == "given by the user"
@@ -156,14 +163,14 @@ def test_records_without_family_are_named(trained, tmp_path):
     del records[1]["family"]
     (tmp_path / "eval.json").write_text(json.dumps(records))
     with pytest.raises(ClaimsError, match=rf"record {records[1]['id']} must have .*missing: family"):
-        measure.read_questions(tmp_path)
+        read_questions(tmp_path)
 
 
 def test_unfinished_stages_are_refused(trained, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     write_manifest(tmp_path / "runs/stage3", StageManifest(3, False, 5, {}, "data", CONFIG, 2))
     with pytest.raises(ClaimsError, match="stage3 is not a finished stage 3"):
-        comparison.compare(tmp_path / "runs", trained / "data", tmp_path / "report")
+        comparison.evaluate_claims(tmp_path / "runs", trained / "data", tmp_path / "report")
 
 
 def test_times_add_up_over_calls(tmp_path):

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from avg_llava.mini import claims
-from avg_llava.mini.claims import ClaimsError, Outcomes, Question
+from avg_llava.mini.claims import ClaimsError, EvalQuestion, Outcomes, choose_levels
 
 # Four questions, three levels. Worked by hand:
 #   sky-1   right at every level               sky-2   right at every level
 #   code-1  right at 8 and 16                  code-2  right at 16 only
 QUESTIONS = [
-    Question("sky-1", "background", "scene", "blue"),
-    Question("sky-2", "background", "scene", "red"),
-    Question("code-1", "code", "fine", "abab"),
-    Question("code-2", "code", "fine", "baba"),
+    EvalQuestion("sky-1", "background", "scene", "blue"),
+    EvalQuestion("sky-2", "background", "scene", "red"),
+    EvalQuestion("code-1", "code", "fine", "abab"),
+    EvalQuestion("code-2", "code", "fine", "baba"),
 ]
 CORRECT = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1], [0, 0, 1]], dtype=bool)
 TOKENS = np.array([[10, 20, 40]] * 3 + [[14, 28, 56]], dtype=float)
@@ -82,8 +82,8 @@ def test_shares_of_levels_and_tokens_per_family(rows):
 def test_price_is_per_doubling_of_tokens():
     # 0.5 nats apart per doubling: cheaper levels win just above a price of 0.5, and lose just below it.
     log_probs = np.array([[-2.0, -1.5, -1.0]])
-    assert claims.router_choice(log_probs, (4, 8, 16), 0.49).tolist() == [2]
-    assert claims.router_choice(log_probs, (4, 8, 16), 0.51).tolist() == [0]
+    assert choose_levels(log_probs, (4, 8, 16), 0.49).tolist() == [2]
+    assert choose_levels(log_probs, (4, 8, 16), 0.51).tolist() == [0]
 
 
 def test_blind_choice_spends_the_tokens_of_the_router(rows):
@@ -93,9 +93,9 @@ def test_blind_choice_spends_the_tokens_of_the_router(rows):
 
 
 @pytest.mark.parametrize("mean", [10.0, 12.5, 70 / 3, 33.0, 40.0])
-def test_blind_mixture_meets_its_budget(mean):
+def test_budgeted_mixture_meets_its_budget(mean):
     levels = np.array([10.0, 20.0, 40.0])
-    weights = claims.blind_mixture(levels, mean)
+    weights = claims.budgeted_mixture(levels, mean)
     assert weights @ levels == pytest.approx(mean, rel=1e-3)
     assert weights.sum() == pytest.approx(1)
     assert (weights >= 0).all()
@@ -130,9 +130,9 @@ def test_boundary_of_a_claim_is_held():
 
 def test_families_of_two_kinds_are_refused():
     with pytest.raises(ClaimsError, match=r"question sky-3: family 'background' is 'fine' here and 'scene' elsewhere"):
-        claims.family_kinds([*QUESTIONS, Question("sky-3", "background", "fine", "red")])
+        claims.family_kinds([*QUESTIONS, EvalQuestion("sky-3", "background", "fine", "red")])
     with pytest.raises(ClaimsError, match="kind 'tiny' is none of scene, object, fine"):
-        claims.family_kinds([Question("x", "code", "tiny", "a")])
+        claims.family_kinds([EvalQuestion("x", "code", "tiny", "a")])
 
 
 def test_kinds_go_from_scene_to_fine():

@@ -11,7 +11,7 @@ from avg_llava.cli import main
 from avg_llava.inference.predictor import Predictor
 from avg_llava.mini.answers import read_questions
 from avg_llava.mini.claims import ClaimsError
-from avg_llava.mini.routers import compare_routers
+from avg_llava.mini.comparison import compare_routers
 from avg_llava.mini.world import WorldSize, write_world
 from avg_llava.model.configuration import RouterConfig
 from avg_llava.model.router import TransformerRouter
@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_refused(world, tmp_path):
     another = make_checkpoint(tmp_path, seed=2)
     with pytest.raises(ClaimsError, match="differ in more than the router"):
         compare_routers(world / "model", [world / "other", another], world / "data", tmp_path / "answers")
-    with pytest.raises(ClaimsError, match="two of these have the same name"):
+    with pytest.raises(ClaimsError, match="two routers' folders have the same name"):
         compare_routers(world / "model", [world / "model", another], world / "data", tmp_path / "answers")
     with pytest.raises(ClaimsError, match=r"model chooses among .* not all of which are levels of .*image_only"):
         compare_routers(world / "image_only", [world / "model"], world / "data", tmp_path / "answers")
