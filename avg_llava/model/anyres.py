@@ -1,8 +1,8 @@
-"""Anyres geometry: which canvas an image is fitted to, its crops, and the tokens that remain after unpadding.
+"""Anyres geometry: the canvas that an image is fitted to, its crops, and the tokens that remain after unpadding.
 
-Sizes are (height, width) in pixels. A canvas of (rows, columns) tiles is preceded by one overview crop. At a level
-whose crop grid is R x K, the tiles of a canvas form one map of rows*R x columns*K tokens; unpadding keeps a window of
-it, and every row of the window ends in one newline token. Pure functions.
+Sizes are (height, width) in pixels. The crops of an image are one overview and the tiles of its canvas. At a level with
+R x K tokens per crop, a canvas of (rows, columns) tiles is a map of rows*R x columns*K tokens. Unpadding keeps a window
+of the map, and one newline token follows every row of the window. Pure functions.
 """
 
 import math
@@ -13,7 +13,7 @@ from avg_llava.model.configuration import AvgLlavaConfig
 
 
 class Window(NamedTuple):
-    """Rows top..bottom and columns left..right, ends excluded: what unpadding keeps of a token map, say."""
+    """Rows [top, bottom) and columns [left, right) of a token map or of an image."""
 
     top: int
     bottom: int
@@ -22,15 +22,15 @@ class Window(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the window with one newline token at the end of each row."""
+        """Tokens of the window, with one newline token per row."""
         return (self.bottom - self.top) * (self.right - self.left + 1)
 
 
 def select_canvas(image_size: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The (height, width) of `pinpoints` that keeps most of the image, then wastes least; ties go to the first listed.
+    """Selects the (height, width) of `pinpoints` with the most image pixels, and of these the one with least padding.
 
-    Same rule as LLaVA's `select_best_resolution`. The order of `pinpoints` differs between the original code and
-    transformers, and it decides for images no larger than one crop (see `AvgLlavaConfig`).
+    Of equally good ones the first is taken, as in LLaVA's `select_best_resolution`. The original code and transformers
+    list the pinpoints in different orders, which matters for images no larger than one crop (see `AvgLlavaConfig`).
     """
     height, width = image_size
     if height < 1 or width < 1:
@@ -46,7 +46,7 @@ def select_canvas(image_size: Sequence[int], pinpoints: Sequence[Sequence[int]])
 
 
 def image_window(image_size: Sequence[int], canvas: Sequence[int]) -> Window:
-    """Where on a canvas of (height, width) pixels an image lies once it has been resized to fit: in the middle."""
+    """Pixels of a canvas (height, width) that the image covers: it is resized to fit and centred."""
     height, width = image_size
     by_width, by_height = canvas[1] / width, canvas[0] / height
     if by_width < by_height:
@@ -58,7 +58,7 @@ def image_window(image_size: Sequence[int], canvas: Sequence[int]) -> Window:
 
 
 def canvas_tiles(image_size: Sequence[int], config: AvgLlavaConfig) -> tuple[int, int]:
-    """(rows, columns) of tiles that an image is cut into."""
+    """(rows, columns) of tiles of an image."""
     crop = config.vision_config.image_size
     height, width = select_canvas(image_size, config.image_grid_pinpoints)
     return height // crop, width // crop
@@ -71,13 +71,13 @@ def num_crops(image_size: Sequence[int], config: AvgLlavaConfig) -> int:
 
 
 def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> Window:
-    """The window of the tiles' token map that is left when the padding around the image is removed.
+    """The window of the tiles' token map that remains when the padding around the image is removed.
 
-    `paper`: the padding is measured once, on the finest map (with transformers' rounding, so that the finest level
-    equals transformers' LLaVA-NeXT), and at coarser levels only tokens that are padding throughout are dropped. Every
-    level therefore keeps what the finest one keeps.
-    `released`: each map is unpadded by comparing its own aspect ratio with the image's, as the published weights were
-    trained. Maps of half-width cells (288 and 72 tokens) lose image content that way.
+    With behaviour "paper" the padding is measured on the finest map, with transformers' rounding, so that the finest
+    level equals transformers' LLaVA-NeXT. At coarser levels only tokens that are entirely padding are dropped: every
+    level keeps the image content that the finest level keeps.
+    With "released" the padding of each map follows from its aspect ratio and the image's, as in the training of the
+    published weights. Maps with cells of half width (288 and 72 tokens) lose image content.
     """
     side = config.num_patches_per_side
     tile_rows, tile_columns = canvas_tiles(image_size, config)
@@ -92,15 +92,15 @@ def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaCon
 
 
 def num_visual_tokens(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> int:
-    """Visual tokens, newlines included, that an image gives the language model at `granularity` tokens per crop."""
+    """Visual tokens of an image, newlines included, at `granularity` tokens per crop."""
     return granularity + kept_window(image_size, granularity, config).num_tokens
 
 
 def _padding(image_size: Sequence[int], map_rows: int, map_columns: int, ndigits: int | None) -> tuple[int, int]:
-    """Padding rows (at top and bottom each) and columns (left and right each) of a token map with square cells.
+    """Padding rows at top and bottom each, and columns left and right each, of a token map with square cells.
 
-    `ndigits` is the rounding before truncation: None as in the original code, 7 as in transformers, which recovers a
-    row where a float falls just short of a whole number (1408x792, say).
+    `ndigits` is the rounding before truncation: None as in the original code, 7 as in transformers, which keeps a row
+    where the float is just below an integer (1408x792, for example).
     """
     height, width = image_size
 

@@ -1,4 +1,4 @@
-"""Configuration of AVG-LLaVA: LLaVA-NeXT's fields plus the granularities, the router and the behaviour switch."""
+"""Configuration of AVG-LLaVA: the fields of LLaVA-NeXT, and granularities, pooling ladder, router and behaviour."""
 
 from dataclasses import field
 from typing import Any, Literal
@@ -52,20 +52,20 @@ class RouterConfig(PreTrainedConfig):
 class AvgLlavaConfig(LlavaNextConfig):
     """Configuration of :class:`AvgLlavaForConditionalGeneration`.
 
-    Everything of transformers' `LlavaNextConfig` (vision and text configurations, anyres pinpoints as (height, width)),
-    and:
+    It has the fields of transformers' `LlavaNextConfig` (vision and text configurations, anyres pinpoints as (height,
+    width)) and the following.
 
     Args:
         granularities: Visual tokens per crop at each level that the router can choose, coarse to fine. Empty: the five
             finest levels of the ladder.
         pooling_ladder: A key of :data:`avg_llava.model.scaler.LADDERS`: the levels that exist, and how tokens are
             pooled to them. The default is the paper's.
-        behavior: "paper" or "released", the two meanings of the method: attention of the router over the tokens of a
-            crop or across crops, masked or zero text slots, unpadding in pixel geometry or by the token map's aspect.
-            Published weights need "released".
+        behavior: "paper": the router attends over the tokens of a crop and masks absent text slots, and padding is
+            removed in pixel geometry. "released": it attends across crops, absent text slots are zero, and padding is
+            removed by the aspect ratio of the token map. Published weights need "released".
         router_config: A :class:`RouterConfig` or its fields.
-        max_sequence_length: Longest sequence, in tokens, after visual tokens are spliced in. Training sequences are cut
-            to it; a longer prompt at inference is refused.
+        max_sequence_length: Longest sequence in tokens, visual tokens included. Training sequences are truncated to
+            it; a longer prompt at inference is refused.
     """
 
     model_type = "avg_llava"
@@ -87,8 +87,8 @@ class AvgLlavaConfig(LlavaNextConfig):
         super().__post_init__(**kwargs)
         crop = self.vision_config.image_size
         if pinpoints is None:
-            # Both lists name the same canvases. Their order decides ties (images no larger than one crop): the original
-            # code lists (width, height), so the same text read as (height, width) settles ties the other way round.
+            # The canvases are the same in both orders, but of equally good ones the first is taken (images no larger
+            # than a crop). The original code lists (width, height), so it prefers the transposed canvas.
             order = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
             if self.behavior == "released":
                 order = [(columns, rows) for rows, columns in order]
@@ -107,14 +107,14 @@ class AvgLlavaConfig(LlavaNextConfig):
 
     @property
     def num_patches_per_side(self) -> int:
-        """Side of the square grid of tokens that the vision tower gives for one crop (24 for CLIP-L/14 at 336 px)."""
+        """Tokens per side of a crop after the vision tower (24 for CLIP-L/14 at 336 px)."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def num_vision_layers(self) -> int:
-        """Layers of the vision tower that are run: the output of the last of them is `vision_feature_layer`."""
-        place = self.vision_feature_layer
-        return place if place >= 0 else self.vision_config.num_hidden_layers + 1 + place
+        """Layers of the vision tower up to `vision_feature_layer`; later ones are not run."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     def _check_vision(self) -> None:
         crop, patch = self.vision_config.image_size, self.vision_config.patch_size

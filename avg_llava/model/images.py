@@ -12,22 +12,22 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Images with more pixels than this are refused unread: Pillow's own limit against decompression bombs."""
+"""Images with more pixels are refused before they are decoded: Pillow's limit against decompression bombs."""
 
 
 class DataError(ValueError):
-    """A file, record or image that cannot be used; the message names it and says what to do."""
+    """A file, record or image cannot be used; the message names it and the remedy."""
 
 
 class MissingImageError(DataError):
-    """There is no such image file."""
+    """The image file does not exist."""
 
 
 class OversizedImageError(DataError):
-    """An image has more pixels than are allowed; it was not decoded."""
+    """The image has too many pixels; it is not decoded."""
 
 
-# What Pillow's readers raise on damaged files, apart from OSError and ValueError.
+# Exceptions that Pillow's readers raise on damaged files.
 _DECODING_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombWarning,
@@ -37,11 +37,11 @@ _DECODING_ERRORS = (
 def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Reads an image file as RGB; of an animation, the first frame.
 
-    The EXIF orientation is left alone, as in the original code, so that published results can be met.
+    The EXIF orientation is ignored, as in the original code, on which published results depend.
 
     Args:
-        path: The file. Its name's ending does not matter.
-        max_pixels: Larger images are refused before they are decoded. Above twice Pillow's own limit,
+        path: The file. The suffix of its name is ignored.
+        max_pixels: Larger images are refused before they are decoded. For a limit above twice Pillow's,
             `PIL.Image.MAX_IMAGE_PIXELS` must be raised as well.
 
     Raises:
@@ -52,20 +52,20 @@ def load_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
 
 
 def read_image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(height, width) of an image file from its header, nothing decoded; arguments and errors as of `load_image`."""
+    """(height, width) of an image file, from its header; arguments and errors as of :func:`load_image`."""
     with _opened(Path(path), str(path), max_pixels) as image:
         return image.height, image.width
 
 
 def decode_image(content: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """As `load_image`, of the bytes of a file; `name` is what an error calls it."""
+    """As :func:`load_image`, from the bytes of a file; errors call it `name`."""
     with _opened(BytesIO(content), name, max_pixels) as image:
         return to_rgb(image)
 
 
 @contextlib.contextmanager
 def _whole_images_only() -> Iterator[None]:
-    """Some libraries tell Pillow, for the whole process, to take what is left of a truncated image for the image."""
+    """Makes Pillow refuse truncated images; some libraries make it accept them, for the whole process."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -76,7 +76,7 @@ def _whole_images_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(file: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """An image whose header is read; errors of its header, and of what is done with it, become ones that name it."""
+    """Opens an image and reads its header; errors there and in the block become errors that name the image."""
     try:
         with warnings.catch_warnings(), _whole_images_only():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -92,19 +92,19 @@ def _opened(file: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Image.
         raise MissingImageError(f"{name}: image file not found; check image_root and the record's path") from error
     except DataError:
         raise
-    except Image.DecompressionBombError as error:  # above twice Pillow's own limit, which comes first
+    except Image.DecompressionBombError as error:  # raised by Pillow above twice its limit
         raise OversizedImageError(f"{name}: far above the limit of {max_pixels} pixels ({error})") from error
-    except UnidentifiedImageError as error:  # whose own message shows the object that was read
+    except UnidentifiedImageError as error:  # its message shows the object, not the name
         raise DataError(f"{name}: cannot be read as an image (of no format that Pillow knows)") from error
     except _DECODING_ERRORS as error:
         raise DataError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Eight-bit RGB of an image of any mode.
+    """Converts an image of any mode to 8-bit RGB.
 
-    Transparency is dropped, not blended, as in the original code. Sixteen-bit greyscale is scaled to eight bits, which
-    Pillow's own conversion would clip to white.
+    Transparency is dropped, not blended, as in the original code. 16-bit greyscale is scaled to 8 bits; Pillow's
+    conversion would clip it to white.
 
     Raises:
         ValueError: Colour mode LAB, or pixels that are not finite.
@@ -117,12 +117,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         raise ValueError("colour mode LAB is not supported; save the image as RGB")
     converted = (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
-    converted.info.pop("transparency", None)  # of greyscale and RGB, one colour is: the image processor would blend it
+    converted.info.pop("transparency", None)  # or the image processor blends that colour
     return converted
 
 
 def _wide_to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale of more than eight bits per pixel: 16-bit modes, 32-bit integers, and floats in [0, 1] or [0, 255]."""
+    """Converts greyscale of more than 8 bits: 16-bit modes, 32-bit integers, and floats in [0, 1] or [0, 255]."""
     values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("some pixels are not finite numbers")
@@ -131,7 +131,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         scale = 255.0 if top <= 1 else 1.0
     else:
-        # Mode I is also how older files hold 8 bits; anything beyond is taken as 16.
+        # Mode I also stands for 8 bits in older files; values above 255 mean 16 bits.
         scale = 1 / 257 if image.mode != "I" or top > 255 else 1.0
     grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

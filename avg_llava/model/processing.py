@@ -26,30 +26,33 @@ from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES
 
 
 class TokenizedText(NamedTuple):
-    """Token ids of a text and, for each, the index of the character it begins at (0 for the leading BOS)."""
+    """Token ids of a text, and the index of the first character of each token (0 for the leading BOS)."""
 
     input_ids: list[int]
     starts: list[int]
 
 
 def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> TokenizedText:
-    """Token ids of `text` with `image_token_id` in place of every `<image>`.
+    """Tokenises `text`, with `image_token_id` for every `<image>`.
 
-    The pieces around placeholders are tokenised one by one and get one BOS together, where the tokenizer has one: the
-    ids that LLaVA's `tokenizer_image_token` gives, with a word-boundary token before a newline that follows an image.
+    The pieces between placeholders are tokenised separately, with a single BOS at the start if the tokenizer has one.
+    The ids are those of LLaVA's `tokenizer_image_token`, with a word-boundary token before a newline after an image.
+
+    Raises:
+        ValueError: The tokenizer has no character offsets, or the text has a token of id `image_token_id`.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} cannot tell which characters a token stands for; load a tokenizer backed by "
             "the tokenizers library (a folder with tokenizer.json or tokenizer.model)"
         )
-    opening = tokenizer("").input_ids  # [BOS], or nothing; anything after it would close the text
+    prefix = tokenizer("").input_ids  # [BOS] or empty; further tokens would end the text
     input_ids, starts, cursor = [], [], 0
-    if opening and opening[0] == tokenizer.bos_token_id:
-        input_ids.append(opening[0])
+    if prefix and prefix[0] == tokenizer.bos_token_id:
+        input_ids.append(prefix[0])
         starts.append(0)
-    for number, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        if number:
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if index > 0:
             input_ids.append(image_token_id)
             starts.append(cursor)
             cursor += len(IMAGE_PLACEHOLDER)
@@ -66,10 +69,10 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
 
 
 def _tokenize_piece(piece: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of a text without placeholders or BOS, and the character each begins at.
+    """Ids of a text without placeholders and BOS, and the index of the first character of each.
 
-    Sentencepiece puts a space before every text. The tokenizers library does so only if there is none yet, and thus
-    swallows a leading space; here it gets that space twice, for sentencepiece's ids, with which models were trained.
+    Sentencepiece, with which models were trained, prepends a space to every text. The tokenizers library prepends one
+    only if the text does not begin with a space, which loses a token; such a text gets a second space here.
     """
     swallowed = piece.startswith((" ", "\u2581")) and _ids(tokenizer, " x") == _ids(tokenizer, "x")
     encoding = tokenizer(
@@ -83,18 +86,21 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
-    """Transformers' LLaVA-NeXT image processor on Pillow, with the same pixels wherever it runs, in fewer passes.
+    """Transformers' LLaVA-NeXT image processor on Pillow, with fewer passes over the pixels.
 
-    Pillow's pixels, never torchvision's: they are the released code's bit for bit, torchvision's differ by up to 0.015.
-    Ties between canvases go to the first of `image_grid_pinpoints`, so their order matters (see `AvgLlavaConfig`).
-    An image has 8 bits until it has been resized, for the overview and for its canvas. Scale, mean and deviation make
-    one number of each of the 256 levels of a channel; that table is read straight into the crops.
+    Pixels equal the released code's bit for bit on every machine (torchvision's differ by up to 0.015). Of equally good
+    canvases the first of `image_grid_pinpoints` is taken, so their order matters (see `AvgLlavaConfig`).
+    Images are resized in 8 bits. Scale, mean and deviation are applied through a table of the 256 levels of a channel,
+    from which the crops are filled.
     """
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Any:
-        """RGB Pillow image of a Pillow image of any mode or of an array of whole numbers from 0 to 255.
+        """Converts a Pillow image of any mode, or an array of integers from 0 to 255, to an RGB Pillow image.
 
-        What is transparent is blended with white, as in transformers.
+        Transparent pixels are blended with white, as in transformers.
+
+        Raises:
+            ValueError: An array has other values.
         """
         if isinstance(image, Image.Image) and image.mode == "RGB" and image.info.get("transparency") is None:
             return image
@@ -119,7 +125,7 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
         return_tensors: Any,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Crops of Pillow images; whether to resize, crop or pad, which transformers asks as well, goes unasked."""
+        """Crops of Pillow images. The switches for resizing, cropping and padding in `kwargs` are ignored."""
         side = crop_size.height
         if (size.shortest_edge or size.height) != side or crop_size.width != side:
             raise ValueError(f"overview and tiles must be equal squares, got size {size} and crop_size {crop_size}")
@@ -148,16 +154,16 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
 
 
 class AvgLlavaProcessor(ProcessorMixin):
-    """Turns images and prompts into the inputs of `AvgLlavaForConditionalGeneration`.
+    """Converts images and prompts to the inputs of `AvgLlavaForConditionalGeneration`.
 
-    A prompt holds one `<image>` per image, which becomes one `image_token_id`: how many visual tokens it stands for is
-    decided by the model. `apply_chat_template` writes prompts in the `vicuna_v1` format.
+    A prompt has one `<image>` per image, which becomes one `image_token_id`; the model replaces it by visual tokens.
+    `apply_chat_template` renders messages as a prompt.
 
     Args:
         image_processor: An :class:`AvgLlavaImageProcessor`.
-        tokenizer: The language model's tokenizer; one that gives character offsets.
+        tokenizer: Tokenizer of the language model, with character offsets.
         image_token_id: `config.image_token_id` of the model.
-        chat_template: Jinja template; None means `vicuna_v1`.
+        chat_template: Jinja source; None: that of `TEMPLATES["vicuna_v1"]`.
     """
 
     def __init__(
@@ -171,7 +177,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = image_token_id
         if tokenizer.pad_token is None:
-            # As LLaVA does with Vicuna, which has no padding token; padding is masked, so the choice changes nothing.
+            # Vicuna has no padding token. As padding is masked, any token will do; LLaVA takes this one.
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
     def __call__(
@@ -184,20 +190,23 @@ class AvgLlavaProcessor(ProcessorMixin):
         videos: None = None,
         audio: None = None,
     ) -> BatchFeature:
-        """Model inputs for prompts and the images that their `<image>` placeholders stand for, in order.
+        """Converts prompts and the images of their `<image>` placeholders, in order, to model inputs.
 
         Args:
             images: One image, a list of N, or a list of lists (one per prompt), as Pillow images or arrays.
-            text: One prompt or B of them.
-            padding: Pad prompts to the longest. Without it, all must be of one length.
+            text: One prompt or a list of B.
+            padding: Pad prompts to the longest; if False, they must have equal lengths.
             padding_side: "left" for generation, "right" for training.
-            return_tensors: Only "pt".
-            videos: Only None; here, as `audio`, because transformers' chat template passes it.
-            audio: Only None.
+            return_tensors: "pt".
+            videos: None; transformers' `apply_chat_template` passes it, like `audio`.
+            audio: None.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (N, P_max, 3, S, S) and
+            `input_ids`, `attention_mask` (B, L) and, if there are images, `pixel_values` (N, P_max, 3, S, S) and
             `image_sizes` (N, 2) as (height, width).
+
+        Raises:
+            ValueError: Placeholders and images do not match, or an argument has another value.
         """
         if text is None:
             raise ValueError("text is missing: a prompt is needed, with one <image> for each image")
@@ -216,18 +225,18 @@ class AvgLlavaProcessor(ProcessorMixin):
         input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
-            place = slice(longest - len(row), longest) if padding_side == "left" else slice(len(row))
-            input_ids[index, place] = torch.tensor(row)
-            attention_mask[index, place] = 1
+            positions = slice(longest - len(row), longest) if padding_side == "left" else slice(len(row))
+            input_ids[index, positions] = torch.tensor(row)
+            attention_mask[index, positions] = 1
         data: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if flat_images:
             data.update(self.image_processor(flat_images, return_tensors="pt"))
         return BatchFeature(data)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
-        """Writes everything that `from_pretrained` needs; arguments as in transformers."""
+        """Saves the processor for `from_pretrained`; arguments as in transformers."""
         if hasattr(self.tokenizer, "legacy"):
-            # Transformers 5.23 forgets to write it, and a reloaded tokenizer would give other ids after `</s>`.
+            # Transformers 5.23 does not save it, and without it a reloaded tokenizer has other ids after `</s>`.
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -235,7 +244,7 @@ class AvgLlavaProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "AvgLlavaProcessor":
-        """Loads what `save_pretrained` wrote. Code shipped with a checkpoint is never run."""
+        """Loads a saved processor. Code in a checkpoint is never run."""
         kwargs["trust_remote_code"] = False
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -243,13 +252,13 @@ class AvgLlavaProcessor(ProcessorMixin):
     def from_backbones(
         cls, vision_path: str | Path | None, language_path: str | Path, config: AvgLlavaConfig
     ) -> "AvgLlavaProcessor":
-        """The processor of a model put together from a vision tower and a language model.
+        """The processor of a model that is built from a vision tower and a language model.
 
         Args:
-            vision_path: Folder or hub id with the tower's `preprocessor_config.json`, whose mean, deviation, filter and
-                scale are used. None, or a local folder without that file: CLIP's.
+            vision_path: Folder or hub id with the tower's `preprocessor_config.json`, from which mean, deviation,
+                filter and scale are taken. None, or a local folder without that file: those of CLIP.
             language_path: Folder or hub id of the tokenizer.
-            config: The model's configuration, which fixes crop size, pinpoints and placeholder id.
+            config: Configuration of the model: crop size, pinpoints and placeholder id.
         """
         crop = config.vision_config.image_size
         image_processor = AvgLlavaImageProcessor(
@@ -263,38 +272,38 @@ class AvgLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: AvgLlavaConfig) -> "AvgLlavaProcessor":
-        """The processor of a checkpoint folder: AVG-LLaVA's own, transformers' LLaVA-NeXT's or the original format's.
+        """The processor of a checkpoint folder: of AVG-LLaVA, of transformers' LLaVA-NeXT or in the original format.
 
-        The latter two hold a tokenizer and, at most, the pixel statistics; the rest is `config`'s.
+        Folders of the last two have a tokenizer and at most the pixel statistics; the rest is taken from `config`.
         """
-        own = Path(path) / PROCESSOR_NAME
-        if own.is_file() and json.loads(own.read_text("utf-8")).get("processor_class") == cls.__name__:
+        saved = Path(path) / PROCESSOR_NAME
+        if saved.is_file() and json.loads(saved.read_text("utf-8")).get("processor_class") == cls.__name__:
             return cls.from_pretrained(path)
         return cls.from_backbones(path, path, config)
 
 
 def _matched_images(images: Any, prompts: Sequence[str]) -> list[Any]:
-    """Images in the order of their placeholders; a prompt with more or fewer of them than images is refused."""
-    wanted = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
+    """Images in the order of their placeholders. Raises ValueError if a prompt has more or fewer of them."""
+    num_placeholders = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
     if isinstance(images, (list, tuple)) and images and all(isinstance(group, (list, tuple)) for group in images):
-        if [len(group) for group in images] != wanted:
+        if [len(group) for group in images] != num_placeholders:
             raise ValueError(
-                f"prompts hold {wanted} {IMAGE_PLACEHOLDER} placeholders, but come with "
+                f"prompts hold {num_placeholders} {IMAGE_PLACEHOLDER} placeholders, but come with "
                 f"{[len(group) for group in images]} images"
             )
         return [image for group in images for image in group]
     nothing = images is None or (isinstance(images, (list, tuple)) and not images)
     given = [] if nothing else make_flat_list_of_images(images)
-    if len(given) != sum(wanted):
+    if len(given) != sum(num_placeholders):
         raise ValueError(
-            f"text holds {sum(wanted)} {IMAGE_PLACEHOLDER} placeholders, but {len(given)} images are given: write one "
-            "placeholder per image"
+            f"text holds {sum(num_placeholders)} {IMAGE_PLACEHOLDER} placeholders, but {len(given)} images are given: "
+            "write one placeholder per image"
         )
     return given
 
 
 def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:
-    """How the tower wants its pixels: the fields of its image processor that do not depend on anyres."""
+    """Fields of the tower's image processor that do not depend on anyres."""
     if vision_path is None:
         return {}
     folder = Path(vision_path)

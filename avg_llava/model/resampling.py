@@ -1,9 +1,9 @@
-"""Images at other sizes: Pillow's pixels bit for bit, bicubic ones in a third of its time.
+"""Resizing of images: bit for bit the pixels of Pillow, bicubic in a third of its time.
 
-Pillow resizes one axis after the other. A pixel of a pass is a sum of input pixels times whole numbers, the filter's
-values with 22 binary places, rounded to 8 bits. Whole numbers add up to the same in any order, so here many rows take
-the pass over the width together, turned on their side; both sizes that anyres needs of an image are made from rows that
-were turned once.
+Pillow resizes one axis after the other. In each pass, an output pixel is the sum of input pixels times integer weights
+(the filter with `PRECISION` fractional bits), rounded to 8 bits. Integer sums do not depend on the order of summation.
+Here the pass over the width transposes `ROWS` rows at a time and sums them together, and both sizes that anyres needs
+of an image are computed from the same transposed rows.
 """
 
 import os
@@ -14,30 +14,30 @@ import numba
 import numpy as np
 from PIL import Image
 
-PLACES = 22
-"""Binary places of weights: 8 bits of a pixel and 2 of sums beyond them are left in 32."""
+PRECISION = 22
+"""Fractional bits of the weights; of 32 bits, 8 are for the pixel and 2 for sums that exceed its range."""
 ROWS = 64
-"""Rows that are turned together; fewer or more were slower on an x86-64 machine."""
+"""Rows that are transposed together; the fastest number on an x86-64 machine."""
 
-# Compiled code is kept beside this file, for later processes, where that can be written.
+# Numba caches compiled code beside this file if the folder is writable.
 _compiled = numba.njit(cache=os.access(os.path.dirname(__file__), os.W_OK), nogil=True)
 
 
 def resize(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
-    """An RGB image at several sizes.
+    """Resizes an RGB image to several sizes.
 
-    Pillow rounds to whole levels between its two passes, so their order shows: by up to 12 of 255 levels in tall
-    images. Up to Pillow 12 the width always came first; Pillow 13 begins with the height where that shrinks by more
-    than twice as many pixels as the width. That rule, under which the reference pixels were recorded, is spelled out
+    Pillow rounds to 8 bits between its two passes, so their order changes the pixels, by up to 12 of 255 levels in tall
+    images. Up to Pillow 12, the width comes first; from Pillow 13, the height comes first if it shrinks by more than
+    twice as many pixels as the width. The reference pixels were recorded with the latter rule, which is implemented
     here, so that pixels do not depend on the installed version.
 
     Args:
         image: The image.
-        sizes: (height, width) each.
+        sizes: (height, width) of each result.
         resample: One of Pillow's filters; bicubic is the fast one.
 
     Returns:
-        For each size (height, width, 3) uint8.
+        A (height, width, 3) uint8 array for each size.
     """
     if resample != Image.Resampling.BICUBIC:
         return [_by_pillow(image, size, resample) for size in sizes]
@@ -62,18 +62,18 @@ def _by_pillow(image: Image.Image, size: tuple[int, int], resample: int) -> np.n
 
 @lru_cache(maxsize=256)
 def bicubic_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each pixel of a resized axis is made of: Pillow's `precompute_coeffs` for its bicubic filter.
+    """Weights of the input pixels in each output pixel of an axis: Pillow's `precompute_coeffs`, bicubic.
 
     Args:
-        length: Pixels of the axis.
-        target: Pixels that it is resized to.
+        length: Input pixels of the axis.
+        target: Output pixels of the axis.
 
     Returns:
-        (target,) the first input pixel of each, and (target, K) int32 weights of it and those after it; in units of
-        2**-PLACES, zero where there is nothing left to weigh.
+        (target,) index of the first input pixel of each output pixel, and (target, K) int32 weights of K input pixels
+        from there on, in units of 2**-PRECISION, zero beyond the filter's support.
     """
     scale = length / target
-    stretch = max(scale, 1.0)  # the filter covers 4 pixels of the coarser of the two grids
+    stretch = max(scale, 1.0)  # the support is 4 pixels of the coarser grid
     centers = (np.arange(target) + 0.5) * scale
     first = np.maximum((centers - 2.0 * stretch + 0.5).astype(np.int64), 0)
     counts = np.minimum((centers + 2.0 * stretch + 0.5).astype(np.int64), length) - first
@@ -83,24 +83,24 @@ def bicubic_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     outer = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
     values = np.where(distance < 1.0, inner, np.where(distance < 2.0, outer, 0.0))
     values[taps >= counts[:, None]] = 0.0
-    values /= np.add.accumulate(values, axis=1)[:, -1:]  # one after the other, as Pillow adds
-    return first, np.trunc(values * 2**PLACES + np.copysign(0.5, values)).astype(np.int32)
+    values /= np.add.accumulate(values, axis=1)[:, -1:]  # sequential summation, as in Pillow
+    return first, np.trunc(values * 2**PRECISION + np.copysign(0.5, values)).astype(np.int32)
 
 
 def _to_widths(image: Image.Image, widths: Sequence[int]) -> list[np.ndarray]:
-    """An image at several widths, its height as it was."""
+    """Resizes an image to several widths."""
     passes = [(*bicubic_weights(image.width, width), np.empty((image.height, width, 3), np.uint8)) for width in widths]
-    turned = np.zeros((image.width, 3 * ROWS), np.uint8)
+    transposed = np.zeros((image.width, 3 * ROWS), np.uint8)
     for top in range(0, image.height if widths else 0, ROWS):
         strip = np.asarray(image.crop((0, top, image.width, min(top + ROWS, image.height))))
-        _turn(strip, turned)
+        _transpose(strip, transposed)
         for first, weights, result in passes:
-            _sum_columns(turned, first, weights, result[top : top + ROWS])
+            _sum_columns(transposed, first, weights, result[top : top + ROWS])
     return [result for _, _, result in passes]
 
 
 def _to_height(pixels: np.ndarray, height: int) -> np.ndarray:
-    """(H, W, 3) at another height."""
+    """Resizes (H, W, 3) pixels to another height."""
     if len(pixels) == height:
         return pixels
     result = np.empty((height, *pixels.shape[1:]), np.uint8)
@@ -109,41 +109,41 @@ def _to_height(pixels: np.ndarray, height: int) -> np.ndarray:
 
 
 @_compiled
-def _turn(strip: np.ndarray, turned: np.ndarray) -> None:
-    """(R, W, 3) -> (W, 3 ROWS), channel after channel."""
+def _transpose(strip: np.ndarray, transposed: np.ndarray) -> None:
+    """(R, W, 3) to (W, 3 ROWS), channel after channel."""
     for x in range(strip.shape[1]):
         for y in range(len(strip)):
-            turned[x, y] = strip[y, x, 0]
-            turned[x, ROWS + y] = strip[y, x, 1]
-            turned[x, 2 * ROWS + y] = strip[y, x, 2]
+            transposed[x, y] = strip[y, x, 0]
+            transposed[x, ROWS + y] = strip[y, x, 1]
+            transposed[x, 2 * ROWS + y] = strip[y, x, 2]
 
 
 @_compiled
-def _sum_columns(turned: np.ndarray, first: np.ndarray, weights: np.ndarray, result: np.ndarray) -> None:
-    """(W, 3 ROWS) -> (R, target, 3)."""
+def _sum_columns(transposed: np.ndarray, first: np.ndarray, weights: np.ndarray, result: np.ndarray) -> None:
+    """Pass over the width: (W, 3 ROWS) to (R, target, 3)."""
     sums = np.empty(3 * ROWS, np.int32)
     for x in range(len(first)):
-        sums[:] = 1 << (PLACES - 1)
+        sums[:] = 1 << (PRECISION - 1)
         start = first[x]
-        for tap in range(min(weights.shape[1], len(turned) - start)):
+        for tap in range(min(weights.shape[1], len(transposed) - start)):
             weight = weights[x, tap]
             for lane in range(3 * ROWS):
-                sums[lane] += weight * np.int32(turned[start + tap, lane])
+                sums[lane] += weight * np.int32(transposed[start + tap, lane])
         for y in range(len(result)):
             for channel in range(3):
-                result[y, x, channel] = min(max(sums[channel * ROWS + y] >> PLACES, 0), 255)
+                result[y, x, channel] = min(max(sums[channel * ROWS + y] >> PRECISION, 0), 255)
 
 
 @_compiled
 def _sum_rows(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray, result: np.ndarray) -> None:
-    """(H, N) -> (target, N)."""
+    """Pass over the height: (H, N) to (target, N)."""
     sums = np.empty(pixels.shape[1], np.int32)
     for y in range(len(first)):
-        sums[:] = 1 << (PLACES - 1)
+        sums[:] = 1 << (PRECISION - 1)
         start = first[y]
         for tap in range(min(weights.shape[1], len(pixels) - start)):
             weight = weights[y, tap]
             for x in range(pixels.shape[1]):
                 sums[x] += weight * np.int32(pixels[start + tap, x])
         for x in range(pixels.shape[1]):
-            result[y, x] = min(max(sums[x] >> PLACES, 0), 255)
+            result[y, x] = min(max(sums[x] >> PRECISION, 0), 255)

@@ -81,17 +81,17 @@ def test_weights_are_what_their_pixels_weigh():
     """They add up to one, and those of an axis that stays as long as it is take one pixel each."""
     for length, target in ((400, 33), (33, 400), (7, 1), (1, 9)):
         first, weights = resampling.bicubic_weights(length, target)
-        assert np.abs(weights.sum(1) - 2**resampling.PLACES).max() <= weights.shape[1]
+        assert np.abs(weights.sum(1) - 2**resampling.PRECISION).max() <= weights.shape[1]
         assert first.min() >= 0
         assert (first + np.count_nonzero(weights, axis=1)).max() <= length
     first, weights = resampling.bicubic_weights(5, 5)
-    assert sorted(np.unique(weights)) == [0, 2**resampling.PLACES]
+    assert sorted(np.unique(weights)) == [0, 2**resampling.PRECISION]
 
 
 def test_plain_code_computes_the_same(monkeypatch):
     """The compiled loops against the same lines run by Python."""
     image, size = picture(37, 21), (9, 11)
     (compiled,) = resize(image, [size], BICUBIC)
-    for name in ("_turn", "_sum_columns", "_sum_rows"):
+    for name in ("_transpose", "_sum_columns", "_sum_rows"):
         monkeypatch.setattr(resampling, name, getattr(resampling, name).py_func)
     assert np.array_equal(resize(image, [size], BICUBIC)[0], compiled)
