@@ -99,7 +99,7 @@ def _renamed(weights, renaming):
 
 @pytest.mark.parametrize("layout", ["saved", "older", "newer"])
 def test_transformers_llava_next_folder(tmp_path, layout):
-    """Every layout that hub files come in; only the router is fresh, and the folder's name says nothing."""
+    """All key layouts of files on the hub; only the router is fresh."""
     reference = _llava_next(tiny_model().config)
     reference.save_pretrained(tmp_path)
     weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}

@@ -1,4 +1,4 @@
-"""8- and 4-bit weights, and half precision: what is quantised, how far weights and answers move, what cannot be."""
+"""8-bit, 4-bit and half-precision weights: which layers are quantised, errors of weights and answers, refusals."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ WEIGHT_BOUND = {"8bit": 0.5 / 127, "4bit": (1 - 0.6962) / 2}
 # with 9%. Residual connections add up what seven layers of three blocks make of it: measured 1.3% and 9.2% on the mini
 # model, whose 128 columns average out less than the 4096 of a 7B model.
 LOGIT_BOUND = {"8bit": 0.03, "4bit": 0.15}
-TOKEN_AGREEMENT = {"8bit": 0.95, "4bit": 0.9}  # of the likeliest next token; measured 0.99 and 0.98
+TOKEN_AGREEMENT = {"8bit": 0.95, "4bit": 0.9}  # of the most probable next token; measured 0.99 and 0.98
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def test_weights_are_rounded_within_the_format(whole, quantized):
     kind, model, whole = quantized[0], quantized[1].model, whole.model
     for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
         for block in range(len(whole.model.language_model.layers)):
-            place = f"model.language_model.layers.{block}.{name}"
-            weight = whole.get_submodule(place).weight.detach()
+            name_of_layer = f"model.language_model.layers.{block}.{name}"
+            weight = whole.get_submodule(name_of_layer).weight.detach()
             group = weight if kind == "8bit" else weight.reshape(-1, 64)
             bound = WEIGHT_BOUND[kind] * group.abs().amax(1, keepdim=True)
-            error = (restored(model.get_submodule(place)) - weight).abs().reshape(group.shape)
-            assert (error <= bound * 1.01).all(), place
+            error = (restored(model.get_submodule(name_of_layer)) - weight).abs().reshape(group.shape)
+            assert (error <= bound * 1.01).all(), name_of_layer
             assert error.max() > 0, "else nothing was rounded"
 
 
@@ -99,16 +99,16 @@ def test_answers_within_the_tolerance(whole, quantized, requests):
     kind, pipeline = quantized
     expected = whole.generate_batch(requests, decoding=Decoding(8))
     answers = pipeline.generate_batch(requests, decoding=Decoding(8))
-    for answer, plain in zip(answers, expected, strict=True):
-        assert (answer.granularity, answer.router_probs) == (plain.granularity, plain.router_probs)
+    for answer, reference in zip(answers, expected, strict=True):
+        assert (answer.granularity, answer.router_probs) == (reference.granularity, reference.router_probs)
     deviations, agreeing = [], []
     pairs = zip(logits_along(pipeline, requests, expected), logits_along(whole, requests, expected), strict=True)
-    for found, plain in pairs:
-        deviations.append(float((found - plain).std() / plain.std()))
-        agreeing += (found.argmax(-1) == plain.argmax(-1)).tolist()
+    for found, reference in pairs:
+        deviations.append(float((found - reference).std() / reference.std()))
+        agreeing += (found.argmax(-1) == reference.argmax(-1)).tolist()
     assert 0 < sum(deviations) / len(deviations) < LOGIT_BOUND[kind]
     assert sum(agreeing) / len(agreeing) >= TOKEN_AGREEMENT[kind]
-    same = sum(answer.text == plain.text for answer, plain in zip(answers, expected, strict=True))
+    same = sum(answer.text == reference.text for answer, reference in zip(answers, expected, strict=True))
     assert same >= TOKEN_AGREEMENT[kind] * len(requests) - 1
 
 
@@ -121,7 +121,7 @@ def test_half_precision(whole, requests, dtype, quantization):
     assert model.dtype == model.model.vision_tower.dtype == getattr(torch, dtype)
     answers = pipeline.generate_batch(requests[:3], Budget(64), Decoding(8))
     expected = whole.generate_batch(requests[:3], Budget(64), Decoding(8))
-    assert [answer.text for answer in answers] == [plain.text for plain in expected]
+    assert [answer.text for answer in answers] == [reference.text for reference in expected]
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             assert module.compute_dtype == getattr(torch, dtype)
@@ -135,7 +135,7 @@ def test_original_format(quantization):
     assert {layers[name] for name in layers if "vision_tower" in name} == {"Linear"}
 
 
-def test_what_cannot_be_is_told(tmp_path, monkeypatch):
+def test_impossible_quantizations_are_refused(tmp_path, monkeypatch):
     checkpoint = make_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="quantization is '8bit' or '4bit', not '2bit'"):
         load_model(checkpoint, quantization="2bit")

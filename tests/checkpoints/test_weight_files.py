@@ -1,4 +1,4 @@
-"""Weights as ranges of bytes, against the library that defines the format; and the model without language model."""
+"""Safetensors files read as ranges of bytes, compared with the library; and the model without language model."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_merged_files_are_read_by_the_library(tensors, tmp_path):
 
 
 def test_the_fingerprint_is_of_the_tensors(tensors, tmp_path):
-    """Not of how they are spread over files; and of every bit of them."""
+    """It depends on every bit of the tensors, and not on how they are split into files."""
     save_file(tensors, tmp_path / "one.safetensors")
     for name, tensor in tensors.items():
         save_file({name: tensor}, tmp_path / f"{len(name)}{name[0]}.part")
@@ -90,7 +90,7 @@ def test_files_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_size", ["10GB", "100KB"])
 def test_the_model_without_language_model(tmp_path, tied, shard_size):
-    """Routes as the whole one, and is saved as the whole one, whatever the files of its source."""
+    """It routes and is saved as the whole model, however its source is split into files."""
     whole = tiny_model()
     if tied:
         whole.config.tie_word_embeddings = whole.config.text_config.tie_word_embeddings = True
@@ -112,7 +112,7 @@ def test_the_model_without_language_model(tmp_path, tied, shard_size):
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "saved")]
     assert configs[0] == configs[1]
     prints = set()
-    for name in ("whole", "saved"):  # whose files call some weights otherwise
+    for name in ("whole", "saved"):  # the files use other names for some weights
         weights = list_weights(tmp_path / name)
         prints.add(fingerprint({key: each for key, each in weights.items() if not key.startswith(ROUTER_KEYS)}))
     assert len(prints) == 1

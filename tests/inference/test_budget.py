@@ -1,4 +1,4 @@
-"""The choice of levels under a budget, against every choice there is."""
+"""Selection of levels under a budget, compared with an enumeration of all choices."""
 
 import itertools
 import random
@@ -19,15 +19,17 @@ def test_best_levels_equal_an_enumeration(seed):
     limit = rng.randint(sum(row[0] for row in tokens), sum(row[-1] for row in tokens))
     found = best_levels(values, tokens, limit)
 
-    def worth(choice):
+    def value_of(choice):
         return sum(row[level] for row, level in zip(values, choice, strict=True))
 
-    def taken(choice):
+    def tokens_of(choice):
         return sum(row[level] for row, level in zip(tokens, choice, strict=True))
 
-    fitting = [choice for choice in itertools.product(range(num_levels), repeat=num_images) if taken(choice) <= limit]
-    assert taken(found) <= limit
-    assert worth(found) == pytest.approx(max(map(worth, fitting)))
+    fitting = [
+        choice for choice in itertools.product(range(num_levels), repeat=num_images) if tokens_of(choice) <= limit
+    ]
+    assert tokens_of(found) <= limit
+    assert value_of(found) == pytest.approx(max(map(value_of, fitting)))
 
 
 def test_equally_good_choices_take_fewest_tokens():

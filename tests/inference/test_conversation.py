@@ -1,4 +1,4 @@
-"""Conversations against the same conversation read anew at every turn."""
+"""Conversations with a cache, compared with the same conversation computed from scratch at every turn."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def images():
     return noise_images()
 
 
-def plain(predictor, conversation, images, decoding):
-    """The answer to the last question when all is computed anew, at the conversation's levels."""
+def reference(predictor, conversation, images, decoding):
+    """The answer to the last question without a cache, at the conversation's levels."""
     encoded = predictor.encode([Request(conversation.messages[:-1], tuple(images))])
     return predictor.answer(encoded, conversation.levels, decoding)[0]
 
 
 @pytest.mark.parametrize("budget", [Budget(), Budget(8), Budget(token_cost=0.5), Budget(max_visual_tokens=60)], ids=str)
-def test_turns_equal_reading_everything_anew(predictor, images, budget):
+def test_turns_equal_generation_without_a_cache(predictor, images, budget):
     decoding = Decoding(6)
     conversation = Conversation(predictor, budget, decoding)
     turns = [
@@ -43,7 +43,7 @@ def test_turns_equal_reading_everything_anew(predictor, images, budget):
     for question, new in turns:
         shown += new
         answer = conversation.ask(question, new)
-        expected = plain(predictor, conversation, shown, decoding)
+        expected = reference(predictor, conversation, shown, decoding)
         assert answer.text == expected.text
         assert answer.num_prompt_tokens == expected.num_prompt_tokens
         assert answer.num_visual_tokens == expected.num_visual_tokens
@@ -84,4 +84,4 @@ def test_an_error_leaves_the_conversation_as_it_was(predictor, images):
         conversation.ask("word " * 5000)
     assert conversation.messages == before
     answer = conversation.ask("why?")
-    assert answer.text == plain(predictor, conversation, images[:1], decoding).text
+    assert answer.text == reference(predictor, conversation, images[:1], decoding).text

@@ -1,4 +1,4 @@
-"""Hand-over to engines: what is written is read back by plain transformers, which decodes the routed model's tokens."""
+"""Exports are read back by plain transformers, which decodes the same tokens as the routed model."""
 
 import base64
 import io
@@ -49,7 +49,7 @@ def routed(folder):
 
 
 def read(file, form):
-    """Embeddings and the longest answer, as an engine reads them."""
+    """Embeddings and maximum answer length, as an engine reads them."""
     if form == "safetensors":
         return load_file(file)["prompt_embeds"], 8
     body = json.loads(file.read_text())
@@ -62,7 +62,7 @@ def read(file, form):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "vllm", "sglang"])
-def test_a_plain_language_model_decodes_what_the_routed_model_answers(folder, routed, form, capsys):
+def test_a_plain_language_model_decodes_the_same_answers(folder, routed, form, capsys):
     output = folder / form
     arguments = ["--model", str(folder / "model"), "--input", str(folder / "questions.jsonl"), "--output", str(output)]
     assert cli.main(["export", "prompts", *arguments, "--format", form, "--max-new-tokens", "8", "--json"]) == 0
@@ -96,9 +96,9 @@ def test_the_folder_is_a_plain_llama(folder):
 
 def test_weights_are_shared_not_copied():
     model = tiny_model()
-    plain = language_model(model)
-    assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    ours, theirs = model.model.language_model.state_dict(), plain.model.state_dict()
+    exported = language_model(model)
+    assert exported.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    ours, theirs = model.model.language_model.state_dict(), exported.model.state_dict()
     assert all(theirs[name].data_ptr() == tensor.data_ptr() for name, tensor in ours.items())
 
 
@@ -109,7 +109,7 @@ def test_half_precision_and_questions_that_cannot_be_read(folder, tmp_path, caps
     arguments = ["--model", str(folder / "model"), "--input", str(questions), "--image-root", str(folder)]
     output = tmp_path / "prompts"
     assert cli.main(["export", "prompts", *arguments, "--output", str(output), "--dtype", "bfloat16"]) == 1
-    assert f"1 prompts are in {output}, 2 not: see {output / ERRORS}" in capsys.readouterr().out
+    assert f"1 prompts are in {output}, 2 failed: see {output / ERRORS}" in capsys.readouterr().out
     (line,) = (output / INDEX).read_text().splitlines()
     assert load_file(output / json.loads(line)["file"])["prompt_embeds"].dtype == torch.bfloat16
     errors = [json.loads(line) for line in (output / ERRORS).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Answers written together: each has its own end, draw and streamer, and is what it would be alone."""
+"""Answers generated together end, sample and stream one by one, and are the same as alone."""
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ def requests():
 
 
 class Recorder(BaseStreamer):
-    """Keeps what it is reported, and gives up at a number of tokens."""
+    """Records tokens, and abandons the answer after a number of them."""
 
-    def __init__(self, patience=1000):
-        self.ids, self.patience, self.num_ends = [], patience, 0
+    def __init__(self, max_tokens=1000):
+        self.ids, self.max_tokens, self.num_ends = [], max_tokens, 0
 
     def put(self, value):
         self.ids += value.flatten().tolist()
-        if len(self.ids) >= self.patience:
+        if len(self.ids) >= self.max_tokens:
             raise AnswerAbandoned
 
     def end(self):
@@ -45,16 +45,16 @@ def transformers_scores(logits, temperature, top_p):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.5, 0.6)])
-def test_draws_have_the_distribution_of_transformers(temperature, top_p):
+def test_samples_have_the_distribution_of_transformers(temperature, top_p):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
     expected = transformers_scores(logits[None], temperature, top_p).softmax(-1)[0]
-    num_draws = 4000
-    draws = GumbelSampler([Decoding(temperature=temperature, top_p=top_p, seed=seed) for seed in range(num_draws)])
-    counts = torch.bincount(draws(None, logits.repeat(num_draws, 1)).argmax(-1), minlength=12)
+    num_samples = 4000
+    sampler = GumbelSampler([Decoding(temperature=temperature, top_p=top_p, seed=seed) for seed in range(num_samples)])
+    counts = torch.bincount(sampler(None, logits.repeat(num_samples, 1)).argmax(-1), minlength=12)
     assert counts[expected == 0].sum() == 0
-    # Five standard deviations of a count, of which none of a few dozen goes beyond.
-    deviation = (num_draws * expected * (1 - expected)).sqrt()
-    assert ((counts - num_draws * expected).abs() <= 5 * deviation + 1e-6).all()
+    # Five standard deviations: none of a few dozen counts deviates further.
+    deviation = (num_samples * expected * (1 - expected)).sqrt()
+    assert ((counts - num_samples * expected).abs() <= 5 * deviation + 1e-6).all()
 
 
 def test_rows_without_temperature_keep_their_scores():
@@ -66,7 +66,7 @@ def test_rows_without_temperature_keep_their_scores():
     assert torch.equal(logits, given)
 
 
-def test_the_smallest_temperature_takes_the_likeliest_token():
+def test_the_smallest_temperature_takes_the_most_probable_token():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     for temperature in (5e-324, 1e-30, 1e-4):
         scores = GumbelSampler([Decoding(temperature=temperature, top_p=0.5, seed=0)])(None, logits)
@@ -74,7 +74,7 @@ def test_the_smallest_temperature_takes_the_likeliest_token():
         assert not scores.isnan().any()
 
 
-def test_seeded_draws_do_not_depend_on_the_batch(predictor, requests):
+def test_seeded_samples_do_not_depend_on_the_batch(predictor, requests):
     decodings = [Decoding(12, temperature=3.0, top_p=0.95, seed=seed) for seed in range(5)]
     decodings[2] = Decoding(5)
     batch = predictor.predict(requests, LEVEL, decodings)
@@ -85,13 +85,13 @@ def test_seeded_draws_do_not_depend_on_the_batch(predictor, requests):
     assert len({answer.text for answer in same}) == 5
 
 
-def test_draws_without_a_seed_follow_torch(predictor, requests):
-    def draw(seed):
+def test_samples_without_a_seed_follow_torch(predictor, requests):
+    def sample(seed):
         torch.manual_seed(seed)
         return predictor.predict(requests[:1], decoding=Decoding(12, temperature=5.0, top_p=0.99))[0].text
 
-    assert draw(0) == draw(0)
-    assert len({draw(seed) for seed in range(4)}) > 1
+    assert sample(0) == sample(0)
+    assert len({sample(seed) for seed in range(4)}) > 1
 
 
 def test_each_answer_ends_by_itself(predictor, requests):
@@ -141,7 +141,7 @@ def test_an_answer_is_reported_as_soon_as_it_has_ended(predictor, requests):
 
 
 def test_an_abandoned_answer_ends_and_no_other(predictor, requests):
-    recorders = [Recorder(), Recorder(patience=2), None, Recorder(), Recorder(patience=0)]
+    recorders = [Recorder(), Recorder(max_tokens=2), None, Recorder(), Recorder(max_tokens=0)]
     answers = predictor.predict(requests, LEVEL, Decoding(9), recorders)
     alone = predictor.predict(requests, LEVEL, Decoding(9))
     assert [answer.finish_reason for answer in answers] == [
@@ -157,7 +157,7 @@ def test_nothing_is_generated_after_the_last_answer_is_abandoned(predictor, requ
     steps = []
     handle = predictor.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
     try:
-        predictor.predict(requests[:2], LEVEL, Decoding(50), [Recorder(patience=2), Recorder(patience=3)])
+        predictor.predict(requests[:2], LEVEL, Decoding(50), [Recorder(max_tokens=2), Recorder(max_tokens=3)])
     finally:
         handle.remove()
     assert len(steps) == 3

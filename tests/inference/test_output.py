@@ -1,4 +1,4 @@
-"""Commands print nothing but their answer and this package's messages, whatever libraries would say."""
+"""Commands print their answer and this package's messages, and nothing from libraries."""
 
 import json
 import shutil

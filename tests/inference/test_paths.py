@@ -1,4 +1,4 @@
-"""Every way to an answer gives the tokens of the plain way: one prompt at a time through transformers' `generate`.
+"""Every path to an answer gives the tokens of the reference: one prompt at a time through transformers' `generate`.
 
 Quantised weights, which cannot, are held to a tolerance in tests/checkpoints/test_quantization.py, and an engine that
 decodes exported prompts to the same tokens in tests/inference/test_export.py.
@@ -24,7 +24,7 @@ LONGEST = {"random": 6, "trained": 8}
 
 
 class Tokens(BaseStreamer):
-    """Keeps what it is told."""
+    """Records the tokens of an answer."""
 
     def __init__(self):
         self.ids, self.ended = [], False
@@ -52,8 +52,8 @@ class Case:
             return [(Budget(), Budget(levels[index % 5]), Budget(token_cost=0.3))[index % 3] for index in range(7)]
         return [Budget() if name == "routed" else Budget(levels[int(name)])] * 7
 
-    def plain(self, name):
-        """The ids of each answer, and the levels of each request's images."""
+    def reference(self, name):
+        """Token ids of each answer, and levels of each request's images."""
         if name not in self.found:
             answers = self.found[name] = []
             for request, budget in zip(self.requests, self.budgets(name), strict=True):
@@ -80,7 +80,7 @@ def cases(tmp_path_factory):
 
 
 def make_case(name, folder):
-    """A random model, whose answers are long and hang on every token, or the trained one that comes along."""
+    """A random model, whose long answers depend on every token, or the trained mini model."""
     if name == "random":
         checkpoint = make_checkpoint(folder)
         images = noise_images()
@@ -115,7 +115,7 @@ def batched(case, budgets):
 
 
 def streamed(case, budgets):
-    """Each answer of a batch has a streamer of its own."""
+    """A batch with a streamer for each answer."""
     streamers = [Tokens() for _ in case.requests]
     answers = case.pipeline.predictor.predict(case.requests, budgets, case.decoding, streamers)
     assert all(streamer.ended for streamer in streamers)
@@ -123,21 +123,23 @@ def streamed(case, budgets):
 
 
 def reordered(case, budgets):
-    """In pieces and backwards: neighbours and padding must not matter."""
+    """Small batches in reverse order: other rows and padding must not matter."""
     rows = list(range(len(case.requests)))[::-1]
     answers = {}
     for piece in (rows[:3], rows[3:]):
-        requests, own = [case.requests[row] for row in piece], [budgets[row] for row in piece]
-        answers |= dict(zip(piece, case.pipeline.predictor.predict(requests, own, case.decoding), strict=True))
+        requests, budgets_of_piece = [case.requests[row] for row in piece], [budgets[row] for row in piece]
+        answers |= dict(
+            zip(piece, case.pipeline.predictor.predict(requests, budgets_of_piece, case.decoding), strict=True)
+        )
     return ((answers[row], None) for row in range(len(rows)))
 
 
 def encoded_once(case, budgets):
-    """The levels first, then the answers from the same encoding."""
+    """All levels, then the routed answers, from one encoding."""
     predictor = case.pipeline.predictor
     encoded = predictor.encode(case.requests)
     choice = predictor.choose(encoded, budgets)
-    predictor.answer(encoded, predictor.granularities[0], Decoding(1))  # leaves no trace
+    predictor.answer(encoded, predictor.granularities[0], Decoding(1))  # must not change the encoding
     return ((answer, None) for answer in predictor.answer(encoded, choice, case.decoding))
 
 
@@ -149,7 +151,7 @@ def first_turns(case, budgets):
 
 
 def from_a_file(case, budgets):
-    """As `avg-llava generate --input` does it."""
+    """A file of questions, as with `avg-llava generate --input`."""
     paths, lines = iter(range(5)), []
     for request, budget in zip(case.requests[:6], budgets, strict=False):
         image = [f"{next(paths)}.png"] if request.images else None
@@ -183,11 +185,11 @@ BUDGETS = {"random": ["routed", "mixed", "0", "1", "2", "3", "4"], "trained": ["
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUDGETS.items() for name in names])
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
-def test_path_equals_plain(cases, path, kind, name):
+def test_path_equals_reference(cases, path, kind, name):
     case = cases[kind]
     found = list(path(case, case.budgets(name)))
     assert len(found) == len(case.requests)
-    for (answer, streamed_ids), (ids, levels) in zip(found, case.plain(name), strict=True):
+    for (answer, streamed_ids), (ids, levels) in zip(found, case.reference(name), strict=True):
         assert answer.granularity == levels
         assert answer.text == case.pipeline.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert answer.num_new_tokens == len(ids)
@@ -197,20 +199,20 @@ def test_path_equals_plain(cases, path, kind, name):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_compiled_steps_equal_plain(cases, monkeypatch):
-    """What a static cache does on a GPU: transformers compiles the step of a token."""
+def test_compiled_steps_equal_reference(cases, monkeypatch):
+    """With a static cache on a GPU, transformers compiles the decoding step."""
     compiling = CompileConfig(mode="default")
     compiling._compile_all_devices = True
     monkeypatch.setattr(cases["random"].pipeline.model.generation_config, "compile_config", compiling)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    test_path_equals_plain(cases, with_static_cache(batched), "random", "mixed")
+    test_path_equals_reference(cases, with_static_cache(batched), "random", "mixed")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs, "something was compiled"
 
 
 @pytest.mark.parametrize("kind", LONGEST)
 def test_the_comparison_can_fail(cases, kind):
     case = cases[kind]
-    routed, coarsest, finest = (case.plain(name) for name in ("routed", "0", "4"))
+    routed, coarsest, finest = (case.reference(name) for name in ("routed", "0", "4"))
     assert len({levels for _, levels in routed}) > 2, "the router chooses different levels"
     assert len({tuple(ids) for ids, _ in routed}) > 3, "answers differ between requests"
     assert [ids for ids, _ in coarsest] != [ids for ids, _ in finest], "answers differ between levels"
@@ -221,8 +223,8 @@ def test_the_comparison_can_fail(cases, kind):
 @pytest.mark.parametrize(
     ("kind", "name"), [("random", "routed"), ("random", "mixed"), ("random", "3"), ("trained", "0")]
 )
-def test_cached_turns_equal_plain(cases, kind, name):
-    """Three turns and two images, all read anew by the plain way, at the levels that the turns had."""
+def test_cached_turns_equal_reference(cases, kind, name):
+    """Three turns and two images, compared with the reference at the levels of the turns."""
     case = cases[kind]
     budget = case.budgets(name)[2]
     conversation = case.pipeline.chat(budget, case.decoding)

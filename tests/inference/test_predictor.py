@@ -1,4 +1,4 @@
-"""Batched, routed generation: batches change nothing, and a routed answer is the forced one at the chosen level."""
+"""Batched and routed generation: batching changes nothing, and routing equals forcing the chosen levels."""
 
 import numpy as np
 import pytest
@@ -80,8 +80,8 @@ def test_encoding_once_serves_every_level(predictor, requests):
     encoded = predictor.encode(requests)
     for level in predictor.granularities:
         once = predictor.answer(encoded, level, decoding=Decoding(6))
-        anew = predictor.predict(requests, Budget(level), decoding=Decoding(6))
-        assert [prediction.text for prediction in once] == [prediction.text for prediction in anew]
+        separate = predictor.predict(requests, Budget(level), decoding=Decoding(6))
+        assert [prediction.text for prediction in once] == [prediction.text for prediction in separate]
 
 
 def test_phases_are_timed(predictor, requests):
@@ -97,7 +97,7 @@ def test_images_are_read_from_files(predictor, requests, tmp_path):
     assert from_file.text == predictor.predict(requests[:1], Budget(16), decoding=Decoding(8))[0].text
 
 
-def test_mistakes_are_told(predictor, requests, tmp_path):
+def test_mistakes_are_reported(predictor, requests, tmp_path):
     with pytest.raises(ValueError, match="granularity 7 is not one of this model's levels: 1, 2, 4, 8, 16"):
         predictor.predict(requests[:1], Budget(7))
     broken = tmp_path / "broken.png"
@@ -111,7 +111,7 @@ def test_mistakes_are_told(predictor, requests, tmp_path):
 
 
 def test_requests_are_answered_as_transformers_generate_answers_them(predictor, requests):
-    """The plain path: one prompt at a time through `generate`, which routes by itself."""
+    """The reference: one prompt at a time through the model's `generate`, which routes."""
     answers = predictor.predict(requests, decoding=Decoding(8))
     assert len({answer.granularity for answer in answers}) > 2, "else nothing is grouped"
     for request, answer in zip(requests, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Files of questions: resumed, with bad lines among them, and equal to questions asked one by one."""
+"""Files of questions: resumed, with invalid lines, and with the same answers as single questions."""
 
 import json
 import signal
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on(checkpoint, folder):
     running.send_signal(signal.SIGKILL)
     running.wait()
     with (folder / "out.jsonl").open("a") as file:
-        file.write('{"id": "half a li')  # as a kill in mid-write leaves it
+        file.write('{"id": "half a li')  # as left by a kill during a write
     assert cli.main(command) == 0
     answers = lines(folder / "out.jsonl")
     assert [answer["id"] for answer in answers] == [record["id"] for record in records]
