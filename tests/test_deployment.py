@@ -1,4 +1,4 @@
-"""The commands of docs/deployment.md up to the engines that need a GPU, run as they stand there."""
+"""Runs the commands of docs/deployment.md up to the engines that need a GPU."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/deployment.md").read_text("utf-8")
 
 
-def test_the_page_up_to_transformers(tmp_path, monkeypatch, capsys):
+def test_commands_up_to_transformers(tmp_path, monkeypatch, capsys):
     (tmp_path / "avg_llava").symlink_to(ROOT / "avg_llava")
     monkeypatch.chdir(tmp_path)
     before = PAGE.split("### vLLM")[0].replace("\\\n", " ")
@@ -31,5 +31,5 @@ def test_the_page_up_to_transformers(tmp_path, monkeypatch, capsys):
     assert all(re.fullmatch(r"q\d \[\d+\] [a-z]+", answer) for answer in answers), answers
 
 
-def test_formats_are_those_of_the_command():
+def test_formats_match_the_command():
     assert re.findall(r"^\| `(\w+)` \|", PAGE.split("## Hand-over")[1], flags=re.MULTILINE) == list(FORMATS)

@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md, run as they stand there, but for the server's address."""
+"""Runs the examples of docs/serving.md; only the server's address is replaced."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def server():
         yield server
 
 
-def test_the_examples(server, tmp_path, monkeypatch, capsys):
+def test_examples(server, tmp_path, monkeypatch, capsys):
     start, draw, curl, *_ = blocks("bash")
     command = cli.parse(shlex.split(start)[1:])
     assert isinstance(command, Serve)
@@ -54,14 +54,14 @@ def test_the_examples(server, tmp_path, monkeypatch, capsys):
 
     (code,) = blocks("python")
     exec(code.replace(ADDRESS, server.address), {})
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == text
-    assert told[1].startswith(f"{answer['granularity']} [{{'4': ")
-    assert told[1].endswith(str(answer["usage"]["prompt_tokens_details"]["visual_tokens"]))
-    assert re.fullmatch(r".+\[\d+\]", told[2])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == text
+    assert lines[1].startswith(f"{answer['granularity']} [{{'4': ")
+    assert lines[1].endswith(str(answer["usage"]["prompt_tokens_details"]["visual_tokens"]))
+    assert re.fullmatch(r".+\[\d+\]", lines[2])
 
 
-def test_limits_and_statuses_are_those_of_the_code():
+def test_limits_and_statuses_match_the_code():
     named = dict(re.findall(r"`--([\w-]+)` \((\d+)\)", PAGE))
     limits = {field.name.replace("_", "-"): str(field.default) for field in fields(Limits)}
     assert len(named) >= 5
@@ -71,9 +71,9 @@ def test_limits_and_statuses_are_those_of_the_code():
     assert statuses == set(ERRORS) | {405}
 
 
-def test_metrics_are_those_of_the_server(server):
+def test_metrics_match_the_server(server):
     text = server.request("GET", "/metrics")[2].decode()
-    shown = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE avg_llava_")}
-    shown = {name for name in shown if not name.endswith("_created")}
+    exposed = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE avg_llava_")}
+    exposed = {name for name in exposed if not name.endswith("_created")}
     named = set(re.findall(r"`(avg_llava_\w+?)(?:\{\w+\})?`", PAGE.split("## Health")[1].split("## Under load")[0]))
-    assert named == shown
+    assert named == exposed

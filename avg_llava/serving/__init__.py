@@ -1,1 +1,1 @@
-"""Ways to use a trained model: files of questions, the terminal, a server, a web page."""
+"""Interfaces to a trained model: HTTP server, web page and terminal chat."""

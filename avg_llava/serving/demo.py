@@ -221,6 +221,12 @@ class Demo:
         if request.session_hash in self._runs:
             self._runs[request.session_hash].stop()
 
+    def leave(self, request: gr.Request) -> None:
+        """Stops the session's run when its tab is closed."""
+        run = self._runs.pop(request.session_hash, None)
+        if run is not None:
+            run.stop()
+
     def check(self, upload: Any) -> None:
         """Shows a message if an uploaded image cannot be read."""
         with errors_as_messages():
@@ -409,6 +415,7 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
         for handler in handlers:
             handler.then(lambda: button_states(busy=False), outputs=buttons, **unqueued)
         stop.click(demo.stop, **unqueued)
+        page.unload(demo.leave)
         image.upload(demo.check, image, preprocess=False, api_visibility="private")
         level.change(
             lambda chosen: gr.Slider(interactive=chosen == ROUTED), level, token_cost,

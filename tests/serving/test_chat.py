@@ -1,4 +1,4 @@
-"""The terminal conversation, as typed."""
+"""The terminal conversation: questions, commands and errors."""
 
 import functools
 import http.server
@@ -35,34 +35,36 @@ def image(tmp_path):
 @pytest.fixture
 def talk(predictor):
     def run(*lines):
-        said = []
-        Chat(predictor, Budget(), Decoding(5), said.append).run(lines)
-        return said
+        output_lines = []
+        Chat(predictor, Budget(), Decoding(5), output_lines.append).run(lines)
+        return output_lines
 
     return run
 
 
-def test_a_conversation(predictor, image, talk, capsys):
-    said = talk(f"/image {image}\n", "how many dots?\n", "\n", "why?", "/quit", "never read")
+def test_conversation(predictor, image, talk, capsys):
+    output_lines = talk(f"/image {image}\n", "how many dots?\n", "\n", "why?", "/quit", "not reached")
     conversation = Conversation(predictor, Budget(), Decoding(5))
     answers = [conversation.ask("how many dots?", image), conversation.ask("why?")]
     assert [line.strip() for line in capsys.readouterr().out.strip().splitlines()] == [
         answer.text for answer in answers
     ]
-    assert said[0] == "image of 40x40 pixels: ask about it"
-    assert said[1].startswith(f"[{answers[0].granularity[0]} tokens per crop (routed), {answers[0].num_visual_tokens} ")
-    assert len(said) == 3
+    assert output_lines[0] == "image of 40x40 pixels: ask about it"
+    assert output_lines[1].startswith(
+        f"[{answers[0].granularity[0]} tokens per crop (routed), {answers[0].num_visual_tokens} "
+    )
+    assert len(output_lines) == 3
 
 
 def test_commands(image, talk):
-    said = talk(
+    output_lines = talk(
         f"/image {image}", "/granularity 4", "what?", "/cost 1000", f"/image {image}", "what?", "/reset", "/help"
     )
-    assert "4 visual tokens per crop" in said[1]
-    assert said[2].startswith("[4 tokens per crop (forced), ")
-    assert "1000 nats" in said[3]
-    assert said[5].startswith("[1 tokens per crop (routed), ")
-    assert said[6:] == ["a new conversation", HELP]
+    assert "4 visual tokens per crop" in output_lines[1]
+    assert output_lines[2].startswith("[4 tokens per crop (forced), ")
+    assert "1000 nats" in output_lines[3]
+    assert output_lines[5].startswith("[1 tokens per crop (routed), ")
+    assert output_lines[6:] == ["a new conversation", HELP]
     assert talk("/granularity 4", "/granularity auto")[-1] == "the router chooses"
 
 
@@ -77,23 +79,23 @@ def test_commands(image, talk):
         ("/image http://127.0.0.1:9/x.png", "refused"),
     ],
 )
-def test_mistakes_do_not_end_it(talk, line, message):
-    said = talk(line, "/reset")
-    assert said[0].startswith("error: ")
-    assert message in said[0]
-    assert said[1] == "a new conversation"
+def test_errors_do_not_end_the_conversation(talk, line, message):
+    output_lines = talk(line, "/reset")
+    assert output_lines[0].startswith("error: ")
+    assert message in output_lines[0]
+    assert output_lines[1] == "a new conversation"
 
 
-def test_images_by_address(image, talk):
+def test_images_by_url(image, talk):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(image.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        said = talk(f"/image http://127.0.0.1:{server.server_address[1]}/image.png")
+        output_lines = talk(f"/image http://127.0.0.1:{server.server_address[1]}/image.png")
         server.shutdown()
-    assert said == ["image of 40x40 pixels: ask about it"]
+    assert output_lines == ["image of 40x40 pixels: ask about it"]
 
 
-def test_command_reads_a_pipe(checkpoint, image, monkeypatch, capsys):
+def test_command_reads_standard_input(checkpoint, image, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("how many dots?\n/quit\n"))
     arguments = ["chat", "--model", str(checkpoint), "--image", str(image), "--max-new-tokens", "3"]
     assert cli.main([*arguments, "--granularity", "2"]) == 0

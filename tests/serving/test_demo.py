@@ -201,6 +201,16 @@ def test_stop_ends_a_queued_run(talker, monkeypatch):
     assert list(demo.ask(TAB, None, "go on", *CONTROLS)) != []
 
 
+def test_closing_a_tab_stops_its_run(talker):
+    demo = Demo(talker)
+    demo.leave(TAB)
+    demo.start(TAB)
+    steps = demo.ask(TAB, None, "go on", *LONG)
+    next(steps)
+    demo.leave(TAB)
+    assert list(steps) == []
+
+
 def test_close_waits_for_the_running_step(talker, monkeypatch):
     demo, encode = Demo(talker), talker.encode
     entered, proceed, steps = threading.Event(), threading.Event(), []

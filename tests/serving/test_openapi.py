@@ -1,4 +1,4 @@
-"""The server keeps what its OpenAPI schema says, whatever is sent to it."""
+"""Fuzzes the server: its responses conform to its OpenAPI schema for valid and invalid requests."""
 
 import hypothesis
 import pytest
@@ -35,9 +35,9 @@ def api_schema():
 
 
 def fuzz(operation, mode):
-    """The statuses of requests that a schema allows, or of such as it forbids.
+    """Sends requests that the schema allows or forbids, depending on `mode`; returns the statuses of the responses.
 
-    Through Hypothesis itself, since schemathesis' pytest plug-in does not know every pytest.
+    Uses Hypothesis directly, since schemathesis' pytest plug-in does not support all versions of pytest.
     """
     statuses = set()
 
@@ -56,19 +56,19 @@ def fuzz(operation, mode):
     return statuses
 
 
-def test_what_the_schema_allows(api_schema):
-    operations = [found.ok() for found in api_schema.get_all_operations()]
-    told = {operation.label: fuzz(operation, GenerationMode.POSITIVE) for operation in operations}
-    assert told.pop(f"POST {CHAT}") == {200, 400}  # 400: images and budgets that no schema can tell from good ones
-    assert set(map(frozenset, told.values())) == {frozenset({200})}
-    assert set(told) == {"GET /v1/models", "GET /health", "GET /metrics"}
+def test_valid_requests(api_schema):
+    operations = [operation.ok() for operation in api_schema.get_all_operations()]
+    statuses_by_operation = {operation.label: fuzz(operation, GenerationMode.POSITIVE) for operation in operations}
+    assert statuses_by_operation.pop(f"POST {CHAT}") == {200, 400}  # 400: invalid images and budgets
+    assert set(map(frozenset, statuses_by_operation.values())) == {frozenset({200})}
+    assert set(statuses_by_operation) == {"GET /v1/models", "GET /health", "GET /metrics"}
 
 
-def test_what_the_schema_forbids(api_schema):
+def test_invalid_requests(api_schema):
     assert 400 in fuzz(api_schema[CHAT]["POST"], GenerationMode.NEGATIVE)
 
 
-def test_the_schema_names_what_this_server_has(api_schema):
+def test_schema_has_this_servers_model_and_limits(api_schema):
     raw = api_schema.raw_schema
     operation = raw["paths"][CHAT]["post"]
     assert set(operation["responses"]) == {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"}
