@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Launches one training stage; scripts/train_stage{1..4}.sh call it. The same command continues a run that was killed.
+# Launches one training stage, or continues it from its latest checkpoint; called by scripts/train_stage{1..4}.sh.
 set -euo pipefail
 
 stage=$1
@@ -9,24 +9,25 @@ usage() {
     cat <<EOF
 usage: bash scripts/train_stage$stage.sh [CONFIG] [--key.subkey value ...] [--dry-run]
 
-Trains stage $stage as CONFIG (default: configs/vicuna-7b/stage$stage.yaml) says; options go over its values. Paths inside a
-configuration are relative to the root of the project. Run again, it continues a killed run and leaves a finished one alone.
-With --dry-run it looks for all that could go wrong (configuration, weights, data, disk), trains nothing and leaves nothing.
+Trains stage $stage with the configuration CONFIG (default: configs/vicuna-7b/stage$stage.yaml); options override its values.
+Paths in a configuration are relative to the root of the project. The same command continues a killed run, and does nothing
+if the run is complete. With --dry-run it checks configuration, weights, data and disk without training.
 
   bash scripts/train_stage$stage.sh configs/mini/stage$stage.yaml --optim.lr 5e-4
 
-Where it runs is said by the environment:
-  NPROC_PER_NODE   processes on this machine      (default: one for each GPU, one on a CPU)
-  NNODES           machines that share a file system (default: 1); run the same command on each, with its
-  NODE_RANK        number, from 0,
-  MASTER_ADDR      the address of machine 0, and
-  MASTER_PORT      a free port there              (default: 29500; a free one on a single machine)
-  HOSTFILE         instead: a DeepSpeed hostfile ("worker-1 slots=8" per line), run on one machine with ssh to all
+Environment variables:
+  NPROC_PER_NODE   processes per machine (default: one per GPU, or one on a CPU)
+  NNODES           number of machines, which share a file system (default: 1); run the same command on each of them
+  NODE_RANK        index of this machine, from 0
+  MASTER_ADDR      address of machine 0
+  MASTER_PORT      a free port of machine 0 (default: 29500; on a single machine, any free port)
+  HOSTFILE         alternative to the last four: a DeepSpeed hostfile ("worker-1 slots=8" per line); run the command once,
+                   on a machine with ssh access to all others
 
   NPROC_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/train_stage$stage.sh
   HOSTFILE=hosts.txt bash scripts/train_stage$stage.sh
 
-DeepSpeed is chosen by the configuration (runtime.deepspeed). \`accelerate launch --cpu\` would run without it: use this.
+The configuration selects DeepSpeed (runtime.deepspeed). Do not use \`accelerate launch --cpu\`, which disables it.
 EOF
 }
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from avg_llava.common.files import write_json
 from avg_llava.common.machine import library_versions
-from avg_llava.common.settings import ConfigError
+from avg_llava.common.settings import ConfigError, build
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.processes import rank
 from avg_llava.training.stages import STAGES
@@ -138,7 +138,8 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
             return None
         manifest, folder = read_manifest(checkpoint), checkpoint
     assert manifest is not None, "latest_checkpoint gives folders with a manifest"
-    changes = changed_keys(manifest.config, config.to_dict())
+    # A run of an earlier version lacks newer fields, which have their defaults in it.
+    changes = changed_keys(build(TrainConfig, manifest.config).to_dict(), config.to_dict())
     if manifest.parent != parent:
         changes.append(f"start: {manifest.parent} -> {parent}")
     if changes:

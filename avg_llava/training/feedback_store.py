@@ -345,7 +345,11 @@ def _relevant_fields(config: AvgLlavaConfig) -> dict[str, Any]:
         kept = {name: value for name, value in fields.items() if name not in _IGNORED_FIELDS}
         return {name: keep(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
-    return keep(config.to_dict())
+    relevant = keep(config.to_dict())
+    # Stores collected before this field existed have its default.
+    if relevant["pooling_ladder"] == AvgLlavaConfig.pooling_ladder:
+        del relevant["pooling_ladder"]
+    return relevant
 
 
 def _processor_parts(processor: AvgLlavaProcessor) -> list[Any]:

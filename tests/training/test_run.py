@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,16 @@ def test_a_finished_stage_is_left_alone(stages, world, caplog):
         run.run_stage(_config(2, stages, world))
     assert "already complete" in caplog.text
     assert (stages / "stage2" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_settings_that_an_earlier_version_did_not_have_count_as_their_defaults(stages, world, tmp_path, caplog):
+    shutil.copytree(stages / "stage1", tmp_path / "stage1")
+    manifest = json.loads((tmp_path / "stage1/stage.json").read_text())
+    del manifest["config"]["model"]["pooling_ladder"], manifest["config"]["model"]["router"]["kind"]
+    (tmp_path / "stage1/stage.json").write_text(json.dumps(manifest))
+    with caplog.at_level(logging.INFO, logger="avg_llava"):
+        run.run_stage(_config(1, stages, world, ("--output.dir", str(tmp_path / "stage1"))))
+    assert "already complete" in caplog.text
 
 
 def test_a_finished_stage_of_other_settings_is_not_taken_for_this_one(stages, world):
