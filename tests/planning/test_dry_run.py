@@ -1,4 +1,4 @@
-"""A dry run finds every problem at once, and leaves nothing behind."""
+"""The dry run finds all problems at once and leaves no files behind."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def _write(world: Path, stage: int, **sections) -> Path:
 
 
 def _files(folder: Path) -> set[Path]:
-    """What there is, but for indices of data."""
+    """All files except data indices."""
     return {path.relative_to(folder) for path in folder.rglob("*") if INDEX_DIR_NAME not in path.parts}
 
 
@@ -51,10 +51,10 @@ def test_a_run_that_is_right(world, capsys):
     path = _write(world, 1)
     before = _files(world.parent)
     assert cli.main(["train", str(path), "--optim.lr", "1e-3", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "dry run: no problems" in told
-    assert "8 samples; of 8 checked 0 cannot be read" in told
-    assert "names and shapes fit" in told
+    output = capsys.readouterr().out
+    assert "dry run: no problems" in output
+    assert "8 samples; of 8 checked 0 cannot be read" in output
+    assert "names and shapes fit" in output
     assert _files(world.parent) == before, "not even the folders above output.dir"
 
 
@@ -128,7 +128,7 @@ def test_later_stages(world, stage):
 
 
 def test_the_weights_are_not_read(world):
-    """Only the header of a file of the right length is looked at."""
+    """Only the header of a weight file is read."""
     path = _write(world, 2, model={"start": str(world / "tiny/model"), "force_start": True})
     config = load_config(path)
     _, model_config = load_processor(config)
@@ -157,7 +157,7 @@ def test_a_configuration_that_cannot_be_read(world, capsys):
 
 
 def test_room_for_checkpoints(world):
-    """By hand: float32 weights, and two moments of what is trained."""
+    """Worked out by hand: float32 weights, and two moments of trained parameters."""
     config = load_config(_write(world, 1, output={"save_every": 2, "keep": 2}))
     _, model_config = load_processor(config)
     model = dry_run.meta_model(config, model_config)
@@ -174,7 +174,7 @@ def test_only_the_first_process_looks(monkeypatch, capsys):
 
 
 def test_data_and_disk_are_looked_at_although_the_start_is_not_there(world, monkeypatch):
-    """The shape of the start is that of the files around the configuration."""
+    """The shape of the start comes from configurations in the same folder."""
     (world / "images/2.png").write_bytes(b"")
     _write(world, 1)
     path = _write(world, 2)

@@ -1,4 +1,4 @@
-"""Estimates against counted parameters, states worked out by hand, and what autograd keeps in a real step."""
+"""Estimates against counted parameters, state sizes worked out by hand, and tensors that autograd saves in a step."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def _at_root(monkeypatch):
 
 
 def test_the_7b_model_is_counted_without_a_checkpoint(capsys):
-    """Back from stage 3 to the backbones of stage 1; the counts are those of the released weights."""
+    """From stage 3 back to the backbones of stage 1; the counts are those of the released weights."""
     assert cli.main(["estimate", "--config", "configs/vicuna-7b/stage3.yaml", "--gpus", "8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     expected = json.loads((GOLDEN / "I_params.json").read_text())
@@ -84,7 +84,7 @@ def test_a_local_start_is_counted_exactly(tmp_path, capsys):
 
 
 def test_a_token_budget(tmp_path, capsys):
-    """Three equal samples and a little more fit into a micro-batch, and a step has two micro-batches of each GPU."""
+    """Three equal samples, but not four, fit into a micro-batch; a step has two micro-batches per GPU."""
     values = yaml.safe_load(Path("configs/mini/stage3.yaml").read_text().replace("runs/mini/stage2", MINI))
     path = tmp_path / "stage3.yaml"
 
@@ -96,19 +96,19 @@ def test_a_token_budget(tmp_path, capsys):
 
     config = load_model_config(MINI)
     length = SampleShape((64, 64), 30, 10).length(config.granularities[-1], config)
-    plain, budget = run(micro_batch_size=3, global_batch_size=12), run(max_tokens_per_batch=3 * length + 5)
-    assert plain["step"]["samples"] == budget["step"]["samples"] == 12
-    assert plain["steps"] == budget["steps"] == 100
+    reference, budget = run(micro_batch_size=3, global_batch_size=12), run(max_tokens_per_batch=3 * length + 5)
+    assert reference["step"]["samples"] == budget["step"]["samples"] == 12
+    assert reference["steps"] == budget["steps"] == 100
     for key in ("tokens", "flops", "accumulation_steps"):
-        assert plain["step"][key] == budget["step"][key]
-    assert plain["memory"] == budget["memory"]  # of three samples
+        assert reference["step"][key] == budget["step"][key]
+    assert reference["memory"] == budget["memory"]  # of three samples
     assert any(f"2 x {3 * length + 5:,} tokens per GPU" in line for line in estimate.table_lines(budget))
     alone = run(max_tokens_per_batch=10)
     assert alone["step"]["samples"] == 4
 
 
 def test_samples_are_drawn_from_data_that_are_there(tmp_path):
-    """All of them, since they are few: tokens and operations are those of the data set's own samples."""
+    """All samples of a small data set: tokens and operations are theirs."""
     write_backbones(tmp_path)
     write_data(tmp_path, num_samples=6)
     values = stage_values(1, tmp_path, tmp_path)
@@ -178,13 +178,13 @@ def test_shipped_deepspeed_files():
 
 
 def _kept_bytes(model, run) -> int:
-    """Bytes of the storages that autograd keeps while `run` makes its loss, the model's own apart."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    """Bytes of storages that autograd saves while `run` computes the loss, without those of the model."""
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in model_storages:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address is used twice
         return tensor
 
@@ -195,7 +195,7 @@ def _kept_bytes(model, run) -> int:
 
 
 def _step_memory(stage: int, recompute: bool, monkeypatch) -> tuple[int, Activations]:
-    """Bytes that autograd keeps of a step whose levels go through the language model together, and the estimate."""
+    """Bytes that autograd saves in a step with all levels in one packed row, and the estimate."""
     monkeypatch.setattr(levels, "runs_levels_together", lambda model: True)
     torch.manual_seed(0)
     config = PRESETS["mini"].config()
@@ -235,7 +235,7 @@ def test_activations_of_a_drawn_level(monkeypatch):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_recomputed_activations(stage, monkeypatch):
-    """Beside what autograd keeps, the estimate holds one layer of each part, which the backward pass makes again."""
+    """The estimate includes the tensors that autograd saves, and one recomputed layer of each part."""
     measured, estimated = _step_memory(stage, True, monkeypatch)
     everything, _ = _step_memory(stage, False, monkeypatch)
     assert measured < estimated.kept < measured + everything / 2

@@ -1,4 +1,4 @@
-"""Micro-batches are a matter of memory: however a step's samples are cut up, its gradient and loss are the same."""
+"""Gradient and loss of a step do not depend on how its samples are divided into micro-batches."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_one_by_eight_is_eight_by_one(world, tmp_path, stage, monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_a_token_budget_changes_no_gradient(world, tmp_path, stage, monkeypatch):
-    """All samples in one step, as one micro-batch and as micro-batches of a few tokens, fewer than a step may have."""
+    """All samples in one step: as one micro-batch, and as several micro-batches under a token budget."""
     samples = 9 if stage == 1 else 12
     sizes: list[list[int]] = []
     forward = objective_class(STAGES[stage].objective).forward

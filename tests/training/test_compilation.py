@@ -1,4 +1,4 @@
-"""Compiled layers against the layers as they are, and where compiling is refused."""
+"""Compiled layers against eager ones, and the refusals of `runtime.compile`."""
 
 import shutil
 
@@ -62,10 +62,10 @@ def test_not_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on a CPU"):
         check_compilation({"zero_optimization": {"stage": 2}}, use_cpu=True)
-    own = tmp_path / "own-compiler"
-    own.write_text("#!/bin/sh\n")
-    own.chmod(0o755)
-    monkeypatch.setenv("CXX", str(own))
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     check_compilation(None, use_cpu=True)
 
 

@@ -136,7 +136,7 @@ def test_stage_1_needs_backbones(write):
 
 
 def test_a_file_extends_another(write, tmp_path):
-    """Sections are merged, everything else is replaced, and options go over both."""
+    """Sections are merged, other values are replaced, and command-line options override both."""
     base = write(4)
     (tmp_path / "sweeps").mkdir()
     middle, path = tmp_path / "sweeps/middle.yaml", tmp_path / "sweeps/last.yaml"
@@ -211,7 +211,7 @@ def test_batch_sizes_that_do_not_fit(write, world_size):
 
 
 class TestMixture:
-    """`data.sources` in a file of its own, which stages share."""
+    """`data.sources` in a separate file, shared by stages."""
 
     @pytest.fixture
     def mixture(self, tmp_path) -> Path:

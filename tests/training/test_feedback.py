@@ -1,4 +1,4 @@
-"""The feedback store: what is in it, that it is read as what training would compute, and what it refuses."""
+"""The feedback store: its contents, equality with feedback computed while training, and refusals."""
 
 import json
 import multiprocessing
@@ -44,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(root) -> Path:
-    """The feedback on the samples, in shards of one sample, collected in one go."""
+    """A store of all samples in shards of one sample, collected without interruption."""
     begin(root, root / "store", shard_size=1)
     collect(configuration(root), root / "store", num_processes=1)
     return root / "store"
@@ -57,7 +57,7 @@ def configuration(root: Path, stage: int = 4, *overrides: str) -> TrainConfig:
 
 
 def begin(root: Path, folder: Path, shard_size: int) -> FeedbackStore:
-    """An empty store with shards of another size than is usual."""
+    """An empty store with another shard size than the default."""
     config = configuration(root)
     dataset = assembly.build_dataset(config, *assembly.load_processor(config))
     manifest = describe(config.model.start, dataset, config.runtime.precision)
@@ -129,7 +129,7 @@ def _collect_quietly(config: TrainConfig, folder: Path) -> None:
 
 
 def test_killed_ten_times_it_is_the_same_store(root, store, tmp_path):
-    """Kill -9 at random moments. What is finished stays: no shard is written twice."""
+    """Kill -9 at random times: finished shards stay, and no shard is written twice."""
     folder = tmp_path / "killed"
     begin(root, folder, shard_size=1)
     config = configuration(root, 4, "--logging.progress_bar", "false")
@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_computed_again(root, store, tmp_path):
 
 @pytest.fixture
 def other_data(root, tmp_path) -> Path:
-    """Samples that cannot be compared, each for a reason of its own, and one that can."""
+    """Samples that cannot be compared, each for a different reason, and one that can."""
     shutil.copytree(root / "images", tmp_path / "images")
     (tmp_path / "images/bad.png").write_bytes((root / "images/0.png").read_bytes()[:60])
     records = {record["id"]: record for record in json.loads((root / "instruct.json").read_text())}
@@ -232,7 +232,7 @@ def test_a_log_probability_that_is_not_finite_names_its_sample(root, tmp_path):
 
 
 def test_command(root, store, tmp_path, capsys):
-    """A store that is complete is left alone, and told about."""
+    """A complete store is not changed, and its counts are reported."""
     configuration(root, 4, "--logging.progress_bar", "false")
     before = contents(store)
     command = ["feedback", "--config", str(root / "stage4.yaml"), "--output", str(store)]
@@ -316,7 +316,7 @@ def test_a_run_from_a_store_is_resumed(root, store, direct, tmp_path, monkeypatc
 
 
 def test_one_store_serves_every_sweep(root, store, tmp_path):
-    """Another k, other levels, other weights of the losses, sums for means, fewer samples in another order."""
+    """Other k, levels, loss weights and reduction; fewer samples in another order."""
     sweep = {
         "model.router": "{num_text_tokens: 9, num_attention_heads: 4}",
         "model.granularities": "[4, 16, 64]",

@@ -1,4 +1,4 @@
-"""Counted operations against those that torch counts while the model runs."""
+"""Computed operations against those that torch counts while the model runs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def model():
 
 
 def _counted(run) -> float:
-    """Operations of matrix products and convolutions, also those that fused attention would hide."""
+    """Operations of matrix products and convolutions, without fused attention, which hides some."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -57,7 +57,7 @@ class TestForwardPasses:
 
 
 def test_steps_at_a_drawn_level(model, monkeypatch):
-    """The mean of steps that draw each level once. Within 10%: attention has two factors to differentiate, where a
+    """The mean of steps that sample each level once. Within 10%: attention has two factors to differentiate, where a
     frozen matrix has one, and is a larger part of this model than of a real one.
     """
     config = model.config
@@ -85,7 +85,7 @@ def test_steps_at_a_drawn_level(model, monkeypatch):
 @pytest.mark.parametrize("way", ["plain", "ours"])
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_steps(model, stage, way):
-    """Within 5%: the tower's last layer has no backward pass, nor have the pixels."""
+    """Within 5%: neither the tower's last layer nor the pixels have a backward pass."""
     config = model.config
     model.zero_grad()
     set_trainable(model, STAGES[stage])
@@ -112,7 +112,7 @@ def test_steps(model, stage, way):
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_steps_with_adapters(vision):
-    """Stage 3, where frozen matrices take no gradients of their own, and the adapters' are small but there."""
+    """Stage 3, where frozen matrices have no weight gradients, and adapters have small ones."""
     torch.manual_seed(0)
     model = AvgLlavaForConditionalGeneration(PRESETS["mini"].config())
     config = model.config

@@ -1,4 +1,4 @@
-"""What the launch script starts, seen through stand-ins for `python` and `deepspeed` that print their arguments."""
+"""Commands of the launch script, recorded by fake `python` and `deepspeed` that print their arguments."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run scripts/train_stageN.sh with stand-ins; returns the finished process."""
+    """Runs scripts/train_stageN.sh with fakes; returns the finished process."""
     for name, text in {"python": PYTHON, "deepspeed": '#!/bin/sh\necho "deepspeed $*"\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

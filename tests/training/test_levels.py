@@ -1,4 +1,4 @@
-"""One packed row = row by row = the plain loop, on every attention that runs here; and what is not computed."""
+"""One packed row, row by row and the reference loop agree under every attention; nothing superfluous is computed."""
 
 import pytest
 import torch
@@ -45,12 +45,14 @@ def _texts(batch):
     return TextBatch(*(batch[name] for name in TextBatch._fields))
 
 
-def _loss_and_gradients(model, stage, batch, plain=False):
+def _loss_and_gradients(model, stage, batch, reference=False):
     set_trainable(model, STAGES[stage])
     objective = objective_class(STAGES[stage].objective)(model, ObjectiveSettings())
     model.zero_grad()
     loss = (
-        plain_loss(STAGES[stage].objective, model, batch, objective.settings) if plain else objective(**batch)["loss"]
+        plain_loss(STAGES[stage].objective, model, batch, objective.settings)
+        if reference
+        else objective(**batch)["loss"]
     )
     loss.backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
@@ -58,7 +60,7 @@ def _loss_and_gradients(model, stage, batch, plain=False):
 
 
 def _assert_same(found, expected, rtol=1e-6):
-    """The default is for float64, in which Llama's norms still compute in float32."""
+    """The default tolerance is for float64, in which Llama's norms still compute in float32."""
     torch.testing.assert_close(found[0], expected[0], rtol=rtol, atol=0, check_dtype=False)
     assert found[1].keys() == expected[1].keys()
     whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
@@ -76,27 +78,27 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_objectives_are_the_plain_loop(model, batch, stage, way):
-    _assert_same(_loss_and_gradients(model, stage, batch), _loss_and_gradients(model, stage, batch, plain=True))
+    _assert_same(_loss_and_gradients(model, stage, batch), _loss_and_gradients(model, stage, batch, reference=True))
 
 
 @pytest.mark.parametrize("feedback", ["mean", "sum"])
 def test_router_objective_is_the_plain_loop(model, batch, feedback, way):
-    """On the samples with images; dropout is off because the model is in evaluation."""
+    """On the samples with images; in evaluation mode, without dropout."""
     with_images = [0, 2]
     batch |= {name: batch[name][with_images] for name in TextBatch._fields}
-    _assert_same(_loss_and_gradients(model, 4, batch), _loss_and_gradients(model, 4, batch, plain=True))
+    _assert_same(_loss_and_gradients(model, 4, batch), _loss_and_gradients(model, 4, batch, reference=True))
 
 
 def test_in_float32_too(batch, way):
-    """At the tolerances that the project promises: 1e-5 of the loss, 1e-4 of each gradient."""
+    """At the documented tolerances: 1e-5 of the loss, 1e-4 of each gradient."""
     model = tiny_model()
-    found, expected = (_loss_and_gradients(model, 3, batch, plain=plain) for plain in (False, True))
+    found, expected = (_loss_and_gradients(model, 3, batch, reference=reference) for reference in (False, True))
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     _assert_same(found, expected, rtol=1e-4)
 
 
 def test_in_mixed_precision(batch, way):
-    """Autocast to bfloat16, whose rounding is all that differs; gradients stay in float32."""
+    """Autocast to bfloat16: only its rounding differs, and gradients stay float32."""
     model = tiny_model()
     expected = torch.cat([gradient.flatten() for gradient in _loss_and_gradients(model, 3, batch)[1].values()])
     objective = objective_class("multi_granularity")(model, ObjectiveSettings())
@@ -116,7 +118,7 @@ def test_every_attention_keeps_packed_sequences_apart(batch, attention, num_key_
     config.text_config.num_key_value_heads = num_key_value_heads
     torch.manual_seed(0)
     model = AvgLlavaForConditionalGeneration(config).eval().double()
-    expected = _loss_and_gradients(model, 3, batch, plain=True)
+    expected = _loss_and_gradients(model, 3, batch, reference=True)
     objective = objective_class("multi_granularity")(model, ObjectiveSettings())
     model.set_attn_implementation({"text_config": attention})
     model.zero_grad()
@@ -137,14 +139,14 @@ def test_the_attention_is_chosen_unless_one_was_asked_for(model):
 
 
 def test_with_recomputed_activations(model, batch, way):
-    expected = _loss_and_gradients(model, 3, batch, plain=True)
+    expected = _loss_and_gradients(model, 3, batch, reference=True)
     model.activation_checkpointing_enable({"use_reentrant": False})
     _assert_same(_loss_and_gradients(model.train(), 3, batch), expected)
 
 
 def test_head_tied_to_the_embeddings(model, batch, way):
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    _assert_same(_loss_and_gradients(model, 3, batch), _loss_and_gradients(model, 3, batch, plain=True))
+    _assert_same(_loss_and_gradients(model, 3, batch), _loss_and_gradients(model, 3, batch, reference=True))
 
 
 def test_a_second_micro_batch_adds_its_gradients(model, batch, way):
@@ -170,7 +172,7 @@ def test_answers_are_the_same_without_gradients(model, batch, way):
 
 @pytest.mark.parametrize("longest", [70, 100])
 def test_cut_samples_are_the_plain_loop_s(model, batch, longest, way):
-    """Where the maximal length cuts answers at fine levels, every token that is left counts with the same weight."""
+    """Where the maximal length truncates answers at fine levels, all remaining tokens have the same weight."""
     model.config.max_sequence_length = longest
     features = model.encode_images(batch["pixel_values"], batch["image_sizes"])
     with torch.no_grad():
@@ -186,7 +188,7 @@ def test_cut_samples_are_the_plain_loop_s(model, batch, longest, way):
 
 
 def test_no_padding_and_text_goes_once(model, batch, way):
-    """Tokens that the language model sees, by counting on the plain loop's masks."""
+    """Tokens through the language model, counted on the masks of the reference loop."""
     seen = []
     layer = model.model.language_model.layers[0]
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
@@ -214,7 +216,7 @@ def test_rows_are_filled_longest_first():
 
 
 class _LargestLogits(TorchDispatchMode):
-    """Rows of the largest tensor that ends in the vocabulary, the head's weight (transposed) aside."""
+    """Rows of the largest tensor with the vocabulary as last dimension, except the head's transposed weight."""
 
     def __init__(self, vocabulary, hidden_size=64):
         super().__init__()
@@ -233,26 +235,26 @@ class _LargestLogits(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_logits_exist_for_a_few_supervised_tokens_at_a_time(batch, stage, way, monkeypatch):
-    """Forward and backward; the vocabulary has a size that no other dimension has."""
+    """Forward and backward; no other dimension has the size of the vocabulary."""
     config = tiny_config()
     config.text_config.vocab_size = vocabulary = 997
     torch.manual_seed(0)
     model = AvgLlavaForConditionalGeneration(config).eval().double()
     if stage == 4:
         batch |= {name: batch[name][[0, 2]] for name in TextBatch._fields}
-    expected = _loss_and_gradients(model, stage, batch, plain=True)
+    expected = _loss_and_gradients(model, stage, batch, reference=True)
     for rows, most in ((3, 3), (1000, 13 * 5 + 4)):
         monkeypatch.setattr(packing, "MAX_LOGITS", rows * vocabulary + 1)
         with _LargestLogits(vocabulary) as largest:
             _assert_same(_loss_and_gradients(model, stage, batch), expected)
         assert 0 < largest.rows <= most
     with _LargestLogits(vocabulary) as largest:
-        _loss_and_gradients(model, stage, batch, plain=True)
-    assert largest.rows > 3 * 100, "the plain loop holds them all, so the test would see them"
+        _loss_and_gradients(model, stage, batch, reference=True)
+    assert largest.rows > 3 * 100, "the reference loop holds them all, so the test would see them"
 
 
 class TestHead:
-    """Gradients in float32 at 1e-6 of the full logits' ones."""
+    """Gradients in float32 within 1e-6 of those of the full logits."""
 
     @pytest.mark.parametrize("rows", [1, 7, 1000])
     def test_chunks_are_the_full_logits(self, rows, monkeypatch):
@@ -285,7 +287,7 @@ class TestHead:
 
 
 def test_attention_windows_hold_within_packed_sequences():
-    """A language model that sees a few tokens back only, as Mistral: each packed sequence is as it is alone."""
+    """A language model with sliding-window attention, such as Mistral: packing changes no sequence."""
     config = MistralConfig(
         vocab_size=64,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""LoRA against the model trained whole, and against peft's own loading and merging."""
+"""LoRA against training all weights, and against loading and merging by peft."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 def adapted_model(settings: LoraSettings = SETTINGS, trained: bool = True):
-    """A tiny model with adapters, as trained ones are: neither matrix is zero."""
+    """A tiny model with adapters whose matrices are not zero, as after training."""
     model = tiny_model()
     add_adapters(model, settings, seed=3)
     if trained:
@@ -42,7 +42,7 @@ def adapted_model(settings: LoraSettings = SETTINGS, trained: bool = True):
 
 
 def batch_of(model) -> dict[str, torch.Tensor]:
-    """A sample with an image, and one of text."""
+    """A sample with an image, and one without."""
     prompts = [prompt(20, 3, seed=1), prompt(14, seed=3)]
     labels = [torch.where(torch.arange(len(ids)) < 10, -100, ids) for ids in prompts]
     return {
@@ -97,8 +97,8 @@ def test_chosen_layers():
 
 
 def test_new_adapters_change_nothing_and_are_the_same_every_time():
-    plain, first, second = tiny_model(), adapted_model(trained=False), adapted_model(trained=False)
-    torch.testing.assert_close(logits(first), logits(plain), rtol=0, atol=0)
+    reference, first, second = tiny_model(), adapted_model(trained=False), adapted_model(trained=False)
+    torch.testing.assert_close(logits(first), logits(reference), rtol=0, atol=0)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name))
 
@@ -135,16 +135,16 @@ def test_recomputed_activations_give_the_same_gradients(dropout):
 
 def test_merged_equals_unmerged():
     model = adapted_model()
-    plain = tiny_model()
-    assert (logits(model) - logits(plain)).abs().max() > 1e-2
-    plain.load_state_dict(merge_adapters(model.state_dict(), SETTINGS))
+    reference = tiny_model()
+    assert (logits(model) - logits(reference)).abs().max() > 1e-2
+    reference.load_state_dict(merge_adapters(model.state_dict(), SETTINGS))
     for level in model.config.granularities:
-        torch.testing.assert_close(logits(plain, level), logits(model, level), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(reference, level), logits(model, level), rtol=0, atol=1e-5)
     by_peft = copy.deepcopy(model)
     for module in by_peft.modules():
         if hasattr(module, "lora_A"):
             module.merge()
-    for name, tensor in plain.state_dict().items():
+    for name, tensor in reference.state_dict().items():
         layer, _, last = name.rpartition(".")
         merged = by_peft.state_dict().get(f"{layer}.base_layer.{last}", by_peft.state_dict().get(name))
         torch.testing.assert_close(tensor, merged, rtol=1e-6, atol=1e-6, msg=name)
@@ -169,7 +169,7 @@ def test_learning_rates():
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> Path:
-    """Stage 1 whole; stage 2 with adapters in the language model, stage 3 also in the tower."""
+    """Stage 1; stage 2 with adapters in the language model, stage 3 also in the vision tower."""
     root = tmp_path_factory.mktemp("lora")
     write_backbones(root)
     write_data(root)
@@ -211,7 +211,7 @@ def test_the_result_is_a_whole_model_that_says_lora(stages, stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_kept_adapter_on_the_start_is_the_result(stages, stage):
-    """peft itself puts it onto the stage's start, beside the parts that were trained whole."""
+    """peft loads the adapter into the stage's start; projector and newline come from the result."""
     folder = stages / f"stage{stage}"
     expected, model = load_model(folder), load_model(stages / f"stage{stage - 1}")
     adapted = {"llm"} if stage == 2 else {"llm", "vision"}
@@ -239,7 +239,7 @@ def test_the_next_stage_starts_from_it(stages, tmp_path):
 
 
 def test_interrupted_and_continued(stages, tmp_path, monkeypatch):
-    """From the second step on, with dropout, to the same losses, adapters and merged weights."""
+    """Continued after the first step, with dropout, to the same losses, adapters and merged weights."""
     arguments = ["--output.dir", str(tmp_path / "run"), "--output.save_every", "1"]
     config = load_config(write_config(stages, 3), arguments)
 
@@ -256,7 +256,7 @@ def test_interrupted_and_continued(stages, tmp_path, monkeypatch):
 
 
 def test_estimate_counts_adapters(stages):
-    """Parameters and what is trained of them, as the run has them; a smaller optimizer; fewer operations."""
+    """Parameter counts equal those of the run; less optimizer memory; fewer operations."""
     path = write_config(stages, 3)
     config = load_config(path)
     model, _ = build_model(config)
@@ -266,10 +266,10 @@ def test_estimate_counts_adapters(stages):
     assert found["model"]["by_part"] == {part: vars(count) for part, count in counts.items()}
     trained = sum(count.trainable for count in counts.values())
     assert found["memory"]["0"]["optimizer"] == 12 * trained
-    plain = yaml.safe_load(path.read_text())
-    del plain["lora"], plain["optim"]["lora_lr"]
-    (stages / "plain.yaml").write_text(yaml.safe_dump(plain))
-    whole = estimate.estimate(stages / "plain.yaml", estimate.Request(num_gpus=1, zero="0"))
+    reference = yaml.safe_load(path.read_text())
+    del reference["lora"], reference["optim"]["lora_lr"]
+    (stages / "reference.yaml").write_text(yaml.safe_dump(reference))
+    whole = estimate.estimate(stages / "reference.yaml", estimate.Request(num_gpus=1, zero="0"))
     assert found["step"]["flops"] < whole["step"]["flops"]
     assert (
         whole["model"]["parameters"]

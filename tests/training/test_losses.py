@@ -73,7 +73,7 @@ def test_ranking_loss_gradient_by_finite_difference(variant):
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_ranking_loss_depends_on_levels_as_pairs_only(variant):
-    """The same relabelling of logits and feedback changes nothing; the levels' order is not the ranking's."""
+    """The loss is invariant under a permutation of the levels of logits and feedback."""
     logits, log_probs = _random(4)
     order = torch.tensor([3, 0, 4, 1, 2])
     assert torch.allclose(

@@ -1,4 +1,4 @@
-"""What a run logs about itself, against counts made another way."""
+"""Metrics of the log, against independent counts."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def _config(stage: int, world: Path, folder: Path, *overrides: str) -> TrainConfig:
-    """A run of any stage that starts from stage 1's result."""
+    """Configuration of a run of any stage that starts from stage 1's result."""
     values = stage_values(stage, folder, world)
     if stage > 1:
         values["model"] = {"start": str(world / "stage1"), "force_start": True}
@@ -99,7 +99,7 @@ def test_tokens_are_those_that_the_language_model_sees(stage, world, tmp_path, m
 
 
 def test_gradient_norms_of_the_parts(world, tmp_path, monkeypatch):
-    """Against autograd's gradients before they are clipped."""
+    """Against autograd's gradients before clipping."""
     expected: list[dict[str, torch.Tensor]] = []
     clip = StageTrainer._clip_grad_norm
 
@@ -158,7 +158,7 @@ def test_peak_must_be_a_speed(world, tmp_path):
 
 
 def test_waiting_for_data(world, tmp_path, monkeypatch):
-    """On a clock of the test's own: two batches that take 3 s each, steps of 1 s, a checkpoint of 10 s."""
+    """With a fake clock: two batches that take 3 s each, steps of 1 s, a checkpoint of 10 s."""
     now = [100.0]
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
 
@@ -227,7 +227,7 @@ def test_machine_metrics_are_all_there(world, tmp_path):
 
 class TestCollapse:
     def _train(self, world: Path, folder: Path, level: int | None, caplog) -> list[str]:
-        """Warnings of 22 steps of stage 4 from a router that prefers one level whatever it sees, or as it is."""
+        """Warnings in 22 steps of stage 4, with a router that always prefers one level, or with an unchanged one."""
         start = folder / "start"
         start.mkdir()
         for file in (world / "stage1").iterdir():
@@ -278,7 +278,7 @@ class TestCollapse:
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_trackers_without_a_network(tracker, world, tmp_path, monkeypatch):
-    """They keep the run in files; nothing of this process looks for another machine."""
+    """Trackers write files, and the process opens no connection to another machine."""
     connect, resolve = socket.socket.connect, socket.getaddrinfo
     asked = []
 

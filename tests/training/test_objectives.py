@@ -1,4 +1,4 @@
-"""Objectives against sums over the model's public forward, sample by sample."""
+"""Objectives against sums over the model's public forward pass, sample by sample."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture
 def batch(model):
-    """Two samples with an image each, one of text, right-padded."""
+    """Two samples with one image each and one without, right-padded."""
     prompts = [prompt(20, 3, seed=1), prompt(26, 5, seed=2), prompt(14, seed=3)]
     labels = [_labels(ids, start) for ids, start in zip(prompts, (15, 19, 10), strict=True)]
     return {
@@ -54,7 +54,7 @@ def _text_only(batch):
 
 
 def _objective(model, stage, **settings):
-    """The objective of a stage's number, or stage 4's "gumbel"."""
+    """The default objective of a stage, or "gumbel"."""
     name = stage if stage == "gumbel" else STAGES[stage].objective
     set_trainable(model, STAGES[4 if stage == "gumbel" else stage])
     objective = objective_class(name)(model, ObjectiveSettings(**settings))
@@ -78,7 +78,7 @@ def test_multi_granularity_loss_is_the_mean_over_levels(model, batch):
 
 
 def _released_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """One-hot draws with the gradient of a softmax, from the same random numbers as torch's own."""
+    """One-hot samples with the gradient of a softmax, from the same random numbers as torch's Gumbel-softmax."""
     noise = -torch.empty_like(logits).exponential_().log()
     soft = ((logits + noise) / temperature).softmax(-1)
     hard = torch.nn.functional.one_hot(soft.argmax(-1), logits.shape[-1])
@@ -86,7 +86,7 @@ def _released_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _released_tokens(crops: torch.Tensor, weights: torch.Tensor, size: tuple[int, int], model) -> torch.Tensor:
-    """All levels padded with zeros to the finest, mixed, cut to the length of the one drawn, laid out as an image."""
+    """All levels padded with zeros, summed with weights, truncated to the sampled level, laid out as an image."""
     config = model.config
     mixed = torch.zeros_like(crops)
     for weight, level in zip(weights, config.granularities, strict=True):
@@ -111,7 +111,7 @@ def _released_tokens(crops: torch.Tensor, weights: torch.Tensor, size: tuple[int
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gumbel_loss_and_gradient_by_brute_force(model, batch, temperature, seed):
-    """The released formulation, sample by sample, on the language model's own logits."""
+    """The released formulation, sample by sample, on the language model's logits."""
     objective = _objective(model, "gumbel", temperature=temperature)
     torch.manual_seed(seed)
     output = objective(**batch)
@@ -160,7 +160,7 @@ def test_images_are_encoded_once(model, batch, monkeypatch):
 @pytest.mark.parametrize("feedback", ["mean", "sum"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_router_loss_by_brute_force(model, batch, variant, feedback):
-    """Feedback from forward passes of one sample at a time, through the public forward."""
+    """Feedback from the public forward pass, one sample at a time."""
     output = _objective(model, 4, ranking=variant, feedback=feedback)(**batch)
     log_probs, logits = [], []
     for sample, size in enumerate(SIZES):
@@ -231,7 +231,7 @@ def test_tie_tolerance_makes_the_coarsest_level_the_label(model, batch):
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, "gumbel"])
 def test_a_batch_without_images_runs_every_trained_part(model, batch, stage):
-    """Under ZeRO, all ranks must have gradients of the same parts; here they are zero where no image was."""
+    """Under ZeRO, all ranks must have gradients of the same parts; without images they are zero."""
     objective = _objective(model, stage)
     output = objective(**_text_only(batch))
     output["loss"].backward()
@@ -248,7 +248,7 @@ def test_a_batch_without_images_runs_every_trained_part(model, batch, stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_blank_crop_has_no_say(model, batch, stage):
-    """Text alone gives the language model's own loss, and no gradient to what only images reach."""
+    """Without images, the loss is the language model's, and the gradients of vision and projector are zero."""
     text = _text_only(batch)
     output = _objective(model, stage)(**text)
     output["loss"].backward()

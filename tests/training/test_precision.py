@@ -1,4 +1,4 @@
-"""The router and the losses in float32, whatever the rest of the model computes in."""
+"""Router and losses are float32 in any precision of the model."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def batch_of(model) -> dict[str, torch.Tensor]:
 
 
 def rounded_model():
-    """A tiny model without dropout whose weights, the router's apart, are bfloat16 values; in float32."""
+    """A tiny float32 model without dropout whose weights, except the router's, are representable in bfloat16."""
     model = tiny_model(router_config={"num_text_tokens": 12, "dropout": 0.0})
     for name, parameter in model.named_parameters():
         if ".router." not in name:
@@ -52,7 +52,7 @@ def routed(model, inputs, features, autocast: bool = False) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 def test_the_router_computes_in_float32(way):
-    """From what a model in bfloat16 encodes, to the float32 router's logits; a router in bfloat16 is far from them."""
+    """From bfloat16 features, logits of the float32 router are close to the reference; a bfloat16 router's are not."""
     wide, narrow = rounded_model(), rounded_model()
     inputs = batch_of(wide)
     if way == "weights":
@@ -74,7 +74,7 @@ def test_the_router_computes_in_float32(way):
 
 
 def test_the_loss_of_a_model_in_bfloat16_is_close():
-    """Stage 4 on the fly: what the frozen parts round is all that differs."""
+    """Stage 4 without a store: only the rounding of the frozen parts differs."""
     wide, narrow = rounded_model(), rounded_model()
     inputs = batch_of(wide)
     narrow.bfloat16().model.router.float()
@@ -92,7 +92,7 @@ def test_the_loss_of_a_model_in_bfloat16_is_close():
 
 
 def test_router_losses_sum_in_float32():
-    """Inputs in bfloat16, many and of very different sizes: the loss is that of the same numbers in float64."""
+    """Many bfloat16 inputs of very different magnitudes: the loss equals that of the same values in float64."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4096, 5, generator=generator).bfloat16()
     feedback = (torch.randn(4096, 5, generator=generator) * 20 - 50).bfloat16()
@@ -124,7 +124,7 @@ def write_config(root: Path, stage: int) -> Path:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_what_deepspeed_gets_to_train(world, tmp_path, precision):
-    """Under DeepSpeed, frozen parts are in the run's type, the router is not, and DeepSpeed is told to cast nothing."""
+    """Under DeepSpeed, frozen parts have the run's precision, the router is float32, and DeepSpeed casts nothing."""
     settings = json.loads(Path("configs/deepspeed/zero2.json").read_text())
     overrides = ["--runtime.deepspeed", "configs/deepspeed/zero2.json", "--runtime.precision", precision]
     config = load_config(write_config(world, 4), overrides)

@@ -1,4 +1,4 @@
-"""Whole runs of one process on a tiny world, in this process, without DeepSpeed."""
+"""Complete runs in this process on a tiny world, without DeepSpeed."""
 
 import json
 import logging
@@ -87,7 +87,7 @@ def test_only_the_stage_s_parts_change(stages, world, stage):
 
 @pytest.mark.parametrize("levels", [[64], [4, 16, 64]])
 def test_stage_3_learns_some_of_the_levels(stages, world, tmp_path, levels):
-    """The result knows these levels only, with a router for them; its losses are means over them."""
+    """The result has only these levels and a router for them; its losses are means over them."""
     overrides = ("--model.granularities", str(levels), "--output.dir", str(tmp_path / "stage3"))
     folder = run.run_stage(_config(3, stages, world, overrides))
     model, _ = load(folder)
@@ -110,7 +110,7 @@ def test_a_router_that_sees_the_image_only(stages, world, tmp_path):
 
 
 def test_router_from_the_instruction_loss(stages, world, tmp_path):
-    """With and without recomputed activations; the draws, and with them the losses, are the same."""
+    """With and without recomputed activations, sampled levels and losses are equal."""
     logs = []
     for recompute in ("false", "true"):
         overrides = ("--objective.method", "gumbel", "--runtime.gradient_checkpointing", recompute)
@@ -185,7 +185,7 @@ def test_a_stage_refuses_what_is_not_its_parent(stages, world, tmp_path):
 
 
 def test_checkpoints_are_kept_as_told_and_resumed(stages, world, tmp_path, monkeypatch):
-    """Interrupted after its third step, the run continues from the second to the same losses and weights."""
+    """Interrupted after step 3, the run continues from the checkpoint of step 2 to the same losses and weights."""
     overrides = ("--output.dir", str(tmp_path / "run"), "--output.save_every", "1", "--output.keep", "2")
     config = _config(3, stages, world, overrides)
 
@@ -208,7 +208,7 @@ def test_checkpoints_are_kept_as_told_and_resumed(stages, world, tmp_path, monke
 
 
 def test_a_run_with_a_token_budget_resumes_at_any_step(stages, world, tmp_path, monkeypatch):
-    """Killed in each of its epochs: the same samples, losses and weights as a run left alone."""
+    """Killed in each epoch: the same samples, losses and weights as an uninterrupted run."""
     budget = ("--optim.max_tokens_per_batch", "1200", "--optim.max_steps", "12", "--output.save_every", "1")
     seen: list[list[int]] = []
 
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_names_its_samples(stages, world, tmp_path, mo
 
 
 def test_only_the_first_rank_writes(stages, world, tmp_path, monkeypatch):
-    """The others hold no gathered weights: theirs would overwrite the model."""
+    """Other ranks do not hold the gathered weights and would overwrite the model."""
     config = _config(2, stages, world, ("--output.dir", str(tmp_path / "run"), "--optim.max_steps", "1"))
     monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
     run.run_stage(config)

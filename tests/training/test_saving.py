@@ -1,4 +1,4 @@
-"""A disk that is full: files may not grow beyond a limit, which the operating system enforces."""
+"""A full disk, simulated by the operating system's limit on file sizes."""
 
 import json
 import resource
@@ -33,7 +33,7 @@ def config_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(config_file) -> list[float]:
-    """Losses of the run that nothing stops."""
+    """Losses of an uninterrupted run."""
     return losses(run.run_stage(load_config(config_file)))
 
 
@@ -56,7 +56,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
     ("victim", "at_step"), [("model.safetensors", 2), ("optimizer.pt", 2), ("model.safetensors", None)]
 )
 def test_the_disk_is_full(config_file, whole, tmp_path, monkeypatch, capsys, victim, at_step):
-    """The run ends with one line, the checkpoint before is whole, and the same command continues from it."""
+    """The run exits with one line, the earlier checkpoint is complete, and the same command continues from it."""
     output = tmp_path / "run"
     arguments = [str(config_file), "--output.dir", str(output)]
     name = "_save_checkpoint" if at_step else "save_stage"
@@ -92,7 +92,7 @@ def test_the_disk_is_full(config_file, whole, tmp_path, monkeypatch, capsys, vic
 
 
 def test_how_much_a_checkpoint_takes(config_file, whole, tmp_path):
-    """The estimate, against the files of a checkpoint: within what headers and the other files take."""
+    """The estimate against the files of a checkpoint, up to headers and small files."""
     config = load_config(config_file, ["--output.dir", str(tmp_path / "run")])
     model, _ = assembly.build_model(config)
     set_trainable(model, STAGES[1])

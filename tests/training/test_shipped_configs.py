@@ -1,4 +1,4 @@
-"""Every shipped configuration is read, and says what the paper says."""
+"""Every shipped configuration loads, and has the paper's values."""
 
 import json
 from dataclasses import asdict
@@ -44,11 +44,11 @@ def test_shipped_configuration(path, monkeypatch):
 
 @pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
 def test_shipped_lora(path, monkeypatch):
-    """The stage as it is, but for the adapters, their rate and the folders."""
+    """The stage's configuration except adapters, their learning rate and folders."""
     monkeypatch.chdir(ROOT)
-    plain, config = load_config(f"configs/vicuna-7b/{path.name}").to_dict(), load_config(path).to_dict()
+    base, config = load_config(f"configs/vicuna-7b/{path.name}").to_dict(), load_config(path).to_dict()
     assert path.read_text().count(f"stage: {config['stage']}") == 1, "what the scripts look for"
-    assert changed_keys(plain, config) == [
+    assert changed_keys(base, config) == [
         f"lora.{key}: None -> {value}" for key, value in sorted(config["lora"].items()) if value is not None
     ] + (["model.start: runs/vicuna-7b/stage2 -> runs/vicuna-7b/lora/stage2"] if config["stage"] == 3 else []) + [
         f"optim.lora_lr: None -> {config['optim']['lora_lr']}"
@@ -57,7 +57,7 @@ def test_shipped_lora(path, monkeypatch):
 
 
 def _changed(path: Path, base: dict, output: str, store: str) -> list[str]:
-    """Keys in which an ablation differs from what it ablates, output and feedback store apart, which are checked."""
+    """Keys in which an ablation differs from its base, without output and feedback store, which are checked here."""
     config = load_config(path).to_dict()
     assert path.read_text().count(f"\nstage: {base['stage']}\n") == 1, "what scripts/train_stage<N>.sh looks for"
     assert config["stage"] == base["stage"]
@@ -87,7 +87,7 @@ def _changed(path: Path, base: dict, output: str, store: str) -> list[str]:
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_shipped_ablation(path, monkeypatch):
-    """A stage of the paper but for one thing; stage 4 from the one store of feedback; with an output of its own."""
+    """One difference from the paper's stage; stage 4 uses the common feedback store; a separate output folder."""
     monkeypatch.chdir(ROOT)
     stage = load_config(path).stage
     base = load_config(f"configs/vicuna-7b/stage{stage}.yaml").to_dict()
@@ -97,7 +97,7 @@ def test_shipped_ablation(path, monkeypatch):
 
 @pytest.mark.parametrize("path", MINI_ABLATIONS, ids=lambda path: path.stem)
 def test_shipped_mini_ablation(path, monkeypatch):
-    """The folder's full method but for one thing. That one is the mini world's stage 4, on some of its data."""
+    """One difference from the folder's full method, which is the mini world's stage 4 on part of its data."""
     monkeypatch.chdir(ROOT)
     full = path.with_name("full.yaml")
     base = load_config("configs/mini/stage4.yaml" if path == full else full).to_dict()
@@ -113,7 +113,7 @@ def test_shipped_mini_ablation(path, monkeypatch):
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_shipped_mixture(path, monkeypatch):
-    """It can stand in any configuration, and says of its files what playground/data/README.md says."""
+    """It can be used in any configuration, and its files agree with playground/data/README.md."""
     monkeypatch.chdir(ROOT)
     (source,) = load_config("configs/mini/stage1.yaml", ["--data.sources", str(path)]).data.sources
     guide = Path("playground/data/README.md").read_text()

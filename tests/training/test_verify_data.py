@@ -16,7 +16,7 @@ from tests.tiny import stage_values, write_backbones, write_data
 
 @pytest.fixture
 def path(tmp_path):
-    """Stage 1, one of whose images is cut off."""
+    """Stage 1, with one truncated image."""
     write_backbones(tmp_path)
     write_data(tmp_path, num_samples=6, num_text_only=0)
     (tmp_path / "images/3.png").write_bytes((tmp_path / "images/3.png").read_bytes()[:90])
@@ -30,14 +30,14 @@ def path(tmp_path):
 def test_command(path, tmp_path, capsys):
     command = ["verify-data", "--config", str(path), "--num-processes", "1"]
     assert cli.main(command) == 1
-    told = capsys.readouterr().out
-    assert "captions.json: 6 records" in told
-    assert "position 3: unreadable:" in told
-    assert "images/3.png" in told
-    assert "--output" in told
-    assert re.search(r"unlike expected: images +6 instead of about 7\n", told)
-    assert re.search(r"unlike expected: \(text only\) +0 instead of about 2\n", told)
-    assert "unlike expected: total" not in told
+    output = capsys.readouterr().out
+    assert "captions.json: 6 records" in output
+    assert "position 3: unreadable:" in output
+    assert "images/3.png" in output
+    assert "--output" in output
+    assert re.search(r"unlike expected: images +6 instead of about 7\n", output)
+    assert re.search(r"unlike expected: \(text only\) +0 instead of about 2\n", output)
+    assert "unlike expected: total" not in output
 
     with pytest.raises(DataError, match=r"3\.png"):
         run.run_stage(load_config(path))
