@@ -15,7 +15,6 @@ from transformers.utils import is_flash_attn_2_available
 from avg_llava.checkpoints.formats import Checkpoint, join_backbones, open_checkpoint
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors, resolve_folder
-from avg_llava.model.attention import pick_attention
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
@@ -79,6 +78,12 @@ def load_model(
     if static_cache:
         model.generation_config.cache_implementation = "static"
     return model
+
+
+def pick_attention(device: torch.device, dtype: torch.dtype, flash_installed: bool) -> str:
+    """Name of the fastest attention implementation available; FlashAttention needs a GPU and half precision."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if flash_installed and device.type == "cuda" and half else "sdpa"
 
 
 def load_model_config(path: str | Path) -> AvgLlavaConfig:

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, registered with transformers as `packed`, and the choice of attention at inference.
+"""Attention over packed sequences, registered with transformers as `packed`.
 
 A packed batch is one row with the tokens of several sequences one after another; each token attends to the earlier
 tokens of its sequence. Nothing is computed for padding or for pairs of tokens of different sequences. A batch that is
@@ -106,12 +106,6 @@ def packed_mask(
         **kwargs,
     )
     return mask
-
-
-def pick_attention(device: torch.device, dtype: torch.dtype, flash_installed: bool) -> str:
-    """Name of the fastest attention implementation available; FlashAttention needs a GPU and half precision."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if flash_installed and device.type == "cuda" and half else "sdpa"
 
 
 AttentionInterface.register(PACKED, packed_attention)

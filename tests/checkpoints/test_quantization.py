@@ -9,8 +9,8 @@ import torch
 
 import avg_llava
 from avg_llava import Budget, Decoding, Pipeline, Request, load_model
+from avg_llava.checkpoints.loading import pick_attention
 from avg_llava.mini.world import WorldSize, write_world
-from avg_llava.model.attention import pick_attention
 from tests.parity.golden import GOLDEN
 from tests.tiny import make_checkpoint
 

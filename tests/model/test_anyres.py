@@ -1,4 +1,4 @@
-"""Anyres geometry against transformers' functions and against a brute-force look at the pixels."""
+"""Anyres geometry against transformers' functions, and by brute force on pixels."""
 
 import math
 
@@ -31,8 +31,8 @@ def test_canvas_is_transformers_choice(step):
             assert select_canvas((height, width), pinpoints) == select_best_resolution((height, width), pinpoints)
 
 
-def test_small_images_settle_ties_by_behavior():
-    """An image no larger than a crop fits 1x2 and 2x1 tiles alike: transformers takes 1x2, the original code 2x1."""
+def test_ties_of_small_images_depend_on_the_behavior():
+    """An image no larger than a crop fits 1x2 and 2x1 tiles equally: transformers takes 1x2, the original code 2x1."""
     assert canvas_tiles((300, 200), config("paper")) == (1, 2)
     assert canvas_tiles((300, 200), config("released")) == (2, 1)
     assert canvas_tiles((336, 337), config("paper")) == canvas_tiles((336, 337), config("released"))

@@ -1,4 +1,4 @@
-"""A router and a ladder of one file each, the examples of docs/extending.md, through all that a model goes through."""
+"""The router and the ladder of docs/extending.md, from configuration to training, generation, saving and loading."""
 
 import runpy
 from pathlib import Path
@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from avg_llava import AvgLlavaConfig, RouterConfig, load_model
+from avg_llava import AvgLlavaConfig, load_model
+from avg_llava.common.settings import build
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.router import ROUTERS, level_values
 from avg_llava.model.scaler import LADDERS
 from avg_llava.planning.memory import activation_memory
-from avg_llava.training.config import ObjectiveSettings, RouterSettings
+from avg_llava.training import run
+from avg_llava.training.assembly import build_model
+from avg_llava.training.config import ObjectiveSettings, TrainConfig
 from avg_llava.training.flops import SampleShape, router_flops, step_flops
 from avg_llava.training.objectives import objective_class
 from avg_llava.training.stages import STAGES, set_trainable
-from tests.tiny import images, pad, prompt, tiny_config, tiny_model
+from tests.tiny import images, pad, prompt, stage_values, tiny_config, tiny_model, write_backbones, write_data
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples" / "extending"
 SIZES = [(32, 32), (60, 30)]
@@ -48,13 +51,13 @@ def batch(model):
     }
 
 
-def test_the_configuration_asks_the_ladder_for_its_levels():
+def test_levels_are_those_of_the_ladder():
     assert tiny_config(pooling_ladder="squares").granularities == [1, 4, 16, 64]
     with pytest.raises(ValueError, match="granularity 8 is no level of a 8x8 grid"):
         tiny_config(pooling_ladder="squares", granularities=[8, 64])
 
 
-def test_the_configuration_asks_the_router_for_its_demands():
+def test_the_router_checks_the_configuration():
     """The paper's router needs heads that divide the width; this one has no heads."""
     assert tiny_config(router_config={"kind": "mean", "num_attention_heads": 7}).router_config.kind == "mean"
 
@@ -71,7 +74,7 @@ def test_unknown_names_are_refused_with_the_known_ones(fields, message):
         tiny_config(**fields)
 
 
-def test_configurations_from_before_these_fields_are_the_paper_s():
+def test_older_configurations_are_the_paper_s():
     fields = tiny_config().to_dict()
     del fields["pooling_ladder"], fields["router_config"]["kind"]
     loaded = AvgLlavaConfig(**fields)
@@ -106,7 +109,7 @@ def test_a_router_that_no_checkpoint_holds_is_initialised(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["router", "gumbel"])
 def test_stage_4_trains_it(model, batch, name):
-    """Every weight of the router gets a gradient; with max-pooling too, that of a level is the level's."""
+    """Every weight of the router gets a gradient."""
     set_trainable(model, STAGES[4])
     labels = batch["input_ids"].masked_fill(torch.arange(26) < 15, -100)
     objective_class(name)(model, ObjectiveSettings()).train()(**batch, labels=labels)["loss"].backward()
@@ -115,7 +118,7 @@ def test_stage_4_trains_it(model, batch, name):
         assert weights.grad.abs().sum() > 0, parameter
 
 
-def test_pooling_of_what_is_spread(model):
+def test_spread_tokens_add_to_pooled_ones(model):
     ladder, crops = model.config.ladder, torch.randn(2, 64, 3)
     for level in ladder.granularities:
         tokens = torch.randn(2, level, 3)
@@ -124,7 +127,7 @@ def test_pooling_of_what_is_spread(model):
         )
 
 
-def test_estimates_ask_the_router(model):
+def test_estimates_are_those_of_the_router(model):
     crops = torch.randn(5, 64, 64)
     inputs = (crops, [3, 2], torch.randn(2, 9, 64), torch.ones(2, 9, dtype=torch.bool))
     with FlopCounterMode(display=False) as counter:
@@ -148,5 +151,14 @@ def test_estimates_ask_the_router(model):
     assert memory.router == ROUTERS["mean"].activation_bytes(num_crops((32, 32), model.config), model.config)
 
 
-def test_training_settings_name_both():
-    assert RouterConfig(**vars(RouterSettings(kind="mean"))).kind == "mean"
+def test_stage_1_builds_and_trains_it(tmp_path):
+    write_backbones(tmp_path)
+    write_data(tmp_path)
+    values = stage_values(1, tmp_path, tmp_path)
+    values["model"] |= {"pooling_ladder": "squares", "router": {"kind": "mean"}}
+    model = load_model(run.run_stage(build(TrainConfig, values)))
+    assert (model.config.pooling_ladder, model.config.router_config.kind) == ("squares", "mean")
+    assert type(model.model.router) is ROUTERS["mean"]
+    values["model"]["router"]["kind"] = "maen"
+    with pytest.raises(Exception, match="did you mean 'mean'"):
+        build_model(build(TrainConfig, values))

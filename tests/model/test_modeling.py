@@ -1,4 +1,4 @@
-"""The whole model: against transformers' LLaVA-NeXT, batches against single samples, and its error messages."""
+"""The whole model against transformers' LLaVA-NeXT, batches against single samples, and error messages."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def llava_next(model):
-    """Transformers' own model with the same weights, all but the router's."""
+    """Transformers' model with the same weights, without the router."""
     return as_llava_next(model)
 
 
@@ -105,7 +105,7 @@ def test_routed_generation_equals_the_forced_level_it_chose(model):
 
 
 def test_cached_decoding_equals_the_full_forward(model):
-    """Greedy tokens of `generate` are those of an uncached forward over prompt and answer so far."""
+    """Greedy tokens of `generate` are those of uncached passes over prompt and answer so far."""
     inputs = _batch(model, SAMPLES[:1])
     generated = model.generate(**inputs, granularity=16, max_new_tokens=5, do_sample=False, eos_token_id=-1)
     ids = torch.cat([inputs["input_ids"], generated], 1)
@@ -131,7 +131,7 @@ def test_loss_is_the_mean_over_supervised_tokens(model):
 
 
 def test_blank_encoding_counts_nothing_and_touches_every_part(model):
-    """A micro-batch without images: same logits as without a tower, zero gradients in the tower, not missing ones."""
+    """A micro-batch without images: logits as without a tower, and gradients of zero in the tower."""
     inputs = _batch(model, SAMPLES[1:2])
     model.zero_grad()
     features = model.encode_blank_image()

@@ -1,4 +1,4 @@
-"""Pixels are Pillow's own, at any size and in either order of its passes."""
+"""Pixels equal Pillow's, at any size and in either order of its passes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def picture(width, height, seed=0, extreme=False):
-    """Noise, or such of nothing but 0 and 255, whose sums go beyond both."""
+    """Noise, or noise of 0 and 255 only, whose sums exceed the range of a pixel."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray((pixels // 128 * 255).astype(np.uint8) if extreme else pixels)
 
@@ -22,7 +22,7 @@ def by_pillow(image, size, resample=BICUBIC, height_first=False):
 
 
 def sides():
-    """Two images' sides and two sizes' at a time: single pixels, whole strips and a row more, and anything else."""
+    """Sides of two images and of two sizes: single pixels, whole strips and one row more, and others."""
     special = [1, 2, 3, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS]
     generator = np.random.default_rng(0)
     drawn = generator.choice(special, (30, 4)).tolist() + generator.integers(1, 400, (60, 4)).tolist()
@@ -69,7 +69,7 @@ def test_several_sizes_and_orders_at_once():
     ],
 )
 def test_order_of_passes(width, height, target, height_first):
-    """Width first unless the height shrinks by more than twice as much: the rule that golden pixels follow."""
+    """Width first unless the height shrinks by more than twice as many pixels: the rule of the golden pixels."""
     image = picture(width, height)
     for resample in (BICUBIC, Image.Resampling.BILINEAR):
         (found,) = resize(image, [target], resample)
@@ -77,8 +77,8 @@ def test_order_of_passes(width, height, target, height_first):
         assert not np.array_equal(found, by_pillow(image, target, resample, not height_first))
 
 
-def test_weights_are_what_their_pixels_weigh():
-    """They add up to one, and those of an axis that stays as long as it is take one pixel each."""
+def test_weights():
+    """They add up to one; if the length does not change, each output pixel has one input pixel."""
     for length, target in ((400, 33), (33, 400), (7, 1), (1, 9)):
         first, weights = resampling.bicubic_weights(length, target)
         assert np.abs(weights.sum(1) - 2**resampling.PRECISION).max() <= weights.shape[1]
@@ -88,8 +88,8 @@ def test_weights_are_what_their_pixels_weigh():
     assert sorted(np.unique(weights)) == [0, 2**resampling.PRECISION]
 
 
-def test_plain_code_computes_the_same(monkeypatch):
-    """The compiled loops against the same lines run by Python."""
+def test_compiled_code_equals_python(monkeypatch):
+    """The compiled loops against the same functions without compilation."""
     image, size = picture(37, 21), (9, 11)
     (compiled,) = resize(image, [size], BICUBIC)
     for name in ("_transpose", "_sum_columns", "_sum_rows"):

@@ -1,4 +1,4 @@
-"""The router in paper behaviour: a plain one-crop-at-a-time version, invariances, and the choice of a level."""
+"""The router in behaviour "paper" against a reference for single crops, invariances, and the choice of a level."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def _inputs(num_words=9, num_valid=6, counts=(3, 5), seed=0):
     return crops, list(counts), text, mask
 
 
-def _plain(router, crops, counts, text, mask):
-    """Image by image and crop by crop, with nothing but the tokens that exist."""
+def _reference(router, crops, counts, text, mask):
+    """The logits, image by image and crop by crop, without padding."""
     slots = router.config.router_config.num_text_tokens
     num_visual = sum(router.config.granularities)
     logits, start = [], 0
@@ -49,16 +49,16 @@ def _plain(router, crops, counts, text, mask):
 
 
 @pytest.mark.parametrize("num_valid", [0, 6, 9])
-def test_router_equals_plain_version(router, num_valid):
+def test_router_equals_reference(router, num_valid):
     inputs = _inputs(num_valid=num_valid)
     with torch.no_grad():
-        torch.testing.assert_close(router(*inputs), _plain(router, *inputs), rtol=0, atol=1e-5)
+        torch.testing.assert_close(router(*inputs), _reference(router, *inputs), rtol=0, atol=1e-5)
 
 
 def test_more_words_than_slots(router):
     inputs = _inputs(num_words=40, num_valid=30)
     with torch.no_grad():
-        torch.testing.assert_close(router(*inputs), _plain(router, *inputs), rtol=0, atol=1e-5)
+        torch.testing.assert_close(router(*inputs), _reference(router, *inputs), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module", params=["paper", "released"])
@@ -66,14 +66,14 @@ def image_only(request) -> AvgLlavaForConditionalGeneration:
     return tiny_model(behavior=request.param, router_config={"num_text_tokens": 0})
 
 
-def test_image_only_router_equals_plain_version():
+def test_image_only_router_equals_reference():
     router = tiny_model(router_config={"num_text_tokens": 0}).model.router
     with torch.no_grad():
-        torch.testing.assert_close(router(*_inputs()), _plain(router, *_inputs()), rtol=0, atol=1e-5)
+        torch.testing.assert_close(router(*_inputs()), _reference(router, *_inputs()), rtol=0, atol=1e-5)
 
 
-def test_only_the_image_only_router_is_deaf_to_the_instruction(image_only):
-    """Through the whole model: other words, of another number, and none at all."""
+def test_only_the_image_only_router_ignores_the_instruction(image_only):
+    """Through the whole model: other instructions, longer ones, and none."""
     normal = tiny_model(behavior=image_only.config.behavior)
     size, other = (60, 30), (32, 32)
     for model in (image_only, normal):
@@ -107,7 +107,7 @@ def test_a_negative_number_of_text_tokens_is_refused():
 
 
 def test_absent_words_change_nothing(router):
-    """Values and order of masked words, and how many there are."""
+    """Neither the values nor the order nor the number of masked tokens matter."""
     crops, counts, text, mask = _inputs()
     with torch.no_grad():
         expected = router(crops, counts, text, mask)
@@ -123,7 +123,7 @@ def test_absent_words_change_nothing(router):
 
 
 def test_tokens_of_a_crop_attend_to_one_another(router):
-    """Paper: one token of a crop changes how the others are seen, so the change is not additive; crops stay apart."""
+    """A merged token depends on all tokens of its crop and on no others; the order of the tiles does not matter."""
     crops, counts, text, mask = _inputs(counts=(3,))
     with torch.no_grad():
         swapped = crops[[0, 2, 1]]
@@ -147,7 +147,7 @@ def test_router_gradients_are_finite_with_masked_slots(router):
 
 
 def test_fresh_router_is_initialised_as_published():
-    """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, also when the model is built around it."""
+    """Kaiming-normal MLP, normal voter, PyTorch's defaults elsewhere, also as part of a model."""
     torch.manual_seed(0)
     router = AvgLlavaForConditionalGeneration(tiny_config(behavior="released")).model.router
     std = {name: parameter.std().item() for name, parameter in router.named_parameters()}

@@ -1,4 +1,4 @@
-"""The pyramid, by brute force: a pooled token is the mean of exactly its pixels' patches."""
+"""The paper's ladder by brute force: a pooled token is the mean of exactly the patches of its cell."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_pooled_token_is_the_mean_of_its_patches(side):
 
 
 @pytest.mark.parametrize("granularity", WidthFirstLadder(8).granularities)
-def test_spread_token_is_on_all_its_patches(granularity):
+def test_spread_tokens_cover_their_cells(granularity):
     tokens = torch.randn(2, granularity, 3)
     rows, columns = WidthFirstLadder(8).grid(granularity)
     spread = WidthFirstLadder(8).spread(tokens)
@@ -37,7 +37,7 @@ def test_spread_token_is_on_all_its_patches(granularity):
     torch.testing.assert_close(WidthFirstLadder(8).pool(spread, granularity), tokens)
 
 
-def test_pyramid_halves_width_first():
+def test_width_is_halved_first():
     assert WidthFirstLadder(24).granularities[-5:] == [36, 72, 144, 288, 576]
     assert [WidthFirstLadder(24).grid(g) for g in (576, 288, 144, 72, 36)] == [
         (24, 24),
