@@ -81,7 +81,7 @@ example: python -m avg_llava.planning.dry_run configs/mini/stage1.yaml --output.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line: a summary on standard output, problems on standard error.
+    """Runs from the command line: a summary on standard output, problems on standard error.
 
     `--dry-run` is ignored among the arguments, so that the launch script can pass on its own.
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
-    """Check everything that a run needs.
+    """Checks everything that a run needs.
 
     Args:
         path: YAML file of a stage.
@@ -162,7 +162,7 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
 
 
 def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
-    """Compare names and shapes of the tensors in the start's files with the model's, without reading the tensors.
+    """Compares names and shapes of the tensors in the start's files with the model's, without reading the tensors.
 
     Returns:
         The number of parameters.
@@ -205,7 +205,7 @@ def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
 
 
 def trial_save(folder: Path, config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig) -> int:
-    """Write a checkpoint with zeros of the projector's size instead of all weights, and read it back.
+    """Writes a checkpoint with zeros of the projector's size instead of all weights, and reads it back.
 
     Returns:
         Number of bytes written.
@@ -252,7 +252,7 @@ def _check_disk(folder: Path, needed: int, report: Report) -> None:
 
 
 def _check_files(config: TrainConfig, report: Report) -> None:
-    """Check the data without a tokenizer: the first records of every source, and their images."""
+    """Checks the data without a tokenizer: the first records of every source, and their images."""
     for source in config.data.sources:
         data = config.data
         index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
@@ -270,7 +270,7 @@ def _check_files(config: TrainConfig, report: Report) -> None:
 def _check_data(
     config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig, report: Report
 ) -> int | None:
-    """Check all sources, and return their number of samples; None if one of them cannot be used."""
+    """Checks all sources, and returns their number of samples; None if one of them cannot be used."""
     total = 0
     is_usable = True
     for source in config.data.sources:

@@ -78,7 +78,7 @@ class Samples:
 
 
 def estimate(path: Path, request: Request) -> dict[str, Any]:
-    """Estimate memory, operations and time of a run.
+    """Estimates memory, operations and time of a run.
 
     Args:
         path: YAML file of a stage.

@@ -44,7 +44,7 @@ class FoundConfig:
 
 
 def find_model_config(config: TrainConfig, path: Path, model_of: Path | None = None) -> FoundConfig:
-    """Find the configuration of the model that a run starts from, without reading or downloading weights.
+    """Finds the configuration of the model that a run starts from, without reading or downloading weights.
 
     Args:
         config: the run's configuration.

@@ -72,7 +72,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
 
 
 def check_compilation(deepspeed: Mapping[str, Any] | None, use_cpu: bool) -> None:
-    """Refuse `runtime.compile` where it cannot work.
+    """Refuses `runtime.compile` where it cannot work.
 
     Args:
         deepspeed: the parsed DeepSpeed file, or None.
@@ -96,7 +96,7 @@ def check_compilation(deepspeed: Mapping[str, Any] | None, use_cpu: bool) -> Non
 
 
 def compile_layers(model: AvgLlavaForConditionalGeneration) -> None:
-    """Compile each layer of vision tower and language model in place, at its first call; parameter names do not change.
+    """Compiles each layer of vision tower and language model in place, at its first call; parameter names stay.
 
     Layers are compiled one by one: those of a part are alike and share one compilation. Off by default: on a CPU,
     compilation takes half a minute and makes no step faster. Losses and gradients are equal up to rounding.
@@ -119,7 +119,7 @@ def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConf
 
 
 def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:
-    """Apply settings to the configuration of a start, in place.
+    """Applies settings to the configuration of a start, in place.
 
     Raises:
         ConfigError: the settings name levels that the start was not trained for.

@@ -167,7 +167,7 @@ def describe_start(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[str, Any]:
-    """Refuse a start that is not a finished run of the parent stage.
+    """Refuses a start that is not a finished run of the parent stage.
 
     Args:
         start: `model.start` of the configuration.
@@ -201,7 +201,7 @@ def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[
 
 
 def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
-    """Refuse to continue a run, or to call it complete, if its data have changed."""
+    """Refuses to continue a run, or to call it complete, if its data have changed."""
     if manifest.data_fingerprint != fingerprint:
         raise ConfigError(
             "the files of data.sources have changed since this run started; pass --output.overwrite to train on the "
@@ -234,7 +234,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: StageManifest) -> None:
-    """Write `stage.json` atomically."""
+    """Writes `stage.json` atomically."""
     write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest))
 
 
@@ -256,7 +256,7 @@ def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:
 
 @contextmanager
 def writing(folder: Path, output_dir: Path, needed: int) -> Iterator[None]:
-    """Turn failures to write a run's files into a `SaveError`.
+    """Turns failures to write a run's files into a `SaveError`.
 
     Args:
         folder: the folder being written.
@@ -283,7 +283,7 @@ def writing(folder: Path, output_dir: Path, needed: int) -> Iterator[None]:
 
 
 def remove_checkpoints(output_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` latest complete checkpoints, including incomplete ones."""
+    """Removes all checkpoints, also incomplete ones, except the `keep` latest complete ones."""
     folders = _checkpoints(output_dir)
     complete = sorted(step for step, folder in folders.items() if (folder / MANIFEST_NAME).is_file())
     for step in folders.keys() - set(complete[max(len(complete) - keep, 0) :]):
@@ -304,7 +304,7 @@ def _checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def make_universal(checkpoint: Path) -> None:
-    """Convert a ZeRO checkpoint to DeepSpeed's universal format, which any number of processes can load.
+    """Converts a ZeRO checkpoint to DeepSpeed's universal format, which any number of processes can load.
 
     Each process of ZeRO saves its shard of the optimizer state, which only the same number of processes can read; the
     universal format stores the state of each parameter whole. The order of samples does not change, since the global

@@ -291,7 +291,7 @@ CHANGEABLE_LATER = {3: ("granularities",), 4: ("granularities", "router")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a stage's YAML file and apply `--key.subkey value` overrides.
+    """Reads a stage's YAML file and applies `--key.subkey value` overrides.
 
     Raises:
         ConfigError: unreadable file, unknown key, value of the wrong type, or values that contradict one another.

@@ -52,7 +52,7 @@ class AnswerLogProbs:
 
 
 def use_packed_attention(model: AvgLlavaForConditionalGeneration) -> None:
-    """Set the language model's attention to the one for packed rows, unless another one than SDPA was selected."""
+    """Sets the language model's attention to the one for packed rows, unless another one than SDPA was selected."""
     if model.model.language_model.config._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": PACKED})
 

@@ -27,7 +27,7 @@ _BASE, _ADAPTER, _PEFT_PREFIX = ".base_layer.", ".default.", "base_model.model."
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
-    """Add adapters to the linear layers that the settings name; the model's outputs do not change yet.
+    """Adds adapters to the linear layers that the settings name; the model's outputs do not change yet.
 
     Args:
         model: the whole model.
@@ -124,7 +124,7 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
 
 
 def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], start: str) -> None:
-    """Write the adapters in peft's format, for `PeftModel.from_pretrained(model, folder / "adapter")`.
+    """Writes the adapters in peft's format, for `PeftModel.from_pretrained(model, folder / "adapter")`.
 
     Args:
         folder: folder of the checkpoint.

@@ -93,7 +93,7 @@ def best_level(log_probs: Tensor) -> Tensor:
 
 
 def settle_ties(log_probs: Tensor, tolerance: float) -> Tensor:
-    """Raise every level within `tolerance` nats of the best to the best.
+    """Raises every level within `tolerance` nats of the best to the best.
 
     Both router losses break ties in favour of the coarser level, so a tolerance makes the router choose coarse levels
     where the levels differ by noise only. Not part of the paper; a tolerance of 0 changes nothing.

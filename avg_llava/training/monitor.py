@@ -105,7 +105,7 @@ class Monitor:
         self._waited = 0.0
 
     def waiting_for(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the same batches, and measure the time spent waiting for them."""
+        """Yields the same batches, and measures the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             if self._since is None:
@@ -117,7 +117,7 @@ class Monitor:
             yield batch
 
     def count(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Record the numbers of images and tokens of a step's micro-batches."""
+        """Records the numbers of images and tokens of a step's micro-batches."""
         for batch in batches:
             is_image = (batch["input_ids"] == self.model_config.image_token_id) & batch["attention_mask"].bool()
             self._counts.append(
@@ -127,7 +127,7 @@ class Monitor:
                 self._image_sizes.append(batch["image_sizes"])
 
     def add(self, outputs: ObjectiveOutput, indices: Sequence[int]) -> None:
-        """Record metrics and chosen levels of a micro-batch.
+        """Records metrics and chosen levels of a micro-batch.
 
         Args:
             outputs: output of the objective.
@@ -146,7 +146,7 @@ class Monitor:
             self._choices.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def measure_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Record the squared gradients of each part, over this process's shard.
+        """Records the squared gradients of each part, over this process's shard.
 
         To be called before the optimizer's step, with groups named as by `parameter_groups`. DeepSpeed makes one step
         per group, on this process's shard of the group's gradients.
@@ -160,7 +160,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent in the context from the measured time."""
+        """Excludes the time spent in the context from the measured time."""
         start = time.perf_counter()
         yield
         if self._since is not None:
@@ -308,7 +308,7 @@ class RunFiles(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the log with the lines up to the resumed checkpoint; lines of steps to be repeated are dropped."""
+        """Starts the log with the lines up to the resumed checkpoint; lines of steps to be repeated are dropped."""
         if state.is_world_process_zero:
             self.log.path.parent.mkdir(parents=True, exist_ok=True)
             self.log.write(state.log_history)
@@ -316,11 +316,11 @@ class RunFiles(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the sampler's epoch; in a run resumed in a later epoch, accelerate does not find the wrapped sampler."""
+        """Sets the sampler's epoch; in a run resumed in a later epoch, accelerate does not find the wrapped sampler."""
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save no checkpoint at the last step: the stage's result follows at once."""
+        """Saves no checkpoint at the last step: the stage's result follows at once."""
         if state.global_step >= state.max_steps:
             control.should_save = False
 
@@ -332,7 +332,7 @@ class RunFiles(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append a line."""
+        """Appends a line."""
         if state.is_world_process_zero:
             self.log.append([{**(logs or {}), "step": state.global_step}])
 
@@ -347,7 +347,7 @@ class ProgressBar(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar."""
+        """Opens the bar."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
@@ -360,7 +360,7 @@ class ProgressBar(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show loss and learning rate."""
+        """Shows loss and learning rate."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
 
@@ -380,7 +380,7 @@ class CollapseAlarm(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check the shares of the levels over the last lines."""
+        """Checks the shares of the levels over the last lines."""
         shares = {name: value for name, value in (logs or {}).items() if name.startswith("share_") and "/" not in name}
         if not state.is_world_process_zero or not shares:
             return
@@ -405,7 +405,7 @@ class CollapseAlarm(TrainerCallback):
 
 
 def finish_trackers(trackers: Sequence[str], failed: bool) -> None:
-    """Flush and finish the runs of wandb and trackio.
+    """Flushes and finishes the runs of wandb and trackio.
 
     They would do so at the interpreter's shutdown, which distributed processes skip.
     """

@@ -138,7 +138,7 @@ class RouterObjective(Objective):
     """
 
     def train(self, mode: bool = True) -> "RouterObjective":
-        """Set training mode for the router only, so that the feedback is a function of the sample."""
+        """Sets training mode for the router only, so that the feedback is a function of the sample."""
         super().train(mode)
         self.model.eval()
         self.model.model.router.train(mode)

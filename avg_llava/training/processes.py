@@ -33,7 +33,7 @@ def uses_cpu(config: TrainConfig) -> bool:
 
 
 def set_up_logging() -> None:
-    """Log from level INFO on rank 0, and from WARNING on other ranks; silence libraries."""
+    """Logs from level INFO on rank 0, and from WARNING on other ranks; silences libraries."""
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("DeepSpeed", "deepspeed", "httpx", "torch.distributed"):
@@ -48,7 +48,7 @@ def set_up_logging() -> None:
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """Parse a DeepSpeed JSON file, and refuse settings under which the result could not be saved.
+    """Parses a DeepSpeed JSON file, and refuses settings under which the result could not be saved.
 
     Raises:
         ConfigError: the file is missing or not JSON, or ZeRO-3 does not gather weights when saving.
@@ -69,7 +69,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def prepare_deepspeed(use_cpu: bool) -> None:
-    """Prepare the environment for DeepSpeed's first process group.
+    """Prepares the environment for DeepSpeed's first process group.
 
     On a CPU, disables the shared-memory communication kernel, whose compilation takes minutes; gloo needs none. For a
     single process without a launcher, sets the variables that a launcher would set.
@@ -84,7 +84,7 @@ def prepare_deepspeed(use_cpu: bool) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit the process at once, without the interpreter's shutdown.
+    """Exits the process at once, without the interpreter's shutdown.
 
     During shutdown gloo frees its work objects, where about one ZeRO-3 process in ten aborts, which would turn a
     finished run into a failed one.

@@ -58,7 +58,7 @@ example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e
 
 
 def run_stage(config: TrainConfig) -> Path:
-    """Train a stage from its start or from its latest checkpoint, unless it is complete.
+    """Trains a stage from its start or from its latest checkpoint, unless it is complete.
 
     Args:
         config: the run's configuration.
@@ -151,7 +151,7 @@ def message_of(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line.
+    """Runs from the command line.
 
     Returns:
         Exit code: 0 success, 1 failure, 2 wrong usage. With a process group, it exits the process instead.

@@ -146,7 +146,7 @@ def is_adapter(parameter_name: str) -> bool:
 
 
 def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
-    """Set `requires_grad` for exactly the stage's parts, and log their sizes.
+    """Sets `requires_grad` for exactly the stage's parts, and logs their sizes.
 
     In a part with adapters, only the adapters are trained.
 
@@ -181,7 +181,7 @@ def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
 
 
 def trainable_parameters(model: "nn.Module") -> "Iterator[tuple[Part, str, nn.Parameter]]":
-    """Yield (part, name, parameter) of every parameter that requires gradients."""
+    """Yields (part, name, parameter) of every parameter that requires gradients."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield part_of(name), name, parameter

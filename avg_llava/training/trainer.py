@@ -92,7 +92,7 @@ class StageTrainer(Trainer):
         self.add_callback(CollapseAlarm())
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
-        """Train as transformers does, and mark a failed run as failed in the trackers."""
+        """Trains as transformers does, and marks a failed run as failed in the trackers."""
         try:
             result = super().train(*arguments, **settings)
         except BaseException:
@@ -112,13 +112,13 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Measure gradients; under DeepSpeed, this process's shard of them."""
+        """Measures gradients; under DeepSpeed, this process's shard of them."""
         step = self.state.global_step + 1
         if step == 1 or step % self.config.logging.every == 0:  # the steps that transformers logs
             self.monitor.measure_gradients(optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as transformers does, and correct what ZeRO-3 loads from a converted checkpoint.
+        """Loads as transformers does, and corrects what ZeRO-3 loads from a converted checkpoint.
 
         ZeRO-3 gives all parameter groups the settings of the first one, and shares one step counter among them, which
         each group would then increment.
@@ -190,13 +190,13 @@ class StageTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the measurements of all processes since the last line to this line of the log."""
+        """Adds the measurements of all processes since the last line to this line of the log."""
         if "loss" in logs:
             logs |= self.monitor.line(gather_object([self.monitor.take()]), logs.get("grad_norm"))
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write the model (without the objective around it), its processor and the configuration."""
+        """Writes the model (without the objective around it), its processor and the configuration."""
         if not self.args.should_save:  # only rank 0 holds the gathered weights
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -216,7 +216,7 @@ class StageTrainer(Trainer):
         load_weights(self.model.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, and remove older ones.
+        """Writes a checkpoint, and removes older ones.
 
         The manifest is written after the files of all ranks, and older checkpoints are removed after the manifest, so
         that there is a complete checkpoint at any time.
@@ -234,7 +234,7 @@ class StageTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def save_stage(self) -> None:
-        """Write the stage's result, and remove all checkpoints."""
+        """Writes the stage's result, and removes all checkpoints."""
         output_dir = Path(self.args.output_dir)
         with self._writing(output_dir):
             self.save_model()
@@ -246,7 +246,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def discard_earlier_run(self) -> None:
-        """Remove the log, the checkpoints and the manifest of an earlier run from the output folder."""
+        """Removes the log, the checkpoints and the manifest of an earlier run from the output folder."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
@@ -258,7 +258,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _writing(self, folder: Path) -> AbstractContextManager[None]:
-        """Turn a failure to write `folder` into an error of one line."""
+        """Turns a failure to write `folder` into an error of one line."""
         needed = checkpoint_bytes(self.model, has_master_weights=self.is_deepspeed_enabled)
         return writing(folder, Path(self.args.output_dir), needed)
 
@@ -320,7 +320,7 @@ def training_arguments(
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of a checkpoint into a model or a `RoutingModel`, and adapters into a model that has some."""
+    """Loads the weights of a checkpoint into a model or a `RoutingModel`, and adapters into a model that has some."""
     load_weights_of = load_routing_model if isinstance(model, RoutingModel) else load_model
     # The router has the widest dtype: narrower weights survive the round trip unchanged.
     weights = load_weights_of(str(folder), dtype=model.model.router.dtype).state_dict()
