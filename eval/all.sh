@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All twelve benchmarks, then the paper's tables and figures from their results. The same command continues a killed run.
+# All twelve benchmarks, then the paper's tables and figures from their results. The same command continues an interrupted run.
 #   bash eval/all.sh --model DIR [--output DIR] [any option of `avg-llava evaluate`]
-#   bash eval/all.sh --sample    offline: small data sets of the mini world, answered by the shipped mini model; exits 1
-#                                where a score is not the one in eval/expected/sample.json
+#   bash eval/all.sh --sample    offline: the mini world's data sets and the shipped mini model; exits with 1 if a
+#                                score differs from eval/expected/sample.json
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$PATH:$root/.venv/bin

@@ -1,9 +1,9 @@
-"""AVG-LLaVA in VLMEvalKit, whose models are otherwise named in its own source: registers ours, then runs its run.py.
+"""Registers AVG-LLaVA in VLMEvalKit, which lists its models in its source, and runs its run.py.
 
 python eval/vlmevalkit.py --kit VLMEvalKit --model DIR [--granularity N] [--token-cost X] -- --data MMBench_DEV_EN
 
-VLMEvalKit is no requirement of this project: clone it and install its requirements. Written against its interface
-(`vlmeval.vlm.base.BaseModel.generate_inner`, `vlmeval.config.supported_VLM`), and not run with it here.
+This project does not require VLMEvalKit: clone it and install its requirements. The script is written against its
+interface (`vlmeval.vlm.base.BaseModel.generate_inner`, `vlmeval.config.supported_VLM`) and has not been run with it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 2048
 
 
 def to_request(message: list[dict[str, Any]]) -> Any:
-    """VLMEvalKit's message, a list of texts and image files in order, as a request with images in their places."""
+    """Converts a message of VLMEvalKit, a list of texts and image files, to a request with `<image>` at their positions."""
     from avg_llava import Request
 
     unknown = {part["type"] for part in message} - {"image", "text"}
@@ -30,7 +30,7 @@ def to_request(message: list[dict[str, Any]]) -> Any:
 
 
 def register(model: str, granularity: int | None, token_cost: float) -> None:
-    """Adds the model to VLMEvalKit's table."""
+    """Adds the model to VLMEvalKit's table of models."""
     import torch
     from vlmeval.config import supported_VLM
     from vlmeval.vlm.base import BaseModel
@@ -54,7 +54,7 @@ def register(model: str, granularity: int | None, token_cost: float) -> None:
 
 
 def main() -> None:
-    """Registers the model and hands over to VLMEvalKit."""
+    """Registers the model and runs VLMEvalKit's run.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kit", type=Path, required=True, metavar="DIR", help="a clone of VLMEvalKit")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")

@@ -1,4 +1,4 @@
-"""lmms-eval's own tasks over local data sets, loaded the plain way: what ours is compared with."""
+"""lmms-eval's tasks over local data sets, loaded without this package: the reference for its scores."""
 
 import contextlib
 import io
@@ -53,8 +53,8 @@ class LocalTask(ConfigurableTask):
 
 
 @contextlib.contextmanager
-def drawn_benchmarks(folder: Path) -> Iterator[Path]:
-    """The mini world's benchmarks below `folder`; what `datasets` caches of them goes there, too."""
+def mini_benchmarks(folder: Path) -> Iterator[Path]:
+    """Writes the mini world's benchmarks below `folder`, where `datasets` also caches them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         write_benchmarks(folder / "data")
@@ -80,7 +80,7 @@ def outcome(task: LocalTask, doc: Mapping[str, Any], prediction: str) -> dict[st
 
 
 def score(benchmark: str, task: LocalTask, doc: Mapping[str, Any], prediction: str) -> float:
-    """What one answer is worth by lmms-eval's own functions, from 0 to 1."""
+    """The score of one answer by lmms-eval's functions, from 0 to 1."""
     first = next(iter(outcome(task, doc, prediction).values()))
     if benchmark in ("mmbench", "mmbench_cn"):
         row = {key if key in "ABCD" else key.lower(): value for key, value in first.items()}
@@ -92,7 +92,7 @@ def score(benchmark: str, task: LocalTask, doc: Mapping[str, Any], prediction: s
 
 
 def total(benchmark: str, task: LocalTask, predictions: list[str]) -> dict[str, float]:
-    """The scores of a whole data set by lmms-eval's own aggregations, one prediction per row."""
+    """The scores of a whole data set by lmms-eval's aggregations, for one prediction per row."""
     results = [outcome(task, doc, answer) for doc, answer in zip(task.task_docs, predictions, strict=True)]
     with contextlib.redirect_stdout(io.StringIO()):
         if benchmark in ("mmbench", "mmbench_cn"):

@@ -1,4 +1,4 @@
-"""Odd predictions for every benchmark: what models say, and what trips up scorers."""
+"""Generated predictions for every benchmark, in the forms that models give and that scorers misread."""
 
 import ast
 import itertools
@@ -66,8 +66,8 @@ def _options(benchmark: str, doc: Doc) -> list[str]:
     return [doc[letter] for letter in "ABCD" if doc[letter] != "nan"]
 
 
-class _Author:
-    """Writes predictions about the rows of one benchmark; each form is used before any is used again."""
+class _Maker:
+    """Makes predictions about the rows of one benchmark; every form is used once before any is used again."""
 
     def __init__(self, benchmark: str, docs: Sequence[Doc], rng: random.Random) -> None:
         self.benchmark, self.docs, self.rng = benchmark, docs, rng
@@ -82,8 +82,8 @@ class _Author:
             "numbers": self.numeric,
         }
 
-    def write(self, doc: Doc) -> str:
-        """A prediction of a kind that suits the row."""
+    def make(self, doc: Doc) -> str:
+        """A prediction of a random kind that suits the row."""
         if self.benchmark in LETTERED or doc.get("question_type") == "multiple-choice":
             kinds = ["letters"] * 5
         elif self.benchmark in ("mme", "pope"):
@@ -93,7 +93,7 @@ class _Author:
         return self.kinds[self.rng.choice(["any", "gold", *kinds])](doc)
 
     def lettered(self, doc: Doc) -> str:
-        """About letters: the right one first, or a wrong one first."""
+        """Names two letters, the right one first or a wrong one first."""
         options = _options(self.benchmark, doc)
         letters = "ABCDE"[: len(options)]
         gold = gold_answer(self.benchmark, doc)
@@ -113,12 +113,12 @@ class _Author:
         )
 
     def worded(self, doc: Doc) -> str:
-        """The right answer and another row's, in sentences, marks and slips of the pen."""
+        """The right answer and another row's, in sentences, punctuation and misspellings."""
         answer = gold_answer(self.benchmark, doc)
         typo = answer
         for _ in range(self.rng.randint(1, 4)):
-            place = self.rng.randrange(max(1, len(typo)))
-            typo = typo[:place] + self.rng.choice(["", "z", "e", " "]) + typo[place + 1 :]
+            index = self.rng.randrange(max(1, len(typo)))
+            typo = typo[:index] + self.rng.choice(["", "z", "e", " "]) + typo[index + 1 :]
         return next(self.forms["words"]).format(
             answer=answer,
             other=gold_answer(self.benchmark, self.rng.choice(self.docs)),
@@ -134,7 +134,7 @@ class _Author:
         )
 
     def numeric(self, doc: Doc) -> str:
-        """A number near the answer, in one of many notations; any odd number where the answer is none."""
+        """A number near the answer in one of many notations; an unusual number if the answer is none."""
         answer = gold_answer(self.benchmark, doc)
         digits = answer.replace(" ", "").rstrip("%")
         if not digits.isdecimal() or self.rng.random() < 0.3:
@@ -149,17 +149,17 @@ def _full_width(text: str) -> str:
     return "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
 
 
-def odd_predictions(benchmark: str, docs: Sequence[Doc], num: int = 500, seed: int = 0) -> list[tuple[int, str]]:
+def make_predictions(benchmark: str, docs: Sequence[Doc], num: int = 500, seed: int = 0) -> list[tuple[int, str]]:
     """Generated predictions about the rows of a benchmark, in turn, as (index of the row, prediction).
 
     Args:
-        benchmark: one of `tests.evaluation.harness.TASKS`.
-        docs: rows in the public columns; images are not looked at.
-        num: of predictions.
-        seed: of the generator.
+        benchmark: One of `tests.evaluation.harness.TASKS`.
+        docs: Rows with the public columns; images are not used.
+        num: Number of predictions.
+        seed: Seed of the generator.
 
     Returns:
-        Predictions that are right, nearly right, wrong and no answer at all, in the forms that models give them.
+        Predictions that are right, nearly right, wrong, or no answer at all.
     """
-    author = _Author(benchmark, docs, random.Random(f"{seed}/{benchmark}"))
-    return [(index % len(docs), author.write(docs[index % len(docs)])) for index in range(num)]
+    maker = _Maker(benchmark, docs, random.Random(f"{seed}/{benchmark}"))
+    return [(index % len(docs), maker.make(docs[index % len(docs)])) for index in range(num)]

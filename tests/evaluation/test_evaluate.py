@@ -1,4 +1,4 @@
-"""One benchmark from questions to result file: processes, kills and broken images change nothing they should not."""
+"""One benchmark from questions to result file, with several processes, after a kill and with broken images."""
 
 import json
 import os
@@ -18,19 +18,6 @@ from avg_llava.evaluation.evaluate import evaluate
 from avg_llava.evaluation.questions import BenchmarkError
 from avg_llava.evaluation.results import read_result
 from avg_llava.evaluation.tasks import HarnessQuestions
-from tests.evaluation.harness import drawn_benchmarks
-from tests.tiny import make_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    with drawn_benchmarks(tmp_path_factory.mktemp("benchmarks")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -39,7 +26,7 @@ def setting(data, checkpoint):
 
 
 def _comparable(result):
-    """A result without what differs from run to run: times and the machine's state."""
+    """A result without times, which differ from run to run."""
     fields = asdict(result)
     efficiency = fields["efficiency"]
     for name in ("time_to_first_token_ms", "seconds_per_question", "router_share", "speed"):
@@ -52,7 +39,7 @@ def _answers(folder, name="gqa"):
     return [{key: value for key, value in line.items() if key != "milliseconds"} for line in lines]
 
 
-def test_result_is_written_whole(setting, tmp_path):
+def test_result_file_is_complete(setting, tmp_path):
     result = evaluate(setting, tmp_path, num_workers=1, num_timed=2)
     assert read_result(tmp_path / "gqa.json") == result
     assert result.complete
@@ -110,7 +97,7 @@ def test_random_levels_are_the_same_every_time(setting, tmp_path):
 
 
 def test_killed_evaluation_goes_on(setting, tmp_path):
-    """SIGKILL in mid-run; the second call answers only what is missing, and the result is that of an unbroken run."""
+    """After SIGKILL, the second call answers only the missing questions, with the result of an uninterrupted run."""
     whole = evaluate(setting, tmp_path / "whole", num_workers=1, num_timed=0)
     output = tmp_path / "killed"
     store = output / "store" / "gqa" / "answers.jsonl"
@@ -119,7 +106,7 @@ def test_killed_evaluation_goes_on(setting, tmp_path):
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (store.exists() and store.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, "it was to be killed before its end"
+        assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -170,7 +157,7 @@ def test_broken_images_are_named_and_counted(setting, tmp_path, capsys):
     assert "failed: chartqa question 2" in capsys.readouterr().out
 
 
-def test_mistakes_are_told(setting, tmp_path):
+def test_invalid_data_sets_are_named(setting, tmp_path):
     with pytest.raises(BenchmarkError, match="is missing: --data names the folder"):
         HarnessQuestions("gqa", "current", tmp_path)
     (tmp_path / "GQA").mkdir()

@@ -13,23 +13,10 @@ from lmms_eval.tasks import TaskManager
 from avg_llava.evaluation.answering import Setting
 from avg_llava.evaluation.evaluate import evaluate
 from avg_llava.evaluation.lmms import AvgLlava, FailedSamplesError
-from tests.evaluation.harness import drawn_benchmarks
-from tests.tiny import make_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    with drawn_benchmarks(tmp_path_factory.mktemp("benchmarks")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def _task(folder: Path, name: str, file: Path, **changes) -> TaskManager:
-    """A task that includes lmms-eval's own and differs in where its data are."""
+    """A task that includes the shipped one and reads local data."""
     shipped = Path(lmms_eval.__file__).parent / "tasks" / f"{name}.yaml"
     content = {
         "include": str(shipped),
@@ -59,9 +46,9 @@ def test_scores_under_lmms_eval_are_ours(data, checkpoint, tmp_path, granularity
     ours = evaluate(setting, tmp_path / "out", num_workers=1, num_timed=0)
     for name, metric in ours.metrics.items():
         assert results["results"]["local_task"][f"{name},none"] == pytest.approx(metric.value)
-    said = [sample["resps"][0][0] for sample in results["samples"]["local_task"]]
+    predictions = [sample["resps"][0][0] for sample in results["samples"]["local_task"]]
     lines = (tmp_path / "out" / "chartqa.answers.jsonl").read_text().splitlines()
-    assert said == [yaml.safe_load(line)["prediction"] for line in lines]
+    assert predictions == [yaml.safe_load(line)["prediction"] for line in lines]
 
 
 def test_a_failed_sample_is_no_empty_answer(data, checkpoint, tmp_path):
@@ -77,6 +64,6 @@ def test_a_failed_sample_is_no_empty_answer(data, checkpoint, tmp_path):
         )
 
 
-def test_wrong_granularity_is_told(checkpoint):
+def test_unknown_granularity_is_refused(checkpoint):
     with pytest.raises(ValueError, match="granularity 7 is neither auto nor one of this model's levels"):
         AvgLlava(str(checkpoint), granularity=7)

@@ -17,14 +17,8 @@ from avg_llava.evaluation.benchmarks import BENCHMARKS, Benchmark, LocalTask
 from avg_llava.evaluation.evaluate import evaluate
 from avg_llava.evaluation.questions import BenchmarkError, read_rows
 from avg_llava.evaluation.results import read_result
-from tests.tiny import make_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "extending" / "benchmark.py"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def test_the_example_is_evaluated_and_reported(example, checkpoint, tmp_path, ca
     assert result.routing.oracle.value >= result.headline.value
     assert main(["report", str(tmp_path / "colours.json"), "--output", str(tmp_path / "report")]) == 0
     tables = capsys.readouterr().out
-    assert "| model | level chosen by | protocol | Colours |" in tables  # a table of its own
+    assert "| model | level chosen by | protocol | Colours |" in tables
     assert "| Colours |" in tables
 
 

@@ -1,26 +1,20 @@
-"""The generated predictions that parity is shown on are varied: lmms-eval itself calls some right and some wrong."""
+"""The predictions of the parity tests are varied: lmms-eval scores many as right and many as wrong."""
 
 import random
 
 import pytest
 
-from tests.evaluation.harness import TASKS, drawn_benchmarks, load_task, score
-from tests.evaluation.predictions import odd_predictions
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    with drawn_benchmarks(tmp_path_factory.mktemp("benchmarks")) as folder:
-        yield folder
+from tests.evaluation.harness import TASKS, load_task, score
+from tests.evaluation.predictions import make_predictions
 
 
 @pytest.mark.parametrize("benchmark", TASKS)
-def test_predictions_are_varied(benchmark, folder):
-    task = load_task(benchmark, folder)
+def test_predictions_are_varied(benchmark, data):
+    task = load_task(benchmark, data)
     docs = [dict(doc) for doc in task.dataset_no_image[task.config.test_split]]
-    predictions = odd_predictions(benchmark, docs)
-    assert predictions == odd_predictions(benchmark, docs)
-    assert predictions != odd_predictions(benchmark, docs, seed=1)
+    predictions = make_predictions(benchmark, docs)
+    assert predictions == make_predictions(benchmark, docs)
+    assert predictions != make_predictions(benchmark, docs, seed=1)
     assert len(predictions) == 500
     assert {index for index, _ in predictions} == set(range(len(docs)))
     texts = {text for _, text in predictions}

@@ -18,7 +18,7 @@ BASE_QUESTIONS = {"mmbench": 1164, "mmbench_cn": 1164}  # each is asked in sever
 PAPER = published.load_published()
 
 
-def test_tables_have_the_papers_shape():
+def test_shape_of_the_papers_tables():
     assert set(PAPER.tables) == {"1", "2", "3", "4"}
     for table in PAPER.tables.values():
         assert all(len(row.values) == len(table.columns) for row in table.rows)
@@ -67,7 +67,7 @@ def test_expected_figures_are_the_published_ones(benchmark):
 
 
 @pytest.mark.parametrize("benchmark", [name for name in BENCHMARKS if name != "mme"])
-def test_tolerance_is_what_its_note_says(benchmark):
+def test_tolerance_follows_from_the_number_of_questions(benchmark):
     (entry,) = BENCHMARKS[benchmark].expected
     num_units = BASE_QUESTIONS.get(benchmark, BENCHMARKS[benchmark].num_questions)
     assert f"{num_units:,}" in entry.note
@@ -76,7 +76,7 @@ def test_tolerance_is_what_its_note_says(benchmark):
     assert half <= entry.tolerance <= half + 0.1
 
 
-def test_expected_figures_are_the_benchmarks_own_or_those_of_a_file(tmp_path):
+def test_expected_figures_are_published_or_from_a_file(tmp_path):
     figures = published.load_expected(Path("published"), ["gqa", "mme"])
     assert [(each.benchmark, each.published) for each in figures] == [("gqa", 63.0), ("mme", 1557.4), ("mme", 366.8)]
     path = write(tmp_path, "expected.json", [asdict(figures[0])])
@@ -101,7 +101,7 @@ def test_points_stay_points():
     assert [item.measured for item in compared] == [metric.value for metric in result.metrics.values()]
 
 
-def test_what_cannot_be_compared_is_named(tmp_path):
+def test_incomparable_figures_are_refused(tmp_path):
     expected = BENCHMARKS["gqa"].expected
     with pytest.raises(ResultError, match=r"nothing is expected of gqa by the protocol current: .* gqa \(paper\)"):
         published.compare_with_expected(parse_result(make_result("gqa"), "x"), expected)

@@ -1,4 +1,4 @@
-"""Result files: what is written is read again, and what is wrong is named by file and field."""
+"""Result files: a round trip, and errors that name file and field."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tests.reports.fixture_results import SHAPES, make_result, write
 
 @pytest.mark.parametrize("benchmark", SHAPES)
 @pytest.mark.parametrize("granularity", ["auto", 288])
-def test_read_again_as_written(tmp_path, benchmark, granularity):
+def test_round_trip(tmp_path, benchmark, granularity):
     content = make_result(benchmark, num_questions=20, granularity=granularity)
     result = parse_result(content, "x")
     assert result.granularity == granularity
@@ -69,7 +69,7 @@ def test_oracle_curve_and_order_of_metrics():
         ({"routing__curve": [{"token_cost": 0.0}]}, "routing.curve.0.value is missing"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, changes, message):
+def test_invalid_fields_are_named(tmp_path, changes, message):
     path = write(tmp_path, "wrong.json", make_result(**changes))
     with pytest.raises(ResultError, match=message) as error:
         read_result(path)

@@ -1,4 +1,4 @@
-"""What the scripts in eval/ start, seen through a stand-in for `avg-llava` that prints its arguments."""
+"""The commands that the scripts in eval/ start, recorded by a stand-in for `avg-llava` that prints its arguments."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def script(tmp_path):
-    """Run eval/NAME.sh with the stand-in, elsewhere; returns the lines that it printed."""
+    """Runs eval/NAME.sh in another folder, with the stand-in on the PATH."""
     (tmp_path / "avg-llava").write_text('#!/bin/sh\necho "$PWD: $*"\nexit ${FAILS:-0}\n')
     (tmp_path / "avg-llava").chmod(0o755)
 

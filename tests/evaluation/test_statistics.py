@@ -23,7 +23,7 @@ def named(units):
 
 
 def all_resamples(units):
-    """Every way of drawing as many units with replacement."""
+    """Every sample of as many units with replacement."""
     return [named(drawn) for drawn in itertools.product(units, repeat=len(units))]
 
 

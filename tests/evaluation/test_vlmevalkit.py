@@ -1,4 +1,4 @@
-"""What can be shown of the VLMEvalKit script without VLMEvalKit: how its messages become requests, and its usage."""
+"""The VLMEvalKit script without VLMEvalKit: conversion of messages to requests, and usage."""
 
 import importlib.util
 import subprocess
@@ -18,7 +18,7 @@ def script():
     return module
 
 
-def test_images_keep_their_places(script):
+def test_images_keep_their_positions(script):
     message = [
         {"type": "text", "value": "Compare "},
         {"type": "image", "value": "a.png"},
@@ -35,7 +35,7 @@ def test_video_is_refused(script):
         script.to_request([{"type": "video", "value": "a.mp4"}])
 
 
-def test_missing_kit_is_told(tmp_path):
+def test_missing_kit_is_named(tmp_path):
     command = [sys.executable, SCRIPT, "--kit", tmp_path, "--model", "DIR"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2

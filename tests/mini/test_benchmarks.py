@@ -10,7 +10,7 @@ from PIL import Image
 from avg_llava.cli import main
 from avg_llava.mini.benchmarks import write_benchmarks
 from avg_llava.mini.world import WorldError
-from tests.evaluation.harness import TASKS, drawn_benchmarks, gold_answer, load_task, score, total
+from tests.evaluation.harness import TASKS, gold_answer, load_task, mini_benchmarks, score, total
 
 TEXT, TEXTS, PICTURE = "string", ["string"], "image"
 OBJECTS = [{"objectId": TEXT, "value": TEXT}]
@@ -74,7 +74,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with drawn_benchmarks(tmp_path_factory.mktemp("benchmarks")) as folder:
+    with mini_benchmarks(tmp_path_factory.mktemp("benchmarks")) as folder:
         yield folder
 
 

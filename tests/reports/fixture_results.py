@@ -1,4 +1,4 @@
-"""Results as `avg-llava evaluate` writes them, with invented answers: for tests, and for a look at the report."""
+"""Results in the format of `avg-llava evaluate` with invented answers, for tests and for a look at the report."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def metric(kind: str, units: dict[str, Any], label: str, maximum: float = 1.0) -
 
 
 def make_metrics(benchmark: str, right: float, num_questions: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The benchmark's metrics over invented answers, `right` of which are right."""
+    """The benchmark's metrics over invented answers, a share `right` of which is right."""
     names = [f"{benchmark}-{index}" for index in range(num_questions)]
     scores = (rng.random(num_questions) < right).astype(float).tolist()
     if benchmark == "mme":
@@ -80,9 +80,9 @@ def make_result(benchmark: str = "gqa", *, seed: int = 0, num_questions: int = 2
 
     Args:
         benchmark: Its name.
-        seed: Of the invented answers.
-        num_questions: How many.
-        changes: Values over those of the file; keys as in the file, `a__b` for a key b inside a.
+        seed: Seed of the invented answers.
+        num_questions: Number of questions.
+        changes: Values that replace those of the file; `a__b` is the key b inside a.
     """
     right, shares = SHAPES[benchmark]
     rng = np.random.default_rng([seed, *benchmark.encode()])

@@ -1,4 +1,4 @@
-"""`avg-llava report`: rows, tables, figures and page from result files, and what is refused."""
+"""`avg-llava report`: rows, tables, figures and page from result files, and refusals."""
 
 import json
 import re
@@ -61,9 +61,9 @@ def grouped(*contents, folder="results"):
 
 
 def rows_of(table, **labels):
-    """The rows whose labels have these values, by head."""
-    places = {head: table.labels.index(head.replace("_", " ")) for head in labels}
-    return [row for row in table.rows if all(row.labels[places[head]] == value for head, value in labels.items())]
+    """The rows whose labels have these values, by heading."""
+    columns = {head: table.labels.index(head.replace("_", " ")) for head in labels}
+    return [row for row in table.rows if all(row.labels[columns[head]] == value for head, value in labels.items())]
 
 
 def cells(table, row):
@@ -71,7 +71,7 @@ def cells(table, row):
 
 
 class TestSeries:
-    def test_protocols_models_and_choosers_are_rows_of_their_own(self):
+    def test_protocols_models_and_ways_of_choosing_are_separate_rows(self):
         table = tables.score_table(
             "1",
             grouped(
@@ -104,7 +104,7 @@ class TestSeries:
         ):
             grouped(make_result("gqa"), make_result("gqa", seed=3))
 
-    def test_models_of_one_name_are_told_apart(self):
+    def test_models_of_one_name_are_distinguished(self):
         first, second = (make_result("gqa", model__fingerprint=sign * 64) for sign in "ab")
         names = {series.model for series in grouped(first, second)}
         assert names == {"runs/fixture/stage4 float32 aaaaaaaa", "runs/fixture/stage4 float32 bbbbbbbb"}
@@ -216,7 +216,7 @@ class TestTables:
 
 
 class TestComparison:
-    def test_paired_tests_of_what_both_have(self):
+    def test_paired_tests_of_common_benchmarks(self):
         first = [make_result("gqa", seed=1), make_result("mme", seed=1), make_result("pope", protocol="paper")]
         second = [make_result("gqa", seed=2), make_result("mme", seed=2), make_result("pope", granularity=576)]
         table = tables.comparison_table(grouped(*first), grouped(*second, folder="other"))
@@ -239,7 +239,7 @@ class TestComparison:
         table = tables.comparison_table(grouped(contents[0]), grouped(contents[1], folder="other"))
         assert [cell.text for cell in table.rows[0].cells] == ["+100.0", "<0.0001", "100"]
 
-    def test_what_cannot_be_compared_is_refused(self):
+    def test_incomparable_results_are_refused(self):
         with pytest.raises(ResultError, match=r"nothing can be compared: .* \(gqa \(paper\)\)"):
             tables.comparison_table(grouped(make_result("gqa")), grouped(make_result("gqa", protocol="paper")))
         with pytest.raises(ResultError, match="nothing can be compared"):
@@ -257,7 +257,7 @@ class TestComparison:
             tables.comparison_table(grouped(make_result("gqa")), grouped(others, folder="other"))
 
 
-class TestCharts:
+class TestFigures:
     def test_bars_add_up_and_are_in_the_benchmarks_order(self):
         figure = figures.draw_routing(grouped(make_result("mmmu"), make_result("gqa")))
         (axes,) = [axes for axes in figure.axes if axes.axison]
@@ -279,7 +279,7 @@ class TestCharts:
             expected = [[read(content), 100 * content["metrics"]["exact_match"]["value"]] for content in contents]
             np.testing.assert_allclose(points.astype(float), expected)
 
-    def test_protocols_have_panels_of_their_own(self):
+    def test_protocols_have_separate_panels(self):
         contents = [
             make_result("gqa", granularity=level, protocol=protocol)
             for level in (36, 576)

@@ -1,4 +1,4 @@
-"""Tables in three formats: what is published is marked, what is special is escaped."""
+"""Tables in three formats: published rows are marked, special characters are escaped."""
 
 import re
 from html.parser import HTMLParser
