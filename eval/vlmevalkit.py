@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 2048
 
 
 def to_request(message: list[dict[str, Any]]) -> Any:
-    """Converts a message of VLMEvalKit, a list of texts and image files, to a request with `<image>` at their positions."""
+    """Converts a message of VLMEvalKit, a list of texts and image files, to a request with `<image>` placeholders."""
     from avg_llava import Request
 
     unknown = {part["type"] for part in message} - {"image", "text"}
