@@ -22,7 +22,7 @@ class RouterConfig(PreTrainedConfig):
 
     The fields after `kind` are those of the paper's router; other routers read what they need of them.
 
-    Args:
+    Attributes:
         kind: A key of :data:`avg_llava.model.router.ROUTERS`.
         num_text_tokens: Instruction tokens kept by the text filter (k of the paper). With 0 the router sees the image
             only.
@@ -55,7 +55,7 @@ class AvgLlavaConfig(LlavaNextConfig):
     It has the fields of transformers' `LlavaNextConfig` (vision and text configurations, anyres pinpoints as (height,
     width)) and the following.
 
-    Args:
+    Attributes:
         granularities: Visual tokens per crop at each level that the router can choose, coarse to fine. Empty: the five
             finest levels of the ladder.
         pooling_ladder: A key of :data:`avg_llava.model.scaler.LADDERS`: the levels that exist, and how tokens are
