@@ -146,11 +146,11 @@ def instantiate(
             ignore_mismatched_sizes=True,
             **kwargs,
         )
-    check_loaded(info, checkpoint.name, checkpoint.fresh)
+    _check_loaded(info, checkpoint.name, checkpoint.fresh)
     return model.eval()
 
 
-def check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = ()) -> None:
+def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = ()) -> None:
     """Raises one error that lists all problems of transformers' loading report.
 
     Args:
@@ -174,7 +174,7 @@ def check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = 
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Drops transformers' table of missing keys, which :func:`check_loaded` replaces, unless it explains an error."""
+    """Drops transformers' table of missing keys, which the error replaces, unless it explains an error."""
 
     def is_kept(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage() or "CONVERSION" in record.getMessage()
