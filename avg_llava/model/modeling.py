@@ -1,5 +1,10 @@
 """AVG-LLaVA: encode -> pool -> route -> splice -> language model. Read this file first.
 
+`AvgLlavaForConditionalGeneration.prepare` is the path of a batch: `encode_images` runs vision tower and projector,
+`route` scores the levels (router.py) that are pooled from one encoding (scaler.py), and `splice` replaces each image
+placeholder by the image's tokens at the chosen level (anyres.py for the layout of the tokens, splice.py for the batch).
+Training packs spliced batches (packing.py) and takes the answers' log-probabilities from `token_log_probs`.
+
 Shapes: B samples, L tokens of a prompt with one placeholder per image, L' tokens after splicing, N images in the batch
 (sample after sample), C crops of all images (image after image, overview first), T finest tokens of a crop, G levels,
 D language-model width, S crop size in pixels.
@@ -378,7 +383,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             if not features.is_blank:
                 levels = self._levels_of(granularity, len(features.num_crops))
                 visual_tokens = self._visual_tokens(replace(features, crops=crops), newline, levels)
-        longest = self.config.max_sequence_length
+        max_length = self.config.max_sequence_length
         spliced = splice_visual_tokens(
             text_embeds,
             self._is_image(input_ids).cpu(),
@@ -386,12 +391,12 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             visual_tokens,
             labels,
             padding_side,
-            max_length=None if labels is None else longest,
+            max_length=None if labels is None else max_length,
         )
-        if spliced.inputs_embeds.shape[1] > longest:
+        if spliced.inputs_embeds.shape[1] > max_length:
             raise PromptTooLongError(
                 f"a prompt has {spliced.inputs_embeds.shape[1]} tokens with its visual tokens, more than "
-                f"config.max_sequence_length {longest}; shorten it, or use a coarser granularity"
+                f"config.max_sequence_length {max_length}; shorten it, or use a coarser granularity"
             )
         return spliced
 

@@ -71,7 +71,7 @@ class Router(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises all weights. As it stands, resets every submodule to PyTorch's initialisation.
+        """Initialises all weights; by default, every submodule as PyTorch does.
 
         Called for a router that no checkpoint holds. Override it for parameters that belong to no submodule, with the
         functions of `transformers.initialization`, which leave loaded weights as they are.
@@ -83,7 +83,7 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def check_config(cls, config: PreTrainedConfig) -> None:
-        """Raises ValueError for an `AvgLlavaConfig` that this router cannot be built for; accepts all as it stands."""
+        """Raises ValueError for an `AvgLlavaConfig` that this router cannot be built for; by default, never."""
 
     @classmethod
     @abstractmethod
