@@ -6,7 +6,6 @@ root of the project. This module imports no torch, so that the command line can 
 """
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,10 +336,7 @@ def _check_objective(config: TrainConfig) -> None:
     method = config.objective.method
     if method != DEFAULT_METHOD:
         methods = [DEFAULT_METHOD, *(name for name, spec in OBJECTIVES.items() if spec.stages)]
-        if method not in methods:
-            close = difflib.get_close_matches(method, methods, n=1, cutoff=0.5)
-            hint = f" - did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"objective.method must be one of {', '.join(methods)}; got {method!r}{hint}")
+        find_entry(dict.fromkeys(methods), method, "objective.method")
         stages = OBJECTIVES[method].stages
         if config.stage not in stages:
             raise ConfigError(
