@@ -121,7 +121,10 @@ def _refuse_command(prog: str, name: str, group: Group) -> NoReturn:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Logs this package's messages from level INFO, and those of libraries from ERROR, or WARNING with `--debug`."""
+    """Logs this package's messages from level INFO, and those of libraries from ERROR, or WARNING with `--debug`.
+
+    Progress bars of libraries are shown in terminals only. Comes before the libraries are imported.
+    """
     logging.basicConfig(
         level=logging.WARNING if debug else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
     )
@@ -132,6 +135,13 @@ def _set_up_logging(debug: bool) -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("DeepSpeed").addFilter(_is_error)  # its level is set again when it is imported
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _one_line(error: Exception) -> str:

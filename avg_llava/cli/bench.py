@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from avg_llava.cli.options import Count, Group, ReportingCommand, command
+from avg_llava.cli.options import Count, Group, Outcome, ReportingCommand, command
 
 
 @command("avg-llava bench train --stage 3 --preset proportioned --json")
@@ -27,11 +27,11 @@ class BenchTrain(PresetCommand):
     stored_feedback: bool = False
     """Measure stage 4 with a feedback store, that is without a language model in memory."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.bench import training as bench
 
         result = bench.bench_train(self.stage, self.preset, self.repeats, self.stored_feedback)
-        return self.report(result, "\n".join(bench.table_lines(result)))
+        return Outcome(result, "\n".join(bench.table_lines(result)))
 
 
 @command("avg-llava bench inference --preset proportioned --json")
@@ -47,13 +47,13 @@ class BenchInference(PresetCommand):
     static_cache: bool = False
     """Use a KV cache of fixed size for decoding, which is compiled on a GPU."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.bench import inference as bench
 
         result = bench.bench_inference(
             self.preset, self.batch_size, self.new_tokens, repeats=self.repeats, static_cache=self.static_cache
         )
-        return self.report(result, "\n".join(bench.table_lines(result)))
+        return Outcome(result, "\n".join(bench.table_lines(result)))
 
 
 @command("avg-llava bench data --json")
@@ -63,12 +63,12 @@ class BenchData(ReportingCommand):
     repeats: Count = 7
     """Timed rounds per image size; the median is reported."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.bench import data as bench
         from avg_llava.common.machine import machine_facts
 
         result = bench.bench_data(repeats=self.repeats)
-        return self.report(result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
+        return Outcome(result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
 
 
 @command("avg-llava bench serve --model avg_llava/mini/checkpoint --clients 64 --seconds 120 --json")
@@ -82,11 +82,11 @@ class BenchServe(ReportingCommand):
     seconds: Count = 120
     """Duration in seconds."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.bench import serving as bench
 
         result = bench.bench_serve(str(self.model), self.clients, self.seconds)
-        return self.report(result, "\n".join(bench.table_lines(result)), failed=not bench.is_fine(result))
+        return Outcome(result, "\n".join(bench.table_lines(result)), failed=not bench.is_fine(result))
 
 
 BENCH = Group(

@@ -12,6 +12,7 @@ from avg_llava.cli.options import (
     Count,
     DType,
     NumWorkers,
+    Outcome,
     ReportingCommand,
     TokenCost,
     command,
@@ -66,7 +67,7 @@ class Evaluate(ReportingCommand):
     check: Annotated[Path | None, unset("none")] = None
     """File of expected figures, or `published` for the paper's; exit with 1 if a measured one differs."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         import torch
 
         from avg_llava.common.tables import render_table
@@ -102,7 +103,7 @@ class Evaluate(ReportingCommand):
             rows += _rows(result, {item.expected.metric: item for item in comparisons})
         notes = [*failures, *(f"differs from what is expected: {name}" for name in differences)]
         text = "\n".join([render_table(_COLUMNS, rows, num_left=2), *notes])
-        return self.report([asdict(result) for result in results], text, failed=bool(notes))
+        return Outcome([asdict(result) for result in results], text, failed=bool(notes))
 
 
 @command("avg-llava report runs/eval/gqa.json runs/eval/mme.json --output runs/report")
@@ -122,11 +123,11 @@ class Report(ReportingCommand):
         if not self.results:
             raise ValueError("give at least one result file")
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.reports.paper import write_paper_report
 
         report = write_paper_report(self.results, self.against, self.output)
-        return self.report(report.to_json(), f"{report.to_text()}\nreport: {report.files[0]}")
+        return Outcome(report.to_json(), f"{report.to_text()}\nreport: {report.files[0]}")
 
 
 _COLUMNS = ("benchmark", "metric", "measured", "expected", "questions", "failed", "tokens", "s")

@@ -11,6 +11,7 @@ from avg_llava.cli.options import (
     Group,
     ModelOptions,
     OptionalDType,
+    Outcome,
     ReportingCommand,
     command,
     unset,
@@ -28,7 +29,7 @@ class ExportModel(ReportingCommand):
     output: Path
     """Folder to write."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.checkpoints.loading import load
         from avg_llava.inference.export import language_model
 
@@ -41,7 +42,7 @@ class ExportModel(ReportingCommand):
             "architecture": type(exported).__name__,
             "parameters": sum(parameter.numel() for parameter in exported.parameters()),
         }
-        return self.report(facts, f"the language model ({facts['architecture']}) is in {self.output}")
+        return Outcome(facts, f"the language model ({facts['architecture']}) is in {self.output}")
 
 
 @command("avg-llava export prompts --model runs/mini/stage4 --input questions.jsonl --output prompts --format vllm")
@@ -59,7 +60,7 @@ class ExportPrompts(ReportingCommand):
     """Tensors for use from Python (safetensors), or request bodies for an engine's server."""
     answering: OmitArgPrefixes[AnswerOptions] = AnswerOptions()
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.inference.export import ERRORS, write_prompts
         from avg_llava.inference.question_files import read_questions
 
@@ -71,7 +72,7 @@ class ExportPrompts(ReportingCommand):
         facts = {"questions": len(questions), "failures": num_failures, "output": str(self.output)}
         errors = f", {num_failures} failed: see {self.output / ERRORS}" if num_failures else ""
         text = f"{len(questions) - num_failures} prompts are in {self.output}{errors}"
-        return self.report(facts, text, failed=num_failures > 0)
+        return Outcome(facts, text, failed=num_failures > 0)
 
 
 EXPORT = Group(

@@ -15,6 +15,7 @@ from avg_llava.cli.options import (
     Command,
     Count,
     ModelOptions,
+    Outcome,
     ReportingCommand,
     command,
     unset,
@@ -44,7 +45,7 @@ class Generate(ReportingCommand):
     """Questions per batch."""
     answering: OmitArgPrefixes[AnswerOptions] = AnswerOptions()
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         if (self.prompt is None) == (self.input is None) or (self.input is None) != (self.output is None):
             raise ValueError("give --prompt for one question, or --input and --output for a file of them")
         if self.prompt is not None:
@@ -53,16 +54,16 @@ class Generate(ReportingCommand):
         assert self.output is not None
         return self._answer_file(self.input, self.output)
 
-    def _answer(self, prompt: str) -> int:
+    def _answer(self, prompt: str) -> Outcome:
         from avg_llava.inference.answers import Decoding, Request
 
         pipeline = self.loading.load()
         (answer,) = pipeline.generate_batch(
             [Request(prompt, self.image)], self.answering.budget(), Decoding(self.answering.max_new_tokens)
         )
-        return self.report(to_json(answer, pipeline.predictor.granularities), answer.text)
+        return Outcome(to_json(answer, pipeline.predictor.granularities), answer.text)
 
-    def _answer_file(self, source: Path, output: Path) -> int:
+    def _answer_file(self, source: Path, output: Path) -> Outcome:
         from avg_llava.inference.answers import Decoding
         from avg_llava.inference.question_files import answer_file, read_questions
 
@@ -73,7 +74,7 @@ class Generate(ReportingCommand):
         facts = {"questions": len(questions), "failures": num_failures, "output": str(output)}
         errors = f", {num_failures} failed: see {output.with_suffix('.errors.jsonl')}" if num_failures else ""
         text = f"answered {len(questions) - num_failures} questions in {output}{errors}"
-        return self.report(facts, text, failed=num_failures > 0)
+        return Outcome(facts, text, failed=num_failures > 0)
 
 
 @command("avg-llava chat --model runs/mini/stage4 --image cat.png")
@@ -106,7 +107,7 @@ class Convert(ReportingCommand):
     output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
     """Folder to write, new or empty."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.checkpoints.loading import load
 
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
@@ -115,7 +116,7 @@ class Convert(ReportingCommand):
         model.save_pretrained(self.output)
         processor.save_pretrained(self.output)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        return self.report({"output": str(self.output), "parameters": num_parameters}, f"wrote {self.output}")
+        return Outcome({"output": str(self.output), "parameters": num_parameters}, f"wrote {self.output}")
 
 
 def to_json(answer: "Answer", granularities: Sequence[int]) -> dict[str, Any]:

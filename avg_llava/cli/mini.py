@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from avg_llava.cli.options import NUMBER, Group, NumWorkers, ReportingCommand, command, unset
+from avg_llava.cli.options import NUMBER, Group, NumWorkers, Outcome, ReportingCommand, command, unset
 
 
 @command("avg-llava mini data --output playground/data/mini")
@@ -24,33 +24,33 @@ class SeededCommand(ReportingCommand):
 class MiniData(SeededCommand):
     """Generates the mini world: images and questions that need different granularities."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.mini.world import write_world
 
         manifest = write_world(self.output, seed=self.seed)
-        return self.report(manifest, f"the mini world is in {self.output}")
+        return Outcome(manifest, f"the mini world is in {self.output}")
 
 
 @command("avg-llava mini benchmarks --output playground/data/benchmarks")
 class MiniBenchmarks(SeededCommand):
     """Generates twelve small benchmarks in the published formats."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.mini.benchmarks import write_benchmarks
 
         manifest = write_benchmarks(self.output, seed=self.seed)
-        return self.report(manifest, f"the benchmarks are in {self.output}")
+        return Outcome(manifest, f"the benchmarks are in {self.output}")
 
 
 @command("avg-llava mini pretrain --output backbones")
 class MiniPretrain(SeededCommand):
     """Pretrains the mini backbones: CLIP tower, language model and tokenizer."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.mini.backbones import Recipe, pretrain
 
         pretrain(self.output, Recipe(seed=self.seed))
-        return self.report({"output": str(self.output)}, f"the backbones are in {self.output}")
+        return Outcome({"output": str(self.output)}, f"the backbones are in {self.output}")
 
 
 @command("avg-llava mini claims --runs runs/mini --data playground/data/mini --check")
@@ -70,14 +70,14 @@ class MiniClaims(ReportingCommand):
     check: bool = False
     """Fail if a claim does not hold."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.mini.comparison import evaluate_claims
         from avg_llava.reports.mini import table_lines
 
         output = self.output or self.runs / "report"
         report = evaluate_claims(self.runs, self.data, output, self.token_cost, self.workers)
         text = "\n".join([*table_lines(report), "", f"report: {output / 'index.html'}"])
-        return self.report(report, text, failed=self.check and not all(claim["held"] for claim in report["claims"]))
+        return Outcome(report, text, failed=self.check and not all(claim["held"] for claim in report["claims"]))
 
 
 @command("avg-llava mini routers --model avg_llava/mini/checkpoint --answers runs/answers runs/a runs/b")
@@ -99,13 +99,13 @@ class MiniRouters(ReportingCommand):
         if not self.routers:
             raise ValueError("give at least one checkpoint folder that contains a router")
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.mini.comparison import compare_routers
         from avg_llava.reports.mini import table_lines
 
         rows = compare_routers(self.model, self.routers, self.data, self.answers, num_workers=self.workers)
         report: dict[str, Any] = {"rows": [dataclasses.asdict(row) for row in rows], "claims": []}
-        return self.report(report, "\n".join(table_lines(report)).rstrip())
+        return Outcome(report, "\n".join(table_lines(report)).rstrip())
 
 
 MINI = Group(

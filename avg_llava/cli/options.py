@@ -1,6 +1,8 @@
 """Base classes of commands, and the types and groups of options that commands share."""
 
+import contextlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +98,15 @@ def command(example: str) -> Callable[[CommandT], CommandT]:
     return decorate
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Output of a command, for programs and for people."""
+
+    facts: Any
+    text: str
+    failed: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportingCommand(Command):
     """A command with a result that programs may read."""
@@ -103,10 +114,15 @@ class ReportingCommand(Command):
     json: bool = False
     """Print JSON for a program to read."""
 
-    def report(self, facts: Any, text: str, failed: bool = False) -> int:
-        """Prints the facts as JSON if requested, else the text, and returns the exit code."""
-        print(json.dumps(facts, indent=2) if self.json else text)
-        return FAILED if failed else FINE
+    def run(self) -> int:
+        with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported
+            outcome = self.compute()
+        print(json.dumps(outcome.facts, indent=2) if self.json else outcome.text)
+        return FAILED if outcome.failed else FINE
+
+    @abstractmethod
+    def compute(self) -> Outcome:
+        """Does the work of the command."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from avg_llava.cli.options import (
     Command,
     Count,
     NumWorkers,
+    Outcome,
     ReportingCommand,
     command,
     parsed_by,
@@ -81,7 +82,7 @@ class Feedback(ReportingCommand):
     num_processes: NumWorkers = None
     """Number of processes."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.training.config import load_config
         from avg_llava.training.feedback import collect
 
@@ -93,7 +94,7 @@ class Feedback(ReportingCommand):
                 f"this machine's share of the feedback is in {self.output}: {counts}; {collection.num_missing_shards} "
                 f"of {collection.num_shards} shards are left to other machines"
             )
-        return self.report({"output": str(self.output), **asdict(collection)}, text)
+        return Outcome({"output": str(self.output), **asdict(collection)}, text)
 
 
 @command("avg-llava verify-data --config configs/vicuna-7b/stage2.yaml --output skip.json")
@@ -109,7 +110,7 @@ class VerifyData(ReportingCommand):
     num_processes: Annotated[int | None, COUNT, unset("one per core")] = None
     """Number of processes."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from tqdm import tqdm
 
         from avg_llava.common.machine import num_cores
@@ -147,7 +148,7 @@ class VerifyData(ReportingCommand):
             "skip_list": None if self.output is None else str(self.output),
         }
         text = "\n".join(_verification_lines(verification, expected, self.output))
-        return self.report(facts, text, failed=verification.num_skipped > 0 and self.output is None)
+        return Outcome(facts, text, failed=verification.num_skipped > 0 and self.output is None)
 
 
 @command("avg-llava estimate --config configs/vicuna-7b/stage3.yaml --gpus 8 --gpu h100")
@@ -175,7 +176,7 @@ class Estimate(ReportingCommand):
     model_of: Annotated[Path | None, unset("found by its output.dir in the folders around the configuration")] = None
     """YAML file of the stage that produces model.start, or of stage 1, while model.start does not exist."""
 
-    def run(self) -> int:
+    def compute(self) -> Outcome:
         from avg_llava.planning.estimate import Request, estimate, table_lines
 
         request = Request(
@@ -190,7 +191,7 @@ class Estimate(ReportingCommand):
             model_of=self.model_of,
         )
         result = estimate(self.config, request)
-        return self.report(result, "\n".join(table_lines(result)))
+        return Outcome(result, "\n".join(table_lines(result)))
 
 
 def _verification_lines(
