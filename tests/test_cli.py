@@ -1,6 +1,7 @@
 """The command line: help with an example, exit codes, one-line errors, and answers that programs can read."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -301,3 +302,20 @@ def test_claims_name_the_stage_that_is_missing(capsys, tmp_path):
     message = fails_in_one_line(capsys, ["mini", "claims", "--runs", tmp_path, "--data", tmp_path])
     assert "stage1 is not a finished stage 1; run `bash scripts/train_stage1.sh" in message
     assert "cannot be -1" in fails_in_one_line(capsys, ["mini", "claims", "--runs", tmp_path, "--token-cost", "-1"])
+
+
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_libraries_print_nothing(checkpoint, image, tmp_path, command):
+    arguments = {
+        "generate": ["--model", checkpoint, "--image", image, "--prompt", "hello", "--max-new-tokens", "2", "--json"],
+        "convert": [checkpoint, tmp_path / "converted", "--json"],
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "avg_llava.cli", command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"WANDB_MODE": "disabled"},
+    )
+    assert json.loads(done.stdout)
+    assert done.stderr == ""

@@ -1,7 +1,7 @@
 """The command line, `avg-llava COMMAND`: one dataclass of options per command, read by tyro.
 
-A command imports what it needs inside `run`, so that help and usage errors take a fraction of a second. Results go to
-standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage.
+Commands import what they need when they run, so that help and usage errors take a fraction of a second. Results go to
+standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 """
 
 import difflib
@@ -26,9 +26,7 @@ from avg_llava.cli.training import Estimate, Feedback, Train, VerifyData
 
 COMMANDS = Group(
     "LLaVA-NeXT that picks its visual granularity from the image and the instruction.",
-    "avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?'\n\n"
-    "completion of commands and options in bash (likewise zsh, fish):\n"
-    "  avg-llava --tyro-write-completion bash ~/.local/share/bash-completion/completions/avg-llava",
+    "avg-llava generate --model runs/mini/stage4 --image cat.png --prompt 'What is this?'",
     {
         "train": Train,
         "feedback": Feedback,
@@ -45,6 +43,8 @@ COMMANDS = Group(
         "mini": MINI,
         "bench": BENCH,
     },
+    "\nshell completion (bash, zsh or fish):\n"
+    "  avg-llava --tyro-write-completion bash ~/.local/share/bash-completion/completions/avg-llava",
 )
 # Switches have no --no-... twin, and the word None means itself.
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command and its options.
+    """Parses the words after `avg-llava` into a command with its options.
 
     Raises:
         SystemExit: After help, and after wrong usage with code 2.
@@ -136,8 +136,6 @@ def _set_up_logging(debug: bool) -> None:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("DeepSpeed").addFilter(_is_error)  # its level is set again when it is imported
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def parsed_by(parse: Callable[[str], T], metavar: str) -> Any:
-    """Annotation of an option whose one word `parse` converts; its `ValueError` is the message to the user."""
+    """Annotation of an option whose value `parse` reads; the message of its `ValueError` is shown to the user."""
     return PrimitiveConstructorSpec[T](
         nargs=1,
         metavar=metavar,
@@ -100,7 +100,7 @@ def command(example: str) -> Callable[[CommandT], CommandT]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Output of a command, for programs and for people."""
+    """Output of a command: facts for JSON, or text, and whether the command failed."""
 
     facts: Any
     text: str
@@ -109,7 +109,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportingCommand(Command):
-    """A command with a result that programs may read."""
+    """A command whose output is text, or JSON with `--json`."""
 
     json: bool = False
     """Print JSON for a program to read."""
@@ -132,10 +132,12 @@ class Group:
     description: str
     example: str
     commands: dict[str, "type[Command] | Group"]
+    notes: str = ""
+    """Further text for the end of the help."""
 
     def epilog(self) -> str:
         """Text after the list of commands."""
-        return f"example:\n  {self.example}"
+        return f"example:\n  {self.example}\n{self.notes}"
 
 
 @dataclass(frozen=True, kw_only=True)
