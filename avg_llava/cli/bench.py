@@ -65,10 +65,9 @@ class BenchData(ReportingCommand):
 
     def compute(self) -> Outcome:
         from avg_llava.bench import data as bench
-        from avg_llava.common.machine import machine_facts
 
         result = bench.bench_data(repeats=self.repeats)
-        return Outcome(result | {"machine": machine_facts()}, "\n".join(bench.table_lines(result)))
+        return Outcome(result, "\n".join(bench.table_lines(result)))
 
 
 @command("avg-llava bench serve --model avg_llava/mini/checkpoint --clients 64 --seconds 120 --json")

@@ -1,4 +1,4 @@
-"""Collecting answers: resumed, dropped when stale, verified by routed generation; and the report at the end."""
+"""Collected answers are resumed, deleted when stale and checked by routed generation; the report is complete."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def job_of(trained: Path, answers: Path) -> AnsweringJob:
     return AnsweringJob(trained / "runs/stage2", trained / "runs/stage4", trained / "data", answers, num_workers=1)
 
 
-def test_report_has_the_promised_form(trained, report):
+def test_report_has_all_fields(trained, report):
     written = json.loads((trained / "report" / "report.json").read_text())
     assert written == report
     names = [row["name"] for row in report["rows"]]
@@ -79,7 +79,7 @@ def test_page_holds_all_figures(trained, report):
         assert (trained / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_goes_on_where_it_stopped(trained, report, tmp_path):
+def test_a_killed_run_is_resumed(trained, report, tmp_path):
     answers = tmp_path / "answers"
     shutil.copytree(trained / "runs" / "answers", answers)
     whole = (answers / "fixed-4.jsonl").read_text().splitlines(keepends=True)
@@ -91,10 +91,10 @@ def test_a_killed_run_goes_on_where_it_stopped(trained, report, tmp_path):
     again = [json.loads(line) for line in (answers / "fixed-4.jsonl").read_text().splitlines()]
     by_id = lambda lines: sorted(lines, key=lambda line: line["id"])  # noqa: E731
     assert by_id(again) == by_id(map(json.loads, whole))
-    assert (answers / "llava-next.jsonl").read_text() == kept  # what was there is not answered again
+    assert (answers / "llava-next.jsonl").read_text() == kept  # existing answers are kept
 
 
-def test_two_processes_give_the_answers_of_one(trained, report, tmp_path):
+def test_number_of_processes_does_not_change_answers(trained, report, tmp_path):
     items = read_questions(trained / "data")
     alone, together = trained / "runs" / "answers", tmp_path / "answers"
     collect_answers(dataclasses.replace(job_of(trained, together), num_workers=2), items)
@@ -104,7 +104,7 @@ def test_two_processes_give_the_answers_of_one(trained, report, tmp_path):
         assert one == two
 
 
-def test_answers_of_other_questions_are_dropped(trained, report, tmp_path):
+def test_answers_to_other_questions_are_deleted(trained, report, tmp_path):
     answers = tmp_path / "answers"
     shutil.copytree(trained / "runs" / "answers", answers)
     identity = json.loads((answers / "identity.json").read_text())
@@ -117,7 +117,7 @@ def test_answers_of_other_questions_are_dropped(trained, report, tmp_path):
     assert len((answers / "fixed-1.jsonl").read_text().splitlines()) == len(items)
 
 
-def test_a_wrong_lookup_is_noticed(trained, report, tmp_path):
+def test_a_wrong_lookup_is_detected(trained, report, tmp_path):
     answers = tmp_path / "answers"
     shutil.copytree(trained / "runs" / "answers", answers)
     items = read_questions(trained / "data")
@@ -158,7 +158,7 @@ def test_price_is_chosen_on_questions_that_are_not_held_out(trained, report, tmp
     assert report["token_cost_choice"] == "given by the user"
 
 
-def test_records_without_family_are_named(trained, tmp_path):
+def test_a_record_without_family_is_an_error(trained, tmp_path):
     records = json.loads((trained / "data" / "eval.json").read_text())
     del records[1]["family"]
     (tmp_path / "eval.json").write_text(json.dumps(records))

@@ -1,4 +1,4 @@
-"""The shipped backbones: they load with transformers, are small, and see; a short run of their recipe learns."""
+"""The shipped backbones load with transformers, are small and recognise marks; short pretraining learns."""
 
 import random
 from dataclasses import replace
@@ -77,8 +77,8 @@ def test_words_of_the_world_are_single_tokens():
     assert tokenizer.decode(tokenizer(odd).input_ids, skip_special_tokens=True) == odd
 
 
-def test_labels_lie_on_the_patches_they_describe():
-    """A patch labelled with a ground and no mark is, in the crop that the tower sees, of that ground's colour."""
+def test_labels_are_aligned_with_patches():
+    """In the tower's crops, patches labelled as a ground without a mark have that ground's colour."""
     processor, rng = image_processor(), random.Random(1)
     for _ in range(10):
         crops, labels = vision_batch(rng, 1, processor)
@@ -98,8 +98,8 @@ def test_padding_has_no_label():
     assert (labels[1:] == IGNORE_INDEX).all(-1).sum() == 4 * 16
 
 
-def test_shipped_tower_sees_marks():
-    """A linear probe on its frozen features tells apart what covers a patch: 45 kinds, where chance is below 10%."""
+def test_shipped_tower_recognises_marks():
+    """A linear probe on frozen features recognises the kind of a patch: 45 kinds, chance below 10%."""
     tower = CLIPVisionModel.from_pretrained(SHIPPED / "vision", dtype=torch.float32).eval()
     processor = image_processor()
 
@@ -152,7 +152,7 @@ def test_the_recipe_is_seeded():
     assert first != other
 
 
-def test_conversations_of_the_recipe_hold_one_picture_and_answers():
+def test_conversations_have_one_picture_and_answers():
     tokenizer = build_tokenizer()
     _, ids, labels = language_batch(random.Random(0), Recipe().language[1], tokenizer)
     for sample, targets in zip(ids, labels, strict=True):
@@ -161,7 +161,7 @@ def test_conversations_of_the_recipe_hold_one_picture_and_answers():
         assert tokenizer.unk_token_id not in sample
 
 
-def test_shipped_files_are_all_there():
+def test_all_files_are_shipped():
     names = {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()}
     assert {
         "vision/config.json", "vision/model.safetensors", "vision/preprocessor_config.json",

@@ -89,7 +89,7 @@ def task(benchmark, folder):
 
 
 def plain(feature):
-    """A feature type in the words of PUBLISHED."""
+    """A feature type as written in PUBLISHED."""
     if isinstance(feature, dict):
         return {name: plain(part) for name, part in feature.items()}
     if isinstance(feature, datasets.List):
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert other["sha256"] != again["sha256"]
 
 
-def test_drawn_again_over_itself_and_over_nothing_else(tmp_path, capsys):
+def test_overwrites_nothing_but_benchmarks(tmp_path, capsys):
     output = tmp_path / "data"
     assert main(["mini", "benchmarks", "--output", str(output), "--json"]) == 0
     manifest = json.loads(capsys.readouterr().out)
@@ -263,7 +263,7 @@ def test_lmms_eval_reads_every_row(benchmark, task):
         assert {image.mode for image in images} == {"RGB"}
 
 
-def test_each_gold_answer_is_worth_full_marks(benchmark, task):
+def test_each_gold_answer_has_full_score(benchmark, task):
     scores = [score(benchmark, task, doc, gold_answer(benchmark, doc)) for doc in task.task_docs]
     assert scores == [1.0] * len(task.task_docs)
 

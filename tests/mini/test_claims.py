@@ -1,4 +1,4 @@
-"""The arithmetic of the mini world's comparisons, against rows worked out by hand."""
+"""Rows and claims of the mini world against values computed by hand."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def rows():
     return {row.name: row for row in claims.compute_rows(OUTCOMES, token_cost=0.25, token_costs=(0.25, 1.0))}
 
 
-def test_rows_are_those_the_report_promises(rows):
+def test_rows_of_the_report(rows):
     assert list(rows) == [
         "llava-next",
         "fixed-4",
@@ -86,7 +86,7 @@ def test_price_is_per_doubling_of_tokens():
     assert choose_levels(log_probs, (4, 8, 16), 0.51).tolist() == [0]
 
 
-def test_blind_choice_spends_the_tokens_of_the_router(rows):
+def test_random_choice_has_the_router_s_mean_of_tokens(rows):
     blind, router = rows["random@router-tokens"], rows["router@0.25"]
     assert blind.mean_visual_tokens == pytest.approx(router.mean_visual_tokens, rel=1e-6)
     assert blind.family_levels["code"] == pytest.approx(blind.family_levels["background"])  # it does not look
@@ -103,12 +103,12 @@ def test_budgeted_mixture_meets_its_budget(mean):
         assert weights == pytest.approx(np.full(3, 1 / 3), abs=1e-6)  # the most even mixture of all
 
 
-def test_oracle_takes_the_cheapest_right_level_or_the_cheapest():
+def test_oracle_takes_the_coarsest_correct_level_or_the_coarsest():
     correct = np.array([[0, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=bool)
     assert claims.oracle_choice(correct).tolist() == [1, 0, 0]
 
 
-def test_claims_hold_and_fail_where_they_should(rows):
+def test_claims_hold_and_fail(rows):
     judged = claims.check_claims(list(rows.values()), token_cost=0.25, num_questions=4)
     # Router at 0.25: levels 16, 4, 8, 16 as at price 0, all right, 31.5 of 44 tokens.
     # Blind choice at 31.5 tokens: fine families below 1 - 0.1. Too few questions, and too many tokens.
@@ -117,7 +117,7 @@ def test_claims_hold_and_fail_where_they_should(rows):
     assert "token_cost 0.25" in judged[5].text
 
 
-def test_boundary_of_a_claim_is_held():
+def test_a_claim_holds_at_its_boundary():
     fixed = [
         claims.find_row(claims.compute_rows(OUTCOMES, 0.0, ()), name) for name in ("fixed-4", "fixed-8", "fixed-16")
     ]

@@ -1,4 +1,4 @@
-"""Routers compared by looking answers up, against routed generation of each of them."""
+"""Routers compared by lookup of answers give the rows of routed generation."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.tiny import make_checkpoint
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A few questions, a model, and two more routers of it: another one, and one of the image only for three levels."""
+    """Data, a model, a second router for it, and an image-only router for three of its levels."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder / "data", size=WorldSize(num_captions=2, num_instruct=2, num_router=2, num_eval=8))
     checkpoint = make_checkpoint(folder, seed=1)
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_rows_are_what_routed_generation_gives(world, capsys):
+def test_rows_match_routed_generation(world, capsys):
     folders = {name: str(world / name) for name in ("model", "data", "answers")}
     options = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
     routers = [str(world / name) for name in ("model", "other", "image_only")]
@@ -59,7 +59,7 @@ def test_rows_are_what_routed_generation_gives(world, capsys):
     assert list(rows["image_only"]["levels"]) == ["1", "4", "16"]
 
 
-def test_what_cannot_be_compared_is_refused(world, tmp_path):
+def test_incomparable_routers_are_refused(world, tmp_path):
     another = make_checkpoint(tmp_path, seed=2)
     with pytest.raises(ClaimsError, match="differ in more than the router"):
         compare_routers(world / "model", [world / "other", another], world / "data", tmp_path / "answers")

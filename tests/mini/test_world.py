@@ -1,4 +1,4 @@
-"""The mini world: the same bytes for the same seed, valid records, and answers that the pixels bear out."""
+"""The mini world is byte-identical for the same seed, has valid records, and its answers are in the pixels."""
 
 import hashlib
 import json
@@ -95,7 +95,7 @@ def test_every_family_is_held_out_and_answers_vary(world):
         assert max(answers.values()) / sum(answers.values()) < 0.75, f"{kind} can be guessed: {answers}"
 
 
-def test_the_same_words_ask_about_small_and_large_marks():
+def test_wordings_do_not_depend_on_the_size_of_marks():
     kinds_of_wording: dict[str, set[str]] = {}
     for scene in scenes(300):
         for question in all_questions(scene):
@@ -114,7 +114,7 @@ def test_questions_of_a_scene_have_one_answer_each():
 
 
 def test_answers_are_in_the_pixels():
-    """Reads letters, frames, codes and grounds back from the picture, without the scene's own record of marks."""
+    """Recovers letters, codes and grounds from the pixels alone."""
     read_back = Counter()
     for scene in scenes(60):
         pixels = scene.drawing
@@ -124,7 +124,7 @@ def test_answers_are_in_the_pixels():
                 found = _find(pixels, LETTERS[question.key], cells)
             elif question.question_type == "code":
                 found = None
-                row, column = _place(pixels, SIGNS[question.key], 1)
+                row, column = _locate(pixels, SIGNS[question.key], 1)
                 digits = [
                     next(kind for kind in KINDS if kind.isdigit() and _shows(pixels, kind, row, column + 1 + offset))
                     for offset in range(3)
@@ -147,8 +147,8 @@ def _cells(pixels: np.ndarray, row: int, column: int, cells: int) -> np.ndarray:
     return pixels[row * MASTER_CELL :, column * MASTER_CELL :][:side, :side]
 
 
-def _place(pixels: np.ndarray, glyph: np.ndarray, cells: int) -> tuple[int, int]:
-    """Where a glyph stands: its pixels are of one mark colour, the rest is ground."""
+def _locate(pixels: np.ndarray, glyph: np.ndarray, cells: int) -> tuple[int, int]:
+    """(row, column) of the cell where the glyph's pixels have one mark colour and all others a ground colour."""
     mask = glyph.repeat(cells, 0).repeat(cells, 1)
     height, width = pixels.shape[0] // MASTER_CELL, pixels.shape[1] // MASTER_CELL
     for row in range(0, height - cells + 1, cells):
@@ -156,11 +156,11 @@ def _place(pixels: np.ndarray, glyph: np.ndarray, cells: int) -> tuple[int, int]
             area = _cells(pixels, row, column, cells)
             if len(set(area[mask])) == 1 and area[mask][0] < len(COLOURS) and (area[~mask] >= len(COLOURS)).all():
                 return row, column
-    raise AssertionError("the glyph is nowhere in the picture")
+    raise AssertionError("the picture does not contain the glyph")
 
 
 def _find(pixels: np.ndarray, glyph: np.ndarray, cells: int) -> str:
-    row, column = _place(pixels, glyph, cells)
+    row, column = _locate(pixels, glyph, cells)
     mask = glyph.repeat(cells, 0).repeat(cells, 1)
     return list(COLOURS)[_cells(pixels, row, column, cells)[mask][0]]
 
