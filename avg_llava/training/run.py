@@ -43,7 +43,7 @@ from avg_llava.training.processes import (
     uses_cpu,
     world_size,
 )
-from avg_llava.training.stages import STAGES, set_trainable
+from avg_llava.training.stages import STAGES, log_parts, set_trainable
 from avg_llava.training.trainer import StageTrainer, load_weights, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def run_stage(config: TrainConfig) -> Path:
         # From a universal checkpoint, DeepSpeed updates small parameters that ZeRO-3 does not shard only after the
         # next step: load them here.
         load_weights(model, earlier.folder)
-    set_trainable(model, stage)
+    log_parts(stage, set_trainable(model, stage))
     if config.runtime.gradient_checkpointing and config.passes.language_backward:
         # Reentrant checkpointing emits a parameter's gradient once per level: ZeRO-2 refuses it, ZeRO-3 miscounts it.
         model.activation_checkpointing_enable({"use_reentrant": False})

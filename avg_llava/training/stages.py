@@ -6,7 +6,7 @@ checked without it.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -146,7 +146,7 @@ def is_adapter(parameter_name: str) -> bool:
 
 
 def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
-    """Sets `requires_grad` for exactly the stage's parts, and logs their sizes.
+    """Sets `requires_grad` for exactly the stage's parts.
 
     In a part with adapters, only the adapters are trained.
 
@@ -161,13 +161,16 @@ def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in stage.trains and (part not in adapted or is_adapter(name)))
-    counts = count_parameters(model)
+    return count_parameters(model)
+
+
+def log_parts(stage: Stage, counts: Mapping[Part, PartCount]) -> None:
+    """Logs which parts a stage trains, and their sizes."""
     logger.info("stage %d: %s", stage.number, stage.purpose)
     for part, count in counts.items():
         verb = "train" if count.trainable else "frozen"
         of_total = f" of {count.total:,}" if 0 < count.trainable < count.total else ""
         logger.info("  %-9s %-6s %15s%s parameters", part, verb, f"{count.trainable or count.total:,}", of_total)
-    return counts
 
 
 def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:

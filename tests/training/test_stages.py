@@ -1,7 +1,7 @@
 import pytest
 
 from avg_llava.training.config import OptimSettings
-from avg_llava.training.stages import STAGES, count_parameters, part_of, set_trainable
+from avg_llava.training.stages import STAGES, count_parameters, log_parts, part_of, set_trainable
 from avg_llava.training.trainer import build_optimizer, parameter_groups
 from tests.tiny import tiny_model
 
@@ -44,7 +44,7 @@ def test_stages_follow_one_another():
 
 def test_counts_are_logged(model, caplog):
     with caplog.at_level("INFO", logger="avg_llava"):
-        set_trainable(model, STAGES[4])
+        log_parts(STAGES[4], set_trainable(model, STAGES[4]))
     total = count_parameters(model)["router"].total
     assert any("router" in line and "train" in line and f"{total:,}" in line for line in caplog.messages)
     assert any("vision" in line and "frozen" in line for line in caplog.messages)
