@@ -5,19 +5,16 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
-from avg_llava.checkpoints.loading import load
 from avg_llava.inference.answers import Decoding, PhaseTimes, Request
 from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.pipeline import Pipeline
-from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import DataError
 from tests.tiny import make_checkpoint, noise_images
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    model, processor = load(make_checkpoint(tmp_path_factory.mktemp("tiny")))
-    return Predictor(model, processor)
+    return Pipeline.load(make_checkpoint(tmp_path_factory.mktemp("tiny"))).predictor
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +153,6 @@ def test_a_limit_holds_for_all_images_of_a_request(predictor, requests):
         predictor.predict([two], Budget(16, max_visual_tokens=full - 1), Decoding(1))
 
 
-def test_ask_takes_images_in_any_form(predictor, requests, tmp_path):
-    pipeline = Pipeline(predictor.model, predictor.processor)
-    (expected,) = predictor.predict(requests[:1], decoding=Decoding(8))
-    image = requests[0].images[0]
-    path = tmp_path / "image.png"
-    image.save(path)
-    for form in (image, [image], path, str(path), path.read_bytes()):
-        answer = pipeline.ask(form, requests[0].prompt, max_new_tokens=8)
-        assert (answer.text, answer.granularity) == (expected.text, expected.granularity)
-    assert pipeline.ask(None, "no image here", max_new_tokens=2).granularity == ()
-    both = pipeline.ask(list(requests[6].images), requests[6].prompt, granularity=4, max_new_tokens=2)
-    assert both.granularity == (4, 4)
-    with pytest.raises(DataError, match="image 1: cannot be read as an image"):
-        pipeline.ask(b"nothing", "what?")
-
-
 def test_streamed_text_is_the_answer(predictor, requests):
     streamer = TextIteratorStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = predictor.predict(requests[:1], decoding=Decoding(8), streamer=streamer)[0]
@@ -203,8 +184,7 @@ def test_wrong_decoding(wrong):
 
 @pytest.mark.gpu
 def test_gpu_gives_the_answers_of_the_cpu(predictor, requests, tmp_path):
-    model, processor = load(make_checkpoint(tmp_path))
-    on_gpu = Predictor(model.to("cuda"), processor).predict(requests, decoding=Decoding(8))
+    on_gpu = Pipeline.load(make_checkpoint(tmp_path), device="cuda").generate_batch(requests, decoding=Decoding(8))
     on_cpu = predictor.predict(requests, decoding=Decoding(8))
     for first, second in zip(on_gpu, on_cpu, strict=True):
         assert (first.text, first.granularity) == (second.text, second.granularity)
