@@ -83,9 +83,16 @@ class Expected:
 
 def paper_figure(benchmark: str, metric: str, published: float, tolerance: float, table: int, note: str) -> Expected:
     """A figure of AVG-LLaVA in a table of the paper."""
-    return Expected(
-        benchmark, "paper", metric, published, tolerance, f"AVG-LLaVA, arXiv 2410.02745v1, table {table}", note
-    )
+    source = f"AVG-LLaVA, arXiv 2410.02745v1, table {table}"
+    return Expected(benchmark, "paper", metric, published, tolerance, source, note)
+
+
+def paper_share(
+    benchmark: str, metric: str, published: float, tolerance: float, table: int, units: str, remark: str = ""
+) -> Expected:
+    """A figure that is a share of `units`, such as "900 questions"; `remark` precedes the note on the tolerance."""
+    note = f"tolerance: half the 95% interval of such a share of {units}"
+    return paper_figure(benchmark, metric, published, tolerance, table, f"{remark}; {note}" if remark else note)
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from avg_llava.evaluation.benchmarks.benchmark import (
     Outcomes,
     Protocol,
     make_metric,
-    paper_figure,
+    paper_share,
 )
 
 Language = Literal["en", "cn"]
@@ -60,17 +60,15 @@ def _evaluator(language: Language) -> Any:
 
 
 def _benchmark(name: str, language: Language, title: str, task: str, published: float, tolerance: float) -> Benchmark:
-    note = (
-        "the paper does not name the split, and its harness asked a paid judge; measured on dev without one; "
-        "tolerance: half the 95% interval of such a share of 1,164 base questions"
-    )
+    remark = "the paper does not name the split, and its harness asked a paid judge; measured on dev without one"
+    units = "1,164 base questions"
     return Benchmark(
         title=title,
         num_questions=4329,
         source=HarnessTask(task, folder="MMBench", name_column="index"),
         metrics=partial(circular_accuracy, language=language),
         question_score=partial(score_rotation, language=language),
-        expected=(paper_figure(name, "circular_accuracy", published, tolerance, table=2, note=note),),
+        expected=(paper_share(name, "circular_accuracy", published, tolerance, 2, units, remark),),
     )
 
 

@@ -17,7 +17,7 @@ from avg_llava.evaluation.benchmarks.benchmark import (
     Outcomes,
     Protocol,
     make_metric,
-    paper_figure,
+    paper_share,
 )
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -73,14 +73,14 @@ BENCHMARK = Benchmark(
     metrics=accuracy,
     question_score=score_question,
     expected=(
-        paper_figure(
+        paper_share(
             "mmmu",
             "mmmu_acc",
             37.4,
             tolerance=3.2,
             table=2,
-            note="answers without a letter are guessed at random; tolerance: half the 95% interval of such a share of "
-            "900 questions",
+            units="900 questions",
+            remark="answers without a letter are guessed at random",
         ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from avg_llava.evaluation.benchmarks.benchmark import Benchmark, Doc, HarnessTask, paper_figure
+from avg_llava.evaluation.benchmarks.benchmark import Benchmark, Doc, HarnessTask, paper_share
 
 
 def score_as_in_paper(doc: Doc, results: Sequence[str]) -> dict[str, float]:
@@ -15,14 +15,5 @@ BENCHMARK = Benchmark(
     title="ScienceQA-IMG",
     num_questions=2017,
     source=HarnessTask("scienceqa/scienceqa_img", folder="ScienceQA", paper={"process_results": score_as_in_paper}),
-    expected=(
-        paper_figure(
-            "scienceqa",
-            "exact_match",
-            71.1,
-            tolerance=2.0,
-            table=1,
-            note="tolerance: half the 95% interval of such a share of 2,017 questions",
-        ),
-    ),
+    expected=(paper_share("scienceqa", "exact_match", 71.1, tolerance=2.0, table=1, units="2,017 questions"),),
 )
