@@ -323,7 +323,7 @@ def _check_lora(config: TrainConfig) -> None:
         if config.optim.lora_lr is not None:
             raise ConfigError("optim.lora_lr is for runs with a section lora")
         return
-    if config.stage not in (2, 3):
+    if "llm" not in STAGES[config.stage].trains:
         raise ConfigError(f"lora is for stages 2 and 3, which train the language model; stage {config.stage} does not")
     if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
         raise ConfigError(
