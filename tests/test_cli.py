@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,16 @@ def test_installed_command_answers():
     )
     assert done.returncode == 0
     assert "--token-cost" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["--help", "serve --help"])
+def test_closed_output_ends_a_command_quietly(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "avg_llava.cli", *command.split()]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_generate_routes_and_answers_in_json(capsys, checkpoint, image):

@@ -1,12 +1,14 @@
 """The command line, `avg-llava COMMAND`: one dataclass of options per command, read by tyro.
 
 Commands import what they need when they run, so that help and usage errors take a fraction of a second. Results go to
-standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+standard output, everything else to standard error. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted,
+141 standard output closed by its reader.
 """
 
 import difflib
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from avg_llava.cli.evaluation import Evaluate, Report
 from avg_llava.cli.export import EXPORT
 from avg_llava.cli.inference import Chat, Convert, Generate
 from avg_llava.cli.mini import MINI
-from avg_llava.cli.options import FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
+from avg_llava.cli.options import CLOSED_OUTPUT, FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
 from avg_llava.cli.serving import Demo, Serve
 from avg_llava.cli.training import Estimate, Feedback, Train, VerifyData
 
@@ -63,14 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After help, and after wrong usage with code 2.
     """
-    command = parse(sys.argv[1:] if arguments is None else arguments)
-    _set_up_logging(command.debug)
+    debug = False
     try:
-        return command.run()
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        debug = command.debug
+        _set_up_logging(debug)
+        code = command.run()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if command.debug:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more at exit
+            return CLOSED_OUTPUT
+        if debug:
             raise
         print(f"avg-llava: {_one_line(error)}", file=sys.stderr)
         return FAILED
@@ -99,7 +108,7 @@ def parse(arguments: Sequence[str]) -> Command:
         return tyro.cli(node, prog=prog, args=rest, config=_MARKERS)
     except SystemExit as stop:
         if stop.code == 0:  # after help
-            print(node.epilog())
+            print(node.epilog(), flush=True)
         raise
 
 
@@ -118,6 +127,13 @@ def _refuse_command(prog: str, name: str, group: Group) -> NoReturn:
     hint = f"did you mean {matches[0]!r}?" if matches else f"there are {', '.join(group.commands)}"
     print(f"{prog}: unknown command {name!r}; {hint}", file=sys.stderr)
     raise SystemExit(WRONG_USAGE)
+
+
+def _is_output_closed() -> bool:
+    """Returns True if the reader of standard output, such as `head`, has closed the pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from avg_llava.inference.budget import Budget
     from avg_llava.inference.pipeline import Pipeline
 
-FINE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+FINE, FAILED, WRONG_USAGE, INTERRUPTED, CLOSED_OUTPUT = 0, 1, 2, 130, 141
 """Exit codes."""
 
 T = TypeVar("T")

@@ -1,7 +1,6 @@
 """Commands that serve a model: to programs, and as a web page."""
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +23,6 @@ class Serve(Command):
     api_key_file: Annotated[Path | None, unset("none")] = None
     """File with the API key that clients must send."""
     limits: OmitArgPrefixes[Limits] = Limits()
-
-    def __post_init__(self) -> None:
-        for field in fields(Limits):
-            value = getattr(self.limits, field.name)
-            if not isinstance(value, bool) and value < 1:
-                raise ValueError(f"--{field.name.replace('_', '-')} must be at least 1, got {value}")
 
     def run(self) -> int:
         from avg_llava.serving import server as serving

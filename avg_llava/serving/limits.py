@@ -3,7 +3,7 @@
 Imports only the standard library: the command line reads the defaults for `--help`, without torch or fastapi.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,9 @@ class Limits:
     max_pixels: int = 2**24
     max_tokens: int = 512
     remote_images: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and value < 1:
+                raise ValueError(f"--{field.name.replace('_', '-')} must be at least 1, got {value}")
