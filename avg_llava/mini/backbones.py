@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -90,14 +89,6 @@ class Recipe:
         LanguagePhase(900, 1.5e-3, 8, single_site=False, caption_share=0.5),
         LanguagePhase(500, 1.5e-3, 8, single_site=False, caption_share=0.15, code_share=0.2),
     )
-
-    def shortened(self, share: float) -> Recipe:
-        """The same recipe with `share` of the steps, for trials."""
-
-        def shorter(phase: Any) -> Any:
-            return replace(phase, steps=max(2, round(share * phase.steps)))
-
-        return replace(self, vision=tuple(map(shorter, self.vision)), language=tuple(map(shorter, self.language)))
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -197,21 +188,11 @@ def dense_loss(logits: list[Tensor], labels: Tensor, empty_weight: float) -> Ten
     return loss
 
 
-def dense_accuracy(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
-    """Accuracy per field, over all patches for the ground and over patches with a mark for the other fields."""
-    accuracy = {}
-    for index, (name, scores) in enumerate(zip(LABEL_FIELDS, logits, strict=True)):
-        target = labels[..., index]
-        counted = target >= 0 if name == "ground" else target > 0
-        accuracy[name] = (scores.argmax(-1) == target)[counted].float().mean().item()
-    return accuracy
-
-
-def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, DenseReader, list[float]]:
+def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, list[float]]:
     """Trains a tower on dense labels.
 
     Returns:
-        The tower with all layers, the trained reader (for evaluation), and the loss of every step.
+        The tower with all layers, and the loss of every step.
     """
     torch.manual_seed(recipe.seed)
     processor, reader, losses = image_processor(), DenseReader(), []
@@ -228,7 +209,7 @@ def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, DenseReader, list[
     tower = CLIPVisionModel(vision_config())
     tower.load_state_dict(reader.tower.state_dict(), strict=False)
     scale_features(tower, FEATURE_SCALE)
-    return tower, reader, losses
+    return tower, losses
 
 
 @torch.no_grad()
@@ -363,7 +344,7 @@ def pretrain_language(recipe: Recipe) -> tuple[LlamaForCausalLM, LlamaTokenizer,
 def pretrain(output: str | Path, recipe: Recipe | None = None) -> None:
     """Pretrains both backbones and saves them in `output`/vision and `output`/language."""
     output, recipe = Path(output), recipe or Recipe()
-    tower, _, vision_losses = pretrain_vision(recipe)
+    tower, vision_losses = pretrain_vision(recipe)
     save_vision(tower, output / "vision")
     model, tokenizer, language_losses = pretrain_language(recipe)
     save_language(model, tokenizer, output / "language")

@@ -8,7 +8,7 @@ Shapes: Q questions, G levels coarse to fine.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -177,14 +177,10 @@ def _baseline_row(outcomes: Outcomes) -> Row:
         raise ClaimsError("the answers of LLaVA-NeXT are missing, so its row cannot be computed")
     num_levels = len(outcomes.granularities)
     finest = np.full(len(outcomes.questions), num_levels - 1)
-    baseline = Outcomes(
-        questions=outcomes.questions,
-        granularities=outcomes.granularities,
+    baseline = replace(
+        outcomes,
         correct=np.repeat(outcomes.baseline_correct[:, None], num_levels, axis=1),
         tokens=np.repeat(outcomes.baseline_tokens[:, None], num_levels, axis=1),
-        router_log_probs=outcomes.router_log_probs,
-        baseline_correct=outcomes.baseline_correct,
-        baseline_tokens=outcomes.baseline_tokens,
     )
     return _row("llava-next", baseline, one_hot(finest, num_levels))
 
