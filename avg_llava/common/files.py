@@ -15,9 +15,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
 
     The file of a killed process stays; its name is `.<name>.new`, with the process id before `new` if `concurrent`.
 
-    Args:
-        path: The file. Its folder must exist.
-        concurrent: Several processes may write the file at the same time, each through its own temporary file.
+    The folder must exist. With `concurrent`, several processes may write the file at the same time.
     """
     infix = f".{os.getpid()}" if concurrent else ""
     temporary = path.with_name(f".{path.name}{infix}.new")
@@ -36,26 +34,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def encode_json(value: Any, **options: Any) -> bytes:
-    """UTF-8 of a value's JSON text; a lone surrogate, e.g. of a path that is not UTF-8, becomes its JSON escape.
-
-    Args:
-        value: Any value that `json` accepts.
-        options: Further arguments of `json.dumps`.
-    """
+    """UTF-8 of `json.dumps(value, **options)`; a lone surrogate of a path that is not UTF-8 becomes its JSON escape."""
     # Surrogates occur only inside strings, where Python's escape of one is also JSON's.
     return json.dumps(value, **options).encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, content: Any, concurrent: bool = False, indent: int = 2, **options: Any) -> None:
-    """Writes a value as an indented JSON file that ends in a newline, atomically.
-
-    Args:
-        path: The file. Its folder must exist.
-        content: Any value that `json` accepts.
-        concurrent: As in `atomic_write`.
-        indent: Spaces per level.
-        options: Further arguments of `json.dumps`.
-    """
+    """Writes a value as an indented JSON file that ends in a newline, atomically; `options` as in `encode_json`."""
     text = encode_json(content, indent=indent, **options)
     with atomic_write(path, concurrent) as temporary:
         temporary.write_bytes(text + b"\n")

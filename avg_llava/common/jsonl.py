@@ -11,15 +11,9 @@ from avg_llava.common.files import encode_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
-IDENTITY_NAME = "identity.json"
-
 
 class JsonLines:
-    """A file of JSON values, one per line, to which values are appended as soon as they are computed.
-
-    Args:
-        path: The file, which need not exist.
-    """
+    """A file of JSON values, one per line, to which values are appended as soon as they are computed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -63,15 +57,12 @@ def _to_line(value: Any) -> bytes:
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Creates a folder of JSON lines, or deletes those in it that depend on anything else than `identity`.
+    """Creates a folder of `.jsonl` files, or deletes those in it that depend on anything else than `identity`.
 
-    Args:
-        folder: The folder of `.jsonl` files.
-        identity: Everything that the lines depend on: hashes of weights and questions, settings. Kept in the folder's
-            `identity.json`.
+    The identity is all that the lines depend on (hashes of weights and questions, settings), kept in `identity.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / IDENTITY_NAME
+    path = folder / "identity.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) == identity:
         return
     stale = sorted(folder.glob("*.jsonl"))

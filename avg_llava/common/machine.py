@@ -16,14 +16,9 @@ RECORDED_LIBRARIES = ("avg-llava", "torch", "transformers", "deepspeed", "accele
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published figures of a GPU.
+    """Published figures of a GPU: bytes of memory, and dense operations per second by precision.
 
-    Attributes:
-        memory: Bytes.
-        half: Dense floating-point operations per second in bf16 and fp16.
-        tf32: Dense operations per second in TF32.
-        float32: Operations per second in float32.
-        device_name: Part of the CUDA device name that identifies the model; others of its family may be slower.
+    `half` is of bf16 and fp16. `device_name` is the part of the CUDA name that tells the model from slower ones.
     """
 
     memory: float
@@ -33,12 +28,7 @@ class Gpu:
     device_name: str
 
     def peak(self, precision: str, tf32: bool) -> float:
-        """Peak operations per second.
-
-        Args:
-            precision: "fp32", "bf16" or "fp16".
-            tf32: Use of TF32 in float32 matrix products.
-        """
+        """Peak operations per second in "fp32", "bf16" or "fp16"; `tf32`: float32 matrix products use TF32."""
         if precision != "fp32":
             return self.half
         return self.tf32 if tf32 else self.float32

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 ConfigT = TypeVar("ConfigT")
+EntryT = TypeVar("EntryT")
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -101,11 +102,9 @@ def with_list_from_file(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
-    """Builds a dataclass from a mapping, checking every key and type.
+    """Builds a dataclass from a mapping of YAML or JSON values, checking every key and type.
 
     Args:
-        cls: A dataclass, of any types that pydantic validates.
-        values: The mapping, as YAML or JSON gives it.
         prefix: Dotted path of `values` inside the whole configuration, for messages.
 
     Raises:
@@ -124,6 +123,17 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> Co
             key = ".".join(filter(None, [prefix, *_locate(cls, details["loc"])[0]]))
             messages.setdefault(key, []).append(_message(cls, key, details))
         raise ConfigError("; ".join("; or ".join(alternatives) for alternatives in messages.values())) from error
+
+
+def find_entry(registry: Mapping[str, EntryT], name: str, field: str) -> EntryT:
+    """The entry of a registry of named implementations that a configuration field chooses.
+
+    Raises:
+        ConfigError: No such entry; the message lists the known names and suggests the nearest.
+    """
+    if name not in registry:
+        raise ConfigError(f"{field} must be one of {', '.join(registry)}; got {name!r}{_nearest(name, registry)}")
+    return registry[name]
 
 
 def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
@@ -238,7 +248,8 @@ def _message(cls: type, key: str, details: Any) -> str:
         case "missing":
             return f"{key} is missing: it has no default"
         case "unexpected_keyword_argument":
-            return f"unknown key {key}{_nearest(path[-1], _field_names(_locate(cls, path[:-1])[1]))}"
+            known_keys = _field_names(_locate(cls, path[:-1])[1])
+            return f"unknown key {key}" + (_nearest(path[-1], known_keys) or f"; known: {', '.join(known_keys)}")
         case "dataclass_type":
             names = ", ".join(_field_names(_locate(cls, path)[1]))
             return f"{key} must be a mapping of {names}, got {value!r} ({type(value).__name__})"
@@ -254,9 +265,9 @@ def _field_names(expected: Any) -> list[str]:
     return [field.name for choice in _choices(expected) if _is_section(choice) for field in dataclasses.fields(choice)]
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" - did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" - did you mean {matches[0]!r}?" if matches else ""
 
 
 def _type_name(expected: Any) -> str:

@@ -50,8 +50,6 @@ def run_in_workers(
     Args:
         start: Called once in each worker with the worker's number and `start_arguments`; returns the function that
             processes an item. Must be picklable.
-        start_arguments: Further arguments of `start`.
-        items: The items.
         num_workers: Number of processes. With one, the items are processed in order in this process.
         advance: Called in this process with the units that workers have reported since the last call.
 
@@ -81,17 +79,12 @@ def run_in_workers(
 
 
 def map_batches(
-    start: Callable[[str], None],
-    process: Callable[[Item], Result],
-    batches: Sequence[Item],
-    num_workers: int,
+    start: Callable[[str], None], process: Callable[[Item], Result], batches: Sequence[Item], num_workers: int
 ) -> Iterator[Result]:
     """Yields `process(batch)` of all batches as they are finished.
 
     Args:
         start: Called once in each process with its device, e.g. to load a model. Must be picklable, like `process`.
-        process: Called for each batch.
-        batches: The batches.
         num_workers: Number of processes, to which GPUs are assigned in turn.
 
     Raises:

@@ -152,7 +152,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            with path.open(encoding="utf-8") as file:  # `str.splitlines` also splits at separators inside strings
+                rows = [json.loads(line) for line in file]
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:

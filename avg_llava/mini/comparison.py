@@ -5,7 +5,6 @@ a level does not depend on how the level was chosen.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.weight_files import fingerprint
+from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
 from avg_llava.common.workers import default_workers, map_batches
 from avg_llava.mini import claims
@@ -36,6 +36,7 @@ from avg_llava.mini.claims import ClaimsError
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.reports.mini import Row, write_report
 from avg_llava.training.checkpoint import StageManifest, read_manifest
+from avg_llava.training.monitor import LOG_NAME
 
 STAGES = (1, 2, 3, 4)
 
@@ -88,7 +89,7 @@ def evaluate_claims(
     rows = claims.compute_rows(outcomes, token_cost)
     judged = claims.check_claims(rows, token_cost, len(questions))
 
-    histories = {f"stage {stage}": read_history(runs / f"stage{stage}") for stage in STAGES}
+    histories = {f"stage {stage}": JsonLines(runs / f"stage{stage}" / LOG_NAME).read() for stage in STAGES}
     report = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "families": families,
@@ -115,14 +116,6 @@ def _finished(folder: Path, stage: int) -> StageManifest:
             f"configs/mini/stage{stage}.yaml` first"
         )
     return manifest
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's `log_history.jsonl`; empty if there is no such file."""
-    path = folder / "log_history.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_times(runs: Path) -> dict[str, float]:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from avg_llava.common.registry import find_entry
-from avg_llava.common.settings import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
+from avg_llava.common.settings import ConfigError, apply_overrides, build, find_entry, read_yaml, with_list_from_file
 from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.stages import OBJECTIVES, STAGES, Passes
 
