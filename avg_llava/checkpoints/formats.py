@@ -6,7 +6,7 @@ To support another layout, write a function that describes it as a :class:`Check
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,13 +72,7 @@ KNOWN_TOWERS = {
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights in a folder or hub repository, and the renaming of their keys.
-
-    Attributes:
-        path: Folder or hub id.
-        renaming: From the files' names to this package's.
-        relative_to: Folder that `path` may be relative to.
-    """
+    """Weights in a folder (perhaps below `relative_to`) or hub repository, and the renaming of their keys."""
 
     path: str | Path
     renaming: Renaming
@@ -91,8 +85,6 @@ class Checkpoint:
 
     Attributes:
         name: Path or hub id, for messages.
-        config: The model's configuration.
-        sources: The weights.
         native_folder: Folder that transformers' `from_pretrained` can read; None if keys have to be renamed first.
         fresh: Key prefixes of parts that may be missing and are then initialised.
     """
@@ -129,58 +121,41 @@ def detect_layout(raw_config: Mapping[str, Any], folder: Path) -> str:
 
 
 def open_checkpoint(path: str | Path, behavior: Behavior | None = None) -> Checkpoint:
-    """Describes the checkpoint in a folder or hub repository.
-
-    Args:
-        path: Folder or hub id.
-        behavior: "paper" or "released"; None takes the layout's default.
-
-    Raises:
-        ValueError: The folder is of no known layout.
-    """
+    """Describes the checkpoint in a folder or hub repository; `behavior` None takes the layout's default."""
     folder = resolve_folder(path)
     raw_config = read_config(folder)
     return LAYOUTS[detect_layout(raw_config, folder)](str(path), folder, raw_config, behavior)
 
 
 def _original(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
-    """LLaVA-NeXT or AVG-LLaVA as saved by the original code; the vision tower may be in a repository of its own."""
+    """LLaVA-NeXT or AVG-LLaVA as saved by the original code; the vision tower may be in another repository."""
     keys = rename_keys(list_tensors(weight_files(folder)), ORIGINAL_KEYS)
-    has_router = has_keys(keys, ROUTER_KEYS)
+    has_router = any(key.startswith(ROUTER_KEYS) for key in keys)
     sources = [WeightSource(folder, ORIGINAL_KEYS)]
-    if not has_keys(keys, "model.vision_tower."):
+    if not any(key.startswith("model.vision_tower.") for key in keys):
         sources.append(WeightSource(raw_config["mm_vision_tower"], VISION_KEYS, relative_to=folder))
-    config = config_from_original(raw_config, folder, behavior, has_router)
+    config = _config_from_original(raw_config, folder, behavior, has_router)
     return Checkpoint(name, config, tuple(sources), fresh=() if has_router else (ROUTER_KEYS,))
 
 
-def _llava_next(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
-    """LLaVA-NeXT in transformers' format, which has no router."""
-    config = config_from_transformers(raw_config, behavior)
-    return Checkpoint(name, config, (WeightSource(folder, []),), native_folder=folder, fresh=(ROUTER_KEYS,))
-
-
-def _avg_llava(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
-    """AVG-LLaVA as saved by this package."""
-    config = config_from_transformers(raw_config, behavior)
-    return Checkpoint(name, config, (WeightSource(folder, []),), native_folder=folder)
+def _transformers(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:
+    """AVG-LLaVA as saved by this package, or LLaVA-NeXT in transformers' format, which has no router."""
+    fields = {key: value for key, value in raw_config.items() if key not in ("model_type", "architectures")}
+    if behavior is not None:
+        fields["behavior"] = behavior
+    fresh = () if raw_config["model_type"] == AvgLlavaConfig.model_type else (ROUTER_KEYS,)
+    return Checkpoint(name, AvgLlavaConfig(**fields), (WeightSource(folder, []),), native_folder=folder, fresh=fresh)
 
 
 LAYOUTS: dict[str, Callable[[str, Path, Mapping[str, Any], Behavior | None], Checkpoint]] = {
     "original": _original,
-    "llava_next": _llava_next,
-    AvgLlavaConfig.model_type: _avg_llava,
+    "llava_next": _transformers,
+    AvgLlavaConfig.model_type: _transformers,
 }
 
 
 def join_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> Checkpoint:
-    """A CLIP tower and a causal LM in transformers' format; projector, newline and router are fresh.
-
-    Args:
-        vision_path: Folder or hub id of a CLIP model, whole or vision tower only.
-        language_path: Folder or hub id of a causal language model.
-        **config_fields: Further fields of :class:`AvgLlavaConfig`, such as `granularities` or `behavior`.
-    """
+    """A CLIP tower and a causal LM in transformers' format; arguments as for `build_from_backbones`."""
     return Checkpoint(
         f"{vision_path} + {language_path}",
         config_from_backbones(vision_path, language_path, **config_fields),
@@ -190,7 +165,7 @@ def join_backbones(vision_path: str | Path, language_path: str | Path, **config_
 
 
 def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
-    """Configuration of a model of two backbones; arguments as for :func:`join_backbones`."""
+    """Configuration of a model of two backbones; arguments as for `build_from_backbones`."""
     vision_config = AutoConfig.from_pretrained(resolve_folder(vision_path))
     text_config = AutoConfig.from_pretrained(resolve_folder(language_path))
     return AvgLlavaConfig(
@@ -202,8 +177,8 @@ def config_from_backbones(vision_path: str | Path, language_path: str | Path, **
     )
 
 
-def config_from_original(
-    raw: Mapping[str, Any], folder: Path, behavior: Behavior | None = None, has_router: bool = True
+def _config_from_original(
+    raw: Mapping[str, Any], folder: Path, behavior: Behavior | None, has_router: bool
 ) -> AvgLlavaConfig:
     """Translates the flat `config.json` of the original code.
 
@@ -234,14 +209,6 @@ def config_from_original(
     )
 
 
-def config_from_transformers(raw: Mapping[str, Any], behavior: Behavior | None = None) -> AvgLlavaConfig:
-    """Reads the `config.json` of a LLaVA-NeXT or AVG-LLaVA folder in transformers' format."""
-    fields = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
-    if behavior is not None:
-        fields["behavior"] = behavior
-    return AvgLlavaConfig(**fields)
-
-
 def _tower_config(name: str, folder: Path) -> PreTrainedConfig:
     if name in KNOWN_TOWERS and not (folder / name).is_dir():
         return CLIPVisionConfig(**KNOWN_TOWERS[name])
@@ -270,8 +237,3 @@ def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str,
         else:
             renamed[key] = tensor
     return renamed
-
-
-def has_keys(keys: Iterable[str], prefix: str) -> bool:
-    """True if any key starts with the prefix."""
-    return any(key.startswith(prefix) for key in keys)

@@ -46,11 +46,11 @@ def load_model(
     flash-attn is installed, else SDPA.
 
     Args:
-        path: Folder with `config.json` and safetensors files, or a hub id.
+        path: Folder or hub id.
         behavior: "paper" or "released"; None takes the checkpoint's. Original-format files with a router were trained
             as "released"; all else defaults to "paper".
         dtype: Data type of the weights; None keeps the checkpoint's.
-        device: Device of the model; None is the CPU.
+        device: None is the CPU.
         quantization: "8bit" or "4bit" for the language model's blocks; see :mod:`avg_llava.checkpoints.quantization`.
         static_cache: Generate with a key-value cache of fixed size, for which transformers compiles the decoding step
             on a GPU. Compilation takes minutes; answers are the same.
@@ -121,8 +121,8 @@ def instantiate(
     """Builds a model with the weights of a checkpoint, in evaluation mode.
 
     Args:
-        model_class: Class of the model.
-        checkpoint: The checkpoint.
+        model_class: The model, or a part of it that ignores other weights.
+        checkpoint: Its weights and configuration.
         dtype: Data type of the weights; None keeps the checkpoint's.
         read: Gives the tensors of a folder; None reads its safetensors files.
         **kwargs: Passed on to `from_pretrained`.
@@ -150,17 +150,8 @@ def instantiate(
     return model.eval()
 
 
-def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...] = ()) -> None:
-    """Raises one error that lists all problems of transformers' loading report.
-
-    Args:
-        info: The report.
-        source: Name of the checkpoint.
-        fresh: Key prefixes that may be missing.
-
-    Raises:
-        CheckpointError: Keys are missing, unexpected or of the wrong shape.
-    """
+def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...]) -> None:
+    """Raises one error that lists all problems of transformers' loading report; `fresh` prefixes may be missing."""
     problems = [f"missing    {key}" for key in sorted(info["missing_keys"]) if not key.startswith(fresh)]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
     problems += [

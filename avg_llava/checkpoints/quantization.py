@@ -22,7 +22,7 @@ def quantization_arguments(quantization: Quantization, device: torch.device | st
 
     Args:
         quantization: "8bit" (LLM.int8, outlier columns in half precision) or "4bit" (NF4).
-        device: Device of the model; None is the CPU.
+        device: None is the CPU.
 
     Raises:
         ValueError: bitsandbytes is not installed, or does not run on the device.

@@ -14,20 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights, open_checkpoint
+from avg_llava.checkpoints.formats import ROUTER_KEYS, SAVED_KEYS, open_checkpoint, rename_keys
 from avg_llava.checkpoints.loading import instantiate
-from avg_llava.checkpoints.weight_files import (
-    INDEX_NAME,
-    CheckpointError,
-    list_tensors,
-    merge,
-    read_config,
-    resolve_folder,
-)
+from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, read_tensors, resolve_folder
+from avg_llava.common.files import atomic_write
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-
-_ROUTER_FILE = ".router.safetensors"
 
 
 class RoutingModel(AvgLlavaForConditionalGeneration):
@@ -59,7 +51,7 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         Args:
             save_directory: The folder.
             state_dict: This model's weights if they are not in its modules, as under ZeRO-3.
-            **kwargs: Refused; transformers' other arguments are not supported.
+            **kwargs: Refused.
 
         Raises:
             CheckpointError: The source uses other weight names than this package.
@@ -70,20 +62,18 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         router = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(ROUTER_KEYS)}
-        router_file = folder / _ROUTER_FILE
-        save_file(router, router_file)
-        merged = list_weights(self.source)
-        unknown = [name for name in weights if not name.startswith(ROUTER_KEYS) and name not in merged]
+        stored = rename_keys(read_tensors(self.source), SAVED_KEYS)
+        unknown = [name for name in weights if name not in stored and name not in router]
         if unknown:
             raise CheckpointError(
                 f"{self.source} uses other weight names ({unknown[0]} is missing): rewrite it with `avg-llava "
                 "convert`, and start from the result"
             )
-        merged = {name: tensor for name, tensor in merged.items() if not name.startswith(ROUTER_KEYS)}
+        others = {name: tensor for name, tensor in stored.items() if not name.startswith(ROUTER_KEYS)}
         for stale in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_NAME):
             stale.unlink(missing_ok=True)
-        merge(folder / "model.safetensors", merged | list_tensors([router_file]))
-        router_file.unlink()
+        with atomic_write(folder / "model.safetensors") as temporary:
+            save_file(others | router, temporary, metadata={"format": "pt"})
         config = copy.deepcopy(self.config)
         config.dtype = self.dtype
         config.architectures = [AvgLlavaForConditionalGeneration.__name__]
@@ -96,12 +86,11 @@ def load_routing_model(path: str | Path, dtype: torch.dtype | str | None = None)
     """Loads a model without the layers of its language model, in evaluation mode.
 
     Args:
-        path: Folder or hub id of a checkpoint in transformers' format.
+        path: Folder or hub id of a checkpoint of this package.
         dtype: Data type of the weights; None keeps the checkpoint's.
 
     Raises:
         ValueError: The folder has another layout.
-        CheckpointError: Weights are missing, unexpected or of the wrong shape; all are listed.
     """
     folder = resolve_folder(path)
     raw_config = read_config(folder)

@@ -1,14 +1,14 @@
 """Files of a checkpoint folder: its `config.json`, and safetensors files read whole or as ranges of bytes.
 
 A safetensors file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), and the
-data. Listing, fingerprinting and merging read no tensor into memory.
+data. Listing and fingerprinting read no tensor into memory.
 """
 
 import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avg_llava.common.files import atomic_write, hash_chunks, hash_json
+from avg_llava.common.files import hash_chunks, hash_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAMES = ("model.safetensors", "weights.safetensors")
@@ -41,16 +41,9 @@ class StoredTensor(NamedTuple):
 
 
 def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
-    """The local folder of a checkpoint; a hub repository is downloaded.
-
-    Args:
-        path: A folder or a hub id.
-        relative_to: Folder in which `path` is looked up first.
-    """
-    candidates = [Path(path).expanduser()]
-    if relative_to is not None:
-        candidates.insert(0, relative_to / path)
-    for candidate in candidates:
+    """The local folder of a checkpoint, looked up in `relative_to` first; a hub repository is downloaded."""
+    path_below = [] if relative_to is None else [relative_to / path]
+    for candidate in (*path_below, Path(path).expanduser()):
         if candidate.is_dir():
             return candidate
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -95,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files."""
+    """All tensors of a folder's safetensors files, mapped from the files into memory."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
@@ -143,35 +136,7 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     return hash_json(parts)
 
 
-def merge(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Copies tensors of other files into one file, atomically and a chunk at a time."""
-    # Wide types first, as the safetensors library does, so that every tensor is aligned to its type.
-    names = sorted(tensors, key=lambda name: (-_bytes_per_element(tensors[name]), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.num_bytes
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with atomic_write(path) as temporary, temporary.open("wb") as target:
-        target.write(struct.pack("<Q", len(encoded)))
-        target.write(encoded)
-        for name in names:
-            for chunk in _chunks(tensors[name]):
-                target.write(chunk)
-
-
-def _bytes_per_element(tensor: StoredTensor) -> int:
-    elements = 1
-    for side in tensor.shape:
-        elements *= side
-    return tensor.num_bytes // max(elements, 1)
-
-
-def _chunks(tensor: StoredTensor) -> Iterable[bytes]:
+def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
     remaining = tensor.num_bytes
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)

@@ -1,6 +1,8 @@
 """Safetensors files read as ranges of bytes, compared with the library; and the model without language model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from avg_llava import load_model
 from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
 from avg_llava.checkpoints.routing_model import load_routing_model
-from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, merge, weight_files
+from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, read_tensors, weight_files
 from tests.tiny import images, pad, prompt, tiny_model
 
 
@@ -26,19 +28,40 @@ def tensors():
     }
 
 
-def test_merged_files_are_read_by_the_library(tensors, tmp_path):
+def test_split_files_are_merged_by_the_library(tensors, tmp_path):
     names = list(tensors)
     save_file({name: tensors[name] for name in names[:2]}, tmp_path / "a.safetensors")
     save_file({name: tensors[name] for name in names[2:]}, tmp_path / "b.safetensors")
-    merge(tmp_path / "all.safetensors", list_tensors([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]))
+    index = {"weight_map": {name: f"{'a' if name in names[:2] else 'b'}.safetensors" for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(read_tensors(tmp_path), tmp_path / "all.safetensors")
     found = load_file(tmp_path / "all.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(found[name], tensor)
-    assert not list(tmp_path.glob(".*"))
     for stored in list_tensors([tmp_path / "all.safetensors"]).values():
         assert stored.start % 8 == 0 or stored.dtype != "F64", "aligned to its type"
+
+
+def test_merging_maps_the_source_into_memory(tmp_path):
+    """A copy of 96 MiB of weights takes no memory of that size."""
+    save_file({name: torch.ones(2**22) for name in "abcdef"}, tmp_path / "model.safetensors")
+    code = f"""
+import pathlib, re
+from safetensors.torch import save_file
+from avg_llava.checkpoints.weight_files import read_tensors
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) // 1024
+
+folder = pathlib.Path({str(tmp_path)!r})
+before = anonymous()
+tensors = read_tensors(folder)
+save_file(tensors, folder / "copy.safetensors")
+assert anonymous() - before < 32, (before, anonymous())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_fingerprint_is_of_the_tensors(tensors, tmp_path):
