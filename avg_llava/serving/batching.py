@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
@@ -27,39 +28,24 @@ Event = list[int] | Answer | ApiError
 """New tokens; or, as the last event of a job, its answer or its error."""
 
 
-class QueueSlot:
-    """A request's slot in the bounded queue, held from its arrival until the model takes it or it ends."""
-
-    def __init__(self, batcher: "Batcher") -> None:
-        self._batcher: Batcher | None = batcher
-
-    def release(self) -> None:
-        """Frees the slot; further calls have no effect."""
-        if self._batcher is not None:
-            self._batcher.release_slot()
-            self._batcher = None
-
-
 class Job(BaseStreamer):
     """A prepared request in the batcher, and the queue of its events.
 
     Args:
         prepared: The request.
-        slot: Its slot in the queue.
-        deadline: Time on the event loop's clock after which the job fails.
-        timeout_error: The error it fails with.
+        slot: Its slot in the queue, from `Batcher.acquire_slot`.
+        deadline: Time on the event loop's clock after which the job fails with `timeout_error`.
+        timeout_error: The error of a late job.
 
     Attributes:
         events: Tokens as they are generated, then an answer or an error.
         ended: True once the last event has been queued.
-        first_token: Time of the first token on the `time.monotonic` clock; None before.
     """
 
-    def __init__(self, prepared: PreparedRequest, slot: QueueSlot, deadline: float, timeout_error: ApiError) -> None:
+    def __init__(self, prepared: PreparedRequest, slot: ExitStack, deadline: float, timeout_error: ApiError) -> None:
         self.prepared, self.slot = prepared, slot
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.ended = False
-        self.first_token: float | None = None
+        self.ended = self.has_tokens = False
         self.queued = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_at(deadline, self.fail, timeout_error)
@@ -73,7 +59,7 @@ class Job(BaseStreamer):
         if self.ended:
             raise AnswerAbandoned
         if value.numel():
-            self.first_token = self.first_token or time.monotonic()
+            self.has_tokens = True
             self._loop.call_soon_threadsafe(self._add_event, value.tolist())
 
     def end(self) -> None:
@@ -96,13 +82,7 @@ class Job(BaseStreamer):
 
 
 class Batcher:
-    """Queues jobs and answers them in batches.
-
-    Args:
-        predictor: The model; used by the batcher's thread only from here on.
-        limits: The server's limits.
-        metrics: The server's metrics.
-    """
+    """Queues jobs and answers them in batches; from here on, only the batcher's thread uses the predictor."""
 
     def __init__(self, predictor: Predictor, limits: Limits, metrics: Metrics) -> None:
         self._predictor, self._limits, self._metrics = predictor, limits, metrics
@@ -110,10 +90,14 @@ class Batcher:
         self._has_jobs = asyncio.Event()
         self._running: list[Job] = []
         self._num_slots = 0
+        metrics.queue_depth.set_function(lambda: self._num_slots)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    def acquire_slot(self) -> QueueSlot:
-        """Reserves a slot in the queue.
+    def acquire_slot(self) -> ExitStack:
+        """Reserves a slot in the bounded queue, from a request's arrival until the model takes it or it ends.
+
+        Returns:
+            The slot; `close` frees it, and has no effect after the first call.
 
         Raises:
             ApiError: The queue is full.
@@ -121,13 +105,12 @@ class Batcher:
         if self._num_slots >= self._limits.max_queue:
             raise ApiError(429, "queue_full", "the server's queue is full; retry later", {"Retry-After": "1"})
         self._num_slots += 1
-        self._metrics.queue_depth.set(self._num_slots)
-        return QueueSlot(self)
+        slot = ExitStack()
+        slot.callback(self._release_slot)
+        return slot
 
-    def release_slot(self) -> None:
-        """Frees a slot; called by `QueueSlot.release`."""
+    def _release_slot(self) -> None:
         self._num_slots -= 1
-        self._metrics.queue_depth.set(self._num_slots)
 
     def submit(self, job: Job) -> None:
         """Appends a job to the queue."""
@@ -159,7 +142,7 @@ class Batcher:
         jobs: list[Job] = []
         while self._waiting and len(jobs) < self._limits.max_batch:
             job = self._waiting.popleft()
-            job.slot.release()
+            job.slot.close()
             if not job.ended:
                 jobs.append(job)
                 self._metrics.queue_seconds.observe(time.monotonic() - job.queued)
@@ -176,7 +159,7 @@ class Batcher:
             return
         logger.error("a batch of %d requests failed", len(jobs), exc_info=error)
         for job in jobs:
-            if len(jobs) > 1 and job.first_token is None and not job.ended:
+            if len(jobs) > 1 and not job.has_tokens and not job.ended:
                 await self._run_batch([job])
             else:
                 job.fail(ApiError(500, "model_failed", "the model failed on this request; see the server's log"))

@@ -10,10 +10,9 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from avg_llava.serving.batching import Batcher, Job, QueueSlot
+from avg_llava.serving.batching import Batcher, Job
 from avg_llava.serving.limits import Limits
 from avg_llava.serving.metrics import CLIENT_GONE, Metrics
 from avg_llava.serving.middleware import replay_body
@@ -41,27 +40,20 @@ class RequestState:
     Attributes:
         arrived: Arrival time on the `time.monotonic` clock, which is the event loop's.
         deadline: Time on the same clock at which the request times out.
-        slot: Its slot in the queue.
-        job: Its job in the batcher; None before it is submitted.
-        error_status: Status of an error that occurred after the response had started; None otherwise.
+        slot: From `Batcher.acquire_slot`.
+        job: None before it is submitted.
+        error_status: Status of an error that occurred after the response had started.
     """
 
     arrived: float
     deadline: float
-    slot: QueueSlot
+    slot: contextlib.ExitStack
     job: Job | None = None
     error_status: int | None = None
 
 
 class Gate:
     """Admits chat requests to the application, with their `RequestState` in the scope under "request_state".
-
-    Args:
-        app: The wrapped application.
-        batcher: Provides the queue slots.
-        limits: The server's limits.
-        metrics: The server's metrics.
-        api_key: The key that requests must send; None for no authentication.
 
     Attributes:
         num_open: Number of unfinished chat requests.
@@ -72,6 +64,7 @@ class Gate:
         self._app, self._batcher, self._limits, self._metrics = app, batcher, limits, metrics
         self._credentials = None if api_key is None else f"Bearer {api_key}".encode()
         self.num_open = 0
+        metrics.in_flight.set_function(lambda: self.num_open)
         self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +95,7 @@ class Gate:
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        self._count_open(1)
+        self.num_open += 1
         state: RequestState | None = None
         try:
             if self.draining:
@@ -115,25 +108,20 @@ class Gate:
             await self._reject(error, scope, receive, send_and_watch)
         finally:
             if state is not None:
-                state.slot.release()
+                state.slot.close()
                 if state.job is not None:
                     state.job.fail(client_gone())
                 status = state.error_status or status
-            self._count_open(-1)
+            self.num_open -= 1
             self._metrics.requests.labels(status if complete else CLIENT_GONE).inc()
             self._metrics.request_seconds.observe(time.monotonic() - arrived)
-
-    def _count_open(self, change: int) -> None:
-        self.num_open += change
-        self._metrics.in_flight.set(self.num_open)
 
     async def _reject(self, error: ApiError, scope: Scope, receive: "_BodyReceiver", send: Send) -> None:
         """Sends an error after discarding the rest of the body: many clients read nothing before they have sent it."""
         with contextlib.suppress(TimeoutError):  # respond to a slow client, too
             async with asyncio.timeout(_DISCARD_SECONDS):
                 await receive.discard(_DISCARD_FACTOR * self._limits.max_body_mib * 2**20)
-        response = JSONResponse(error.content(), error.status, error.headers)
-        await response(scope, receive, send)
+        await error.response()(scope, receive, send)
 
 
 class _BodyReceiver:

@@ -8,17 +8,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse
 
 
 class ApiError(Exception):
-    """An error response.
-
-    Args:
-        status: HTTP status.
-        code: Machine-readable error code.
-        message: Human-readable message.
-        headers: Additional response headers.
-    """
+    """An error with the HTTP status, machine-readable code, message and additional headers of its response."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -30,6 +24,10 @@ class ApiError(Exception):
         # A message may quote a field name with a lone surrogate, which UTF-8 cannot encode.
         message = str(self).encode("utf-8", "backslashreplace").decode()
         return {"error": {"message": message, "type": kind, "param": None, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Returns the response."""
+        return JSONResponse(self.content(), self.status, self.headers)
 
 
 def invalid_request(message: str) -> ApiError:
@@ -157,15 +155,6 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Routing(BaseModel):
-    """Granularity of each image and the router's probabilities."""
-
-    granularity: list[int] = Field(description="visual tokens per crop, for each image of the request")
-    router_probs: list[dict[str, float]] | None = Field(
-        description="for each image, the router's probability of each level; null if the level was forced"
-    )
-
-
 class AnswerMessage(BaseModel):
     """The generated message."""
 
@@ -173,20 +162,21 @@ class AnswerMessage(BaseModel):
     content: str
 
 
-FinishReason = Literal["stop", "length"]
-
-
 class Choice(BaseModel):
     """The single choice of a response."""
 
     index: Literal[0] = 0
     message: AnswerMessage
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(Routing):
+class ChatCompletion(BaseModel):
     """The response to a request without `stream`."""
 
+    granularity: list[int] = Field(description="visual tokens per crop, for each image of the request")
+    router_probs: list[dict[str, float]] | None = Field(
+        description="for each image, the router's probability of each level; null if the level was forced"
+    )
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(description="Unix time in seconds")

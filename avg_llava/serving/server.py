@@ -12,10 +12,11 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -42,7 +43,7 @@ class Server:
     Args:
         predictor: The model.
         name: The model's name in requests.
-        limits: The server's limits.
+        limits: Bounds of memory and response times.
         api_key: The key that requests must send; None for no authentication.
 
     Attributes:
@@ -100,52 +101,47 @@ class Server:
         errors: dict[int | str, dict[str, Any]] = {
             status: {"model": protocol.ErrorResponse, "description": text} for status, text in protocol.ERRORS.items()
         }
-        api = FastAPI(title="AVG-LLaVA", docs_url=None, redoc_url=None, lifespan=self._lifespan)
+        # The gate checks the key; this describes it in the schema.
+        key = [Security(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []
+        api = FastAPI(
+            title="AVG-LLaVA",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=self._lifespan,
+            exception_handlers=dict.fromkeys((ApiError, RequestValidationError, HTTPException, Exception), _on_error),
+        )
         api.post(
             CHAT_PATH,
             response_model=protocol.ChatCompletion,
             responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors},
+            dependencies=key,
         )(self._create_completion)
-        api.get("/v1/models", response_model=protocol.ModelList, responses={401: errors[401]})(self._list_models)
-        api.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})(
-            self._get_health
-        )
+        api.get("/v1/models", responses={401: errors[401]}, dependencies=key)(self._list_models)
+        api.get("/health", responses={503: {"model": protocol.Health}})(self._get_health)
         api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(
             self._get_metrics
         )
-        api.add_exception_handler(ApiError, _on_api_error)
-        api.add_exception_handler(RequestValidationError, _on_invalid)
-        api.add_exception_handler(HTTPException, _on_http_error)
-        api.add_exception_handler(Exception, _on_failure)
-        api.openapi = lambda: self._openapi_schema(api, with_key)
+        api.openapi = lambda: self._openapi_schema(api)
         return api
 
-    def _openapi_schema(self, api: FastAPI, with_key: bool) -> dict[str, Any]:
+    def _openapi_schema(self, api: FastAPI) -> dict[str, Any]:
         """Returns FastAPI's schema with this server's model, levels and limits, and without the unused status 422."""
         schema = get_openapi(title=api.title, version="1", routes=api.routes)
-        for methods in schema["paths"].values():
-            for operation in methods.values():
-                operation["responses"].pop("422", None)
+        del schema["paths"][CHAT_PATH]["post"]["responses"]["422"]
         schemas = schema["components"]["schemas"]
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(unused, None)
+        del schemas["HTTPValidationError"], schemas["ValidationError"]
         fields = schemas["ChatRequest"]["properties"]
         fields["model"]["enum"] = [self._name]
         fields["granularity"]["anyOf"][0]["enum"] = self._predictor.granularities
         for name in ("max_tokens", "max_completion_tokens"):
             fields[name]["anyOf"][0]["maximum"] = self._limits.max_tokens
-        if with_key:
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, methods in schema["paths"].items():
-                if path.startswith("/v1/"):
-                    for operation in methods.values():
-                        operation["security"] = [{"key": []}]
         return schema
 
-    async def _get_health(self) -> JSONResponse:
+    async def _get_health(self, response: Response) -> protocol.Health:
         """Reports readiness: 503 while draining."""
-        draining = self._gate.draining
-        return JSONResponse({"status": "draining" if draining else "ready"}, 503 if draining else 200)
+        if self._gate.draining:
+            response.status_code = 503
+        return protocol.Health(status="draining" if self._gate.draining else "ready")
 
     async def _get_metrics(self) -> Response:
         """Returns the metrics in Prometheus' text format."""
@@ -157,7 +153,7 @@ class Server:
         model = protocol.Model(id=self._name, created=self._created, granularities=granularities)
         return protocol.ModelList(data=[model])
 
-    async def _create_completion(self, chat: ChatRequest, request: Request) -> Response:
+    async def _create_completion(self, chat: ChatRequest, request: Request) -> Response | dict[str, Any]:
         """Generates the next assistant message of a conversation."""
         state: RequestState = request.scope["request_state"]
         if chat.model != self._name:
@@ -186,22 +182,11 @@ class Server:
             return StreamingResponse(self._stream_events(chat, state, job, head, event), media_type="text/event-stream")
         assert isinstance(event, Answer), "the loop above skips tokens"
         self._metrics.count(event)
-        return JSONResponse(self._completion(head, event).model_dump())
+        choice = {"message": {"content": event.text}, "finish_reason": event.finish_reason}
+        return {**head, **self._routing(event), "choices": [choice], "usage": _usage(event)}
 
     def _timeout_error(self) -> ApiError:
         return ApiError(504, "timeout", f"the answer was not complete within {self._limits.timeout} seconds")
-
-    def _completion(self, head: dict[str, Any], answer: Answer) -> protocol.ChatCompletion:
-        return protocol.ChatCompletion(
-            **head,
-            **self._routing(answer),
-            choices=[
-                protocol.Choice(
-                    message=protocol.AnswerMessage(content=answer.text), finish_reason=_finish_reason(answer)
-                )
-            ],
-            usage=_usage(answer),
-        )
 
     def _routing(self, answer: Answer) -> dict[str, Any]:
         names = [str(level) for level in self._predictor.granularities]
@@ -234,9 +219,9 @@ class Server:
         self._metrics.count(event)
         if text := deltas.rest(event.text):
             yield chunk({"content": text})
-        yield chunk({}, _finish_reason(event), **self._routing(event))
+        yield chunk({}, event.finish_reason, **self._routing(event))
         if with_usage:
-            yield _sse({**head, "choices": [], "usage": _usage(event).model_dump()})
+            yield _sse({**head, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
 
 
@@ -244,17 +229,13 @@ def _sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _finish_reason(answer: Answer) -> protocol.FinishReason:
-    return "stop" if answer.finish_reason == "stop" else "length"
-
-
-def _usage(answer: Answer) -> protocol.Usage:
-    return protocol.Usage(
-        prompt_tokens=answer.num_prompt_tokens,
-        completion_tokens=answer.num_new_tokens,
-        total_tokens=answer.num_prompt_tokens + answer.num_new_tokens,
-        prompt_tokens_details=protocol.PromptTokensDetails(visual_tokens=answer.num_visual_tokens),
-    )
+def _usage(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.num_prompt_tokens,
+        "completion_tokens": answer.num_new_tokens,
+        "total_tokens": answer.num_prompt_tokens + answer.num_new_tokens,
+        "prompt_tokens_details": {"visual_tokens": answer.num_visual_tokens},
+    }
 
 
 async def _fail_on_disconnect(request: Request, job: Job) -> None:
@@ -264,13 +245,18 @@ async def _fail_on_disconnect(request: Request, job: Job) -> None:
     job.fail(client_gone())
 
 
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.content(), error.status, error.headers)
+async def _on_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        error = invalid_request(_describe(error))
+    elif isinstance(error, HTTPException):
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        error = ApiError(error.status_code, code, str(error.detail), error.headers)
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "internal_error", "the server failed; see its log")
+    return error.response()
 
 
-async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _describe(error: RequestValidationError) -> str:
     details = error.errors()
     # Pydantic reports an error for each type of a union; the deepest one belongs to the type that was meant.
     deepest = max(details, key=lambda detail: len(detail["loc"]))
@@ -281,17 +267,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
         message += f" ({field.description})"
     if len(details) > 1:
         message += f"; and {len(details) - 1} more"
-    return await _on_api_error(request, invalid_request(message[:_MAX_MESSAGE_CHARACTERS]))
-
-
-async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return await _on_api_error(request, ApiError(error.status_code, code, str(error.detail), error.headers))
-
-
-async def _on_failure(request: Request, error: Exception) -> JSONResponse:
-    return await _on_api_error(request, ApiError(500, "internal_error", "the server failed; see its log"))
+    return message[:_MAX_MESSAGE_CHARACTERS]
 
 
 class _GracefulServer(uvicorn.Server):
@@ -344,9 +320,9 @@ def serve(server: Server, host: str, port: int, on_start: Callable[[str], object
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        server: The server to run.
+        server: The application.
         host: Address to listen on.
-        port: Port to listen on; 0 for any free port.
+        port: 0 for any free port.
         on_start: Called with the server's URL once it accepts connections.
 
     Returns:
