@@ -15,7 +15,7 @@ from avg_llava.inference.conversation import Conversation
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.images import decode_image, load_image
 
-Number = TypeVar("Number", int, float)
+Number = TypeVar("Number")
 
 HELP = """\
 /image FILE or URL   attach an image to the next question; repeat for several
@@ -48,7 +48,7 @@ class Chat:
     Args:
         predictor: The model.
         budget: Initial budget; commands change it.
-        decoding: Decoding options.
+        decoding: Length, sampling and stop texts of all answers.
         say: Callback for each line of output, except answers, which are streamed to standard output.
     """
 
@@ -107,7 +107,7 @@ class Chat:
             raise ValueError(f"unknown command {command}; /help lists them")
 
 
-def _number(kind: type[Number], command: str, value: str) -> Number:
+def _number(kind: Callable[[str], Number], command: str, value: str) -> Number:
     try:
         return kind(value)
     except ValueError as error:

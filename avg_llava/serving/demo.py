@@ -13,7 +13,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -105,19 +104,14 @@ def read_controls(level: Any, token_cost: Any, max_visual_tokens: Any, max_new_t
     return budget, Decoding(int(max_new_tokens))
 
 
-def uses_mini_tokenizer(tokenizer: Any) -> bool:
-    """Returns True if a model has the mini world's tokenizer, and so was trained in the mini world."""
-    return bool(tokenizer.get_vocab() == build_tokenizer().get_vocab())
-
-
-def save_examples(folder: Path) -> list[tuple[str, str]]:
-    """Renders the images of `EXAMPLES` into a folder and returns (path, question) pairs."""
+def save_examples(folder: Path) -> list[list[str]]:
+    """Renders the images of `EXAMPLES` into a folder and returns [path, question] pairs."""
     examples = []
     for index, question in EXAMPLES:
         path = folder / f"eval-{index:05d}.png"
         scene, _ = scene_of(0, "eval", index)
         path.write_bytes(encode_png(scene.pixels()))
-        examples.append((str(path), question))
+        examples.append([str(path), question])
     return examples
 
 
@@ -156,11 +150,7 @@ class Run:
         try:
             while True:
                 with self._lock:
-                    if self._stopped:
-                        return
-                    try:
-                        step = next(steps)
-                    except StopIteration:
+                    if self._stopped or (step := next(steps, None)) is None:
                         return
                 yield step
         finally:
@@ -184,9 +174,6 @@ class Demo:
 
     A click on a button calls `start` at once, then queues `ask` or `compare`. Gradio's own cancellation is not used:
     it leaves the page in a pending state if a result arrives after the cancellation.
-
-    Args:
-        predictor: The model.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -270,9 +257,9 @@ class Demo:
             yield "", stats_html(rows, token_count, None, None), router_html(rows, budget.token_cost), None, None
             for part in stream_answer(self.predictor, encoded, choice, decoding):
                 if isinstance(part, str):
-                    yield part, *_unchanged(4)
+                    yield part, *[gr.skip()] * 4
                 else:
-                    yield part.text, stats_html(rows, token_count, part, None), *_unchanged(3)
+                    yield part.text, stats_html(rows, token_count, part, None), *[gr.skip()] * 3
                     finest = Budget(self.predictor.granularities[-1])
                     first, slowest = measure_first_token(self.predictor, request, [budget, finest])
                     # Last, since drawing here and in the browser would disturb the measurement.
@@ -327,21 +314,12 @@ def button_states(busy: bool) -> list[gr.Button]:
     return [gr.Button(interactive=interactive) for interactive in (not busy, not busy, busy)]
 
 
-def _unchanged(count: int) -> list[Any]:
-    return [gr.skip()] * count
-
-
-def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
-    """Builds the page.
-
-    Args:
-        demo: Its event handlers.
-        examples: (image path, question) pairs; may be empty.
-    """
+def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
+    """Builds the page, with [image path, question] pairs as examples if there are any."""
     config = demo.config
     levels = config.granularities
-    canvases = [tuple(pinpoint) for pinpoint in config.image_grid_pinpoints]
-    tokens = [num_visual_tokens(size, level, config) for size in canvases for level in (levels[0], levels[-1])]
+    ends = (levels[0], levels[-1])
+    tokens = [num_visual_tokens(size, level, config) for size in config.image_grid_pinpoints for level in ends]
     with gr.Blocks(title="AVG-LLaVA", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown(
             "**AVG-LLaVA** · the router chooses, from the image and the question, how many visual tokens the language "
@@ -395,9 +373,7 @@ def build_page(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                     overview = gr.Image(scale=1, min_width=120, elem_id="overview", **picture)
         cards = gr.HTML(elem_id="levels")
         if examples:
-            gr.Examples(
-                [list(example) for example in examples], [image, question], label="Examples", elem_id="examples"
-            )
+            gr.Examples(examples, [image, question], label="Examples", elem_id="examples")
 
         buttons = [ask, compare, stop]
         unqueued: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -437,8 +413,8 @@ def serve_page(predictor: Predictor, host: str, port: int) -> Iterator[str]:
     demo = Demo(predictor)
     demo.warm_up()
     with tempfile.TemporaryDirectory(prefix="avg-llava-demo-") as folder:
-        examples = save_examples(Path(folder)) if uses_mini_tokenizer(predictor.processor.tokenizer) else []
-        page = build_page(demo, examples)
+        is_mini = predictor.processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        page = build_page(demo, save_examples(Path(folder)) if is_mini else [])
         page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
         try:
             _, address, _ = page.launch(
@@ -468,12 +444,8 @@ def serve_page(predictor: Predictor, host: str, port: int) -> Iterator[str]:
 
 def wait_for_signal() -> None:
     """Blocks until SIGINT (Ctrl-C) or SIGTERM."""
-    received = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received.set()
-
+    received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    while not received.wait(1):  # a signal delivered to another thread does not interrupt a wait
-        continue
+        signal.signal(number, lambda number, _: received.append(number))
+    while not received:
+        time.sleep(0.1)

@@ -38,13 +38,9 @@ class RemoteImageError(ValueError):
 
 
 def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
-    """Reads the images of one request.
+    """Reads the images of one request from data URLs, or http(s) URLs if `limits.remote_images` is set.
 
     No image is decoded before the total number of pixels has been checked against the headers.
-
-    Args:
-        urls: Data URLs, or http(s) URLs if `limits.remote_images` is set.
-        limits: The server's limits.
 
     Raises:
         ApiError: An image cannot be read, or the images exceed a limit.
@@ -109,7 +105,7 @@ def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
     Args:
         url: http(s) URL without credentials.
         max_bytes: Maximum size of the file.
-        seconds: Total time limit, redirects included.
+        seconds: Time limit, redirects included.
 
     Raises:
         RemoteImageError: The host is not public, or the file cannot be fetched within the limits.

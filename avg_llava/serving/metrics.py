@@ -1,5 +1,7 @@
 """Prometheus metrics of a server. Labels are status codes and granularities, so their cardinality is bounded."""
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
 from avg_llava.inference.answers import Answer
@@ -10,11 +12,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Attributes:
-        registry: The registry that `/metrics` exposes.
-    """
+    """The metrics of one server, in a registry that `/metrics` exposes."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -30,18 +28,10 @@ class Metrics:
         self.batch_size = Histogram(
             "avg_llava_batch_size", "Requests per batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
-        self.request_seconds = Histogram(
-            "avg_llava_request_seconds", "Seconds from arrival to the end of the response", buckets=_SECONDS,
-            registry=registry,
-        )  # fmt: skip
-        self.first_token_seconds = Histogram(
-            "avg_llava_first_token_seconds", "Seconds from arrival to the first token", buckets=_SECONDS,
-            registry=registry,
-        )  # fmt: skip
-        self.queue_seconds = Histogram(
-            "avg_llava_queue_seconds", "Seconds a prepared request waits for the model", buckets=_SECONDS,
-            registry=registry,
-        )  # fmt: skip
+        seconds = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.request_seconds = seconds("avg_llava_request_seconds", "Seconds from arrival to the end of the response")
+        self.first_token_seconds = seconds("avg_llava_first_token_seconds", "Seconds from arrival to the first token")
+        self.queue_seconds = seconds("avg_llava_queue_seconds", "Seconds a prepared request waits for the model")
         self.prompt_tokens = Counter(
             "avg_llava_prompt_tokens", "Prompt tokens, visual tokens included", registry=registry
         )

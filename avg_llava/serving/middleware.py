@@ -5,7 +5,7 @@ files whose path is a URL. `PageGuard` rejects such requests.
 """
 
 import json
-from collections.abc import Iterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -27,12 +27,7 @@ def replay_body(body: bytes, receive: Receive) -> Receive:
 
 
 class PageGuard:
-    """Rejects requests with oversized bodies or with files given by URL.
-
-    Args:
-        app: The wrapped application.
-        max_upload_bytes: Maximum size of an upload.
-    """
+    """Rejects requests with oversized bodies or with files given by URL."""
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
         self._app, self._max_upload_bytes = app, max_upload_bytes
@@ -55,23 +50,21 @@ class PageGuard:
             await self._app(scope, receive, send)
         else:
             body = await request.body()
-            if any(path.lower().startswith(("http:", "https:")) for path in _file_paths(body)):
+            if _has_remote_file(body):
                 await PlainTextResponse("files are not fetched from URLs: upload them", 400)(scope, receive, send)
             else:
                 await self._app(scope, replay_body(body, receive), send)
 
 
-def _file_paths(body: bytes) -> Iterator[str]:
-    """File paths at any depth of a JSON body; none if the body is not JSON."""
+def _has_remote_file(body: bytes) -> bool:
+    """Returns True if an object at any depth of a JSON body has a URL as its `path`; False if the body is not JSON."""
+    paths: list[str] = []
+
+    def collect(fields: dict[str, Any]) -> None:
+        paths.append(str(fields.get("path")).strip().lower())
+
     try:
-        pending = [json.loads(body)]
+        json.loads(body, object_hook=collect)
     except (ValueError, RecursionError):
-        return
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending += value.values()
-            if isinstance(value.get("path"), str):
-                yield value["path"].strip()
-        elif isinstance(value, list):
-            pending += value
+        return False
+    return any(path.startswith(("http:", "https:")) for path in paths)

@@ -38,16 +38,6 @@ class TokenGrid:
     cell: tuple[int, int]
     kept: tuple[int, int, int, int]
 
-    def scaled(self, factor: int) -> "TokenGrid":
-        """Returns the grid of the picture enlarged by `factor`."""
-        (height, width), (cell_height, cell_width), (top, bottom, left, right) = self.size, self.cell, self.kept
-        return TokenGrid(
-            (height * factor, width * factor),
-            self.tile * factor,
-            (cell_height * factor, cell_width * factor),
-            (top * factor, bottom * factor, left * factor, right * factor),
-        )
-
 
 def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> TokenGrid:
     """Returns the grid on an image's canvas of tiles, at `granularity` tokens per crop."""
@@ -97,18 +87,18 @@ def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarr
     if picture.shape[:2] != grid.size:
         raise ValueError(f"the grid belongs to a picture of {grid.size} pixels, but this one has {picture.shape[:2]}")
     colors = picture.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float32)
-    grid = grid.scaled(factor)
-    (height, width), (top, bottom, left, right) = grid.size, grid.kept
-    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
+    cell_height, cell_width, top, bottom, left, right = (factor * length for length in (*grid.cell, *grid.kept))
+    y, x = np.ogrid[: len(colors), : len(colors[0])]
     kept = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    lines = kept & (_is_line(y, grid.cell[0]) | _is_line(x, grid.cell[1]))
+    lines = kept & (_is_line(y, cell_height) | _is_line(x, cell_width))
     contrast = np.where(colors.mean(axis=-1, keepdims=True) < _GREY, 255.0, 0.0)
     colors = np.where(lines[..., None], colors + (contrast - colors) * _LINE_STRENGTH, colors)
     stripes = np.where((x + y) // _STRIPE % 2, _GREY, _GREY + 40)[..., None]
     colors = np.where(kept[..., None], colors, colors + (stripes - colors) * _DROPPED_STRENGTH)
-    for edge in range(grid.tile, height, grid.tile):
+    tile = factor * grid.tile
+    for edge in range(tile, len(colors), tile):
         colors[edge - 1 : edge + 2] = _TILE_BORDER
-    for edge in range(grid.tile, width, grid.tile):
+    for edge in range(tile, len(colors[0]), tile):
         colors[:, edge - 1 : edge + 2] = _TILE_BORDER
     return np.rint(colors).astype(np.uint8)
 
@@ -118,27 +108,20 @@ def _is_line(position: np.ndarray, cell: int) -> np.ndarray:
 
 
 class TokenPictures:
-    """An image's crops, processed once and drawn under the grid of any level.
-
-    Args:
-        image: RGB image.
-        image_processor: The model's image processor.
-        config: The model's configuration.
-    """
+    """An RGB image's crops, processed once and drawn under the grid of any level."""
 
     def __init__(self, image: Image.Image, image_processor: AvgLlavaImageProcessor, config: AvgLlavaConfig) -> None:
-        self.image_size = (image.height, image.width)
-        self.config = config
+        self._image_size, self._config = (image.height, image.width), config
         self._crops = denormalized_crops(image, image_processor)
-        self._canvas = assemble_canvas(self._crops, canvas_tiles(self.image_size, config)[1])
+        self._canvas = assemble_canvas(self._crops, canvas_tiles(self._image_size, config)[1])
 
     def tiles(self, granularity: int) -> Image.Image:
         """Draws the canvas of tiles at `granularity` tokens per crop."""
-        return _draw(self._canvas, tiles_grid(self.image_size, granularity, self.config), _LONGEST_CANVAS)
+        return _draw(self._canvas, tiles_grid(self._image_size, granularity, self._config), _LONGEST_CANVAS)
 
     def overview(self, granularity: int) -> Image.Image:
         """Draws the overview crop, which is the whole image resized to a square."""
-        return _draw(self._crops[0], overview_grid(granularity, self.config), _LONGEST_OVERVIEW)
+        return _draw(self._crops[0], overview_grid(granularity, self._config), _LONGEST_OVERVIEW)
 
 
 def _draw(picture: np.ndarray, grid: TokenGrid, longest: int) -> Image.Image:

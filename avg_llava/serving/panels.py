@@ -143,7 +143,7 @@ def level_rows(
 
     Args:
         image_size: (height, width) in pixels.
-        config: The model's configuration.
+        config: Gives the levels and the tokens at each.
         budget: The budget under which the level was chosen.
         probabilities: (G,) router probabilities; None if the router did not run.
         chosen: Granularity of the chosen level.

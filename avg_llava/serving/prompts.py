@@ -29,12 +29,7 @@ class PreparedRequest:
 
 
 class PromptBuilder:
-    """Prepares chat requests for a model.
-
-    Args:
-        predictor: The predictor that will answer them.
-        limits: The server's limits.
-    """
+    """Prepares chat requests for the predictor that will answer them."""
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self._predictor, self._limits = predictor, limits

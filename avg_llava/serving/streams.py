@@ -17,10 +17,6 @@ class TextDeltas:
     """Incremental detokenizer: the pieces it returns concatenate to the text of the answer.
 
     Text is held back while later tokens could change it: incomplete characters, and prefixes of stop strings.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        stops: Stop strings.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
@@ -33,19 +29,12 @@ class TextDeltas:
         self._ids += ids
         text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).rstrip(_INCOMPLETE)
         if not any(stop in text for stop in self._stops):
-            text = text[: len(text) - self._num_held_back(text)]
-        return self._unsent(cut_at(text, self._stops))
+            prefixes = (stop[:length] for stop in self._stops for length in range(1, len(stop)))
+            text = text.removesuffix(max(filter(text.endswith, prefixes), key=len, default=""))
+        return self.rest(cut_at(text, self._stops))
 
     def rest(self, text: str) -> str:
-        """Returns the part of the complete answer `text` that has not been returned yet."""
-        return self._unsent(text)
-
-    def _num_held_back(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-        lengths = (length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
-        return max(lengths, default=0)
-
-    def _unsent(self, text: str) -> str:
+        """Returns the part of `text`, the answer so far, that has not been returned yet."""
         new = text[len(self._sent) :]
         self._sent += new
         return new
@@ -69,9 +58,6 @@ def stream_answer(
 
     Yields:
         The text so far, each time it grows, and finally the answer.
-
-    Raises:
-        Exception: Any error of the background thread.
     """
     streamer = _CancellableStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with ThreadPoolExecutor(1) as executor:
