@@ -137,16 +137,14 @@ def _rows(result: "Result", comparisons: "Mapping[str, Comparison]") -> Iterator
     """One row per metric: its value in percent or points, and the benchmark's token share and seconds per question."""
     from avg_llava.evaluation.published import in_table_units
 
-    seconds = result.efficiency.seconds_per_question
-    assert seconds is not None, "measured by every evaluation"
     for name, metric in result.metrics.items():
         yield (
             result.benchmark,
             metric.label,
-            f"{in_table_units(metric.value, metric.kind, metric.maximum):.1f}",
+            f"{in_table_units(metric, metric.value):.1f}",
             f"{comparisons[name].expected.published:.1f}" if name in comparisons else "",
             str(result.dataset.num_questions),
             str(result.num_failed),
             f"{result.efficiency.token_share:.1%}",
-            f"{seconds.median:.3f}",
+            f"{result.efficiency.seconds_per_question.median:.3f}",
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Expected
 from avg_llava.evaluation.results import Result, ResultError, read_json
+from avg_llava.evaluation.statistics import Metric
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,28 @@ def score_columns() -> tuple[Column, ...]:
     return tables["1"].columns + tables["2"].columns
 
 
-def in_table_units(value: float, kind: str, maximum: float) -> float:
+def in_table_units(metric: Metric, value: float) -> float:
     """Converts a metric's value to the unit of tables: points for sums of strata (MME), else percent of the maximum."""
-    return value if kind == "stratum_sum" else 100 * value / maximum
+    return value if metric.kind == "stratum_sum" else 100 * value / metric.maximum
 
 
 def load_expected(check: Path, names: Sequence[str]) -> list[Expected]:
-    """Loads expected figures: those of a file, or the published ones of the named benchmarks if `check` is `published`.
+    """Loads expected figures of a JSON file, such as `eval/expected/sample.json`.
+
+    If `check` is `published`, they are the published ones of the named benchmarks.
 
     Raises:
-        ResultError: The file holds no expected figures.
+        ResultError: The file is missing, not JSON, or no list of expected figures.
     """
     if str(check) == "published":
         return [figure for name in names for figure in BENCHMARKS[name].expected]
-    return read_expected(check)
-
-
-def read_expected(path: Path) -> list[Expected]:
-    """Reads a JSON file with a list of expected figures, such as `eval/expected/sample.json`.
-
-    Raises:
-        ResultError: The file is missing, not JSON, or no such list.
-    """
-    content = read_json(path)
+    content = read_json(check)
     if not isinstance(content, list) or not content:
-        raise ResultError(f"{path} must hold a list of expected figures")
+        raise ResultError(f"{check} must hold a list of expected figures")
     try:
         return [build(Expected, entry, str(index)) for index, entry in enumerate(content)]
     except ConfigError as error:
-        raise ResultError(f"{path}: {error}") from error
+        raise ResultError(f"{check}: {error}") from error
 
 
 def compare_with_expected(result: Result, expected: list[Expected]) -> list[Comparison]:
@@ -134,7 +128,7 @@ def compare_with_expected(result: Result, expected: list[Expected]) -> list[Comp
         metric = result.metrics.get(entry.metric)
         if metric is None:
             raise ResultError(f"{result.benchmark} has no metric {entry.metric}; it has {', '.join(result.metrics)}")
-        compared.append(Comparison(entry, in_table_units(metric.value, metric.kind, metric.maximum)))
+        compared.append(Comparison(entry, in_table_units(metric, metric.value)))
     if expected and not compared:
         raise ResultError(
             f"nothing is expected of {result.benchmark} by the protocol {result.protocol}: there are figures of "

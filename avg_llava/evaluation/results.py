@@ -94,10 +94,10 @@ class Speed:
     num_questions: int
     routed_seconds: float
     finest_seconds: float
-    llava_next_seconds: float | None
-    """transformers' LLaVA-NeXT; null if it was not timed."""
+    llava_next_seconds: float
+    """transformers' LLaVA-NeXT."""
     speedup_over_finest: float
-    speedup_over_llava_next: float | None
+    speedup_over_llava_next: float
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Efficiency:
     """Visual tokens relative to the finest level."""
     grid_share: float
     """Tokens per crop relative to the finest level: "token per grid" in the paper's table 3."""
-    time_to_first_token_ms: Spread | None
-    seconds_per_question: Spread | None
+    time_to_first_token_ms: Spread
+    seconds_per_question: Spread
     router_share: float | None
     """The router's share of the time; null if it did not run."""
     speed: Speed | None
@@ -205,8 +205,6 @@ def parse_result(content: Any, source: str) -> Result:
     try:
         return build(Result, content)
     except ConfigError as error:
-        raise ResultError(f"{source}: {error}") from error
-    except ResultError as error:
         raise ResultError(f"{source}: {error}") from error
 
 

@@ -6,7 +6,6 @@ The helpers at the head are shared with the mini world's figures.
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import in_table_units
-from avg_llava.evaluation.results import Result
+from avg_llava.evaluation.results import Efficiency, Result
 from avg_llava.evaluation.statistics import Metric, bootstrap_interval
 from avg_llava.reports.series import Series, SeriesResults
 
@@ -41,14 +40,7 @@ def encode_figure(figure: Figure, file_type: FileType) -> bytes:
 
 
 def make_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Creates a figure with `count` panels; the rest of the last row is empty.
-
-    Args:
-        count: Number of panels.
-        columns: Largest number of panels in a row.
-        width: Width of a panel in inches.
-        height: Height of a panel in inches.
-    """
+    """Creates a figure with `count` panels of a size in inches, at most `columns` in a row."""
     columns = min(columns, count)
     num_rows = math.ceil(count / columns)
     figure = Figure(figsize=(width * columns, height * num_rows + 0.5), layout="constrained")
@@ -81,22 +73,16 @@ def stack_levels(axes: Axes, bars: Sequence[Mapping[str, float]], levels: Sequen
 # ---- figures of results -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Point:
-    """A score with its confidence interval at a cost `x`."""
-
-    x: float
-    value: float
-    low: float
-    high: float
-
-
 def draw_figures(grouped: SeriesResults) -> dict[str, Figure]:
     """Draws all figures for which there are results: name -> figure."""
     drawn = {
         "routing": draw_routing(grouped),
-        "time": draw_scores(grouped, "seconds per question (median)", _seconds),
-        "tokens": draw_scores(grouped, "visual tokens per question (mean)", _tokens),
+        "time": draw_scores(
+            grouped, "seconds per question (median)", lambda measured: measured.seconds_per_question.median
+        ),
+        "tokens": draw_scores(
+            grouped, "visual tokens per question (mean)", lambda measured: measured.mean_visual_tokens
+        ),
         "token_cost": draw_curve(grouped),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -133,27 +119,9 @@ def draw_routing(grouped: SeriesResults) -> Figure | None:
     return figure
 
 
-def _seconds(result: Result) -> float | None:
-    spread = result.efficiency.seconds_per_question
-    return None if spread is None else spread.median
-
-
-def _tokens(result: Result) -> float:
-    return result.efficiency.mean_visual_tokens
-
-
-def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], float | None]) -> Figure | None:
-    """Draws the headline score with its interval against a cost, a panel per benchmark and protocol.
-
-    Args:
-        grouped: The results.
-        label: Label of the cost's axis.
-        read: Returns the cost of a result, or None if it was not measured.
-    """
-    panels = {
-        key: {series: result for series, result in results.items() if read(result) is not None}
-        for key, results in _by_benchmark(grouped).items()
-    }
+def draw_scores(grouped: SeriesResults, label: str, cost: Callable[[Efficiency], float]) -> Figure | None:
+    """Draws the headline score with its interval against a cost, a panel per benchmark and protocol."""
+    panels = _by_benchmark(grouped)
     panels = {key: results for key, results in panels.items() if len(results) > 1}  # a single point shows no trade-off
     if not panels:
         return None
@@ -163,8 +131,7 @@ def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], flo
     for axes, ((benchmark, protocol), results) in zip(grid, panels.items(), strict=True):
         for model in dict.fromkeys(series.model for series in results):
             of_model = {series: result for series, result in results.items() if series.model == model}
-            for name, handle in _draw_model(axes, model, of_model, colors[model], read).items():
-                legend.setdefault(name, handle)
+            legend |= _draw_model(axes, model, of_model, colors[model], cost)
         _label(axes, benchmark, protocol, next(iter(results.values())).headline)
         if label.startswith("visual"):
             axes.set_xscale("log", base=2)
@@ -173,19 +140,12 @@ def draw_scores(grouped: SeriesResults, label: str, read: Callable[[Result], flo
         else:
             axes.xaxis.set_major_locator(MaxNLocator(4))
     figure.supxlabel(label, fontsize=9)
-    figure.legend(
-        list(legend.values()),
-        list(legend),
-        loc="outside upper center",
-        ncols=_legend_columns(len(legend), len(panels)),
-        frameon=False,
-        fontsize=8,
-    )
+    _add_legend(figure, legend, len(panels))
     return figure
 
 
 def _draw_model(
-    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, read: Callable[[Result], float | None]
+    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, cost: Callable[[Efficiency], float]
 ) -> dict[str, Any]:
     """Draws one model: fixed levels and the router's prices joined by lines, random levels as a mark.
 
@@ -198,14 +158,12 @@ def _draw_model(
         groups.setdefault(name, {})[series] = result
     handles = {}
     for name, members in groups.items():
-        points = sorted((_point(result, read) for result in members.values()), key=lambda point: point.x)
+        points = np.array([_point(result, cost) for result in members.values()])
+        x, value, low, high = points[points[:, 0].argsort(kind="stable")].T
         handles[f"{model}, {name}"] = axes.errorbar(
-            [point.x for point in points],
-            [point.value for point in points],
-            yerr=[
-                [point.value - point.low for point in points],
-                [point.high - point.value for point in points],
-            ],
+            x,
+            value,
+            yerr=[value - low, high - value],
             fmt={"fixed level": "o-", "router": "^-", "random": "X"}[name],
             color={"fixed level": GREY, "router": BLUE, "random": ORANGE}[name] if color is None else color,
             alpha=0.9 if name != "fixed level" else 0.6,
@@ -218,21 +176,16 @@ def _draw_model(
     return handles
 
 
-def _point(result: Result, read: Callable[[Result], float | None]) -> _Point:
+def _point(result: Result, cost: Callable[[Efficiency], float]) -> tuple[float, ...]:
+    """Returns a result's cost, headline score, and the ends of the score's interval."""
     metric = result.headline
-    x = read(result)
-    assert x is not None
-    low, high = bootstrap_interval(metric.kind, metric.units)
-    return _Point(x, *(in_table_units(value, metric.kind, metric.maximum) for value in (metric.value, low, high)))
+    values = (metric.value, *bootstrap_interval(metric.kind, metric.units))
+    return cost(result.efficiency), *(in_table_units(metric, value) for value in values)
 
 
 def draw_curve(grouped: SeriesResults) -> Figure | None:
     """Draws the headline score against the share of tokens for rising prices, a panel per benchmark and protocol."""
-    panels = {
-        key: {series: result for series, result in results.items() if result.routing.curve}
-        for key, results in _by_benchmark(grouped).items()
-    }
-    panels = {key: results for key, results in panels.items() if results}
+    panels = _by_benchmark(grouped, lambda result: bool(result.routing.curve))
     if not panels:
         return None
     colors = _model_colors(grouped)
@@ -241,7 +194,7 @@ def draw_curve(grouped: SeriesResults) -> Figure | None:
         for series, result in results.items():
             metric, curve = result.headline, sorted(result.routing.curve or (), key=lambda point: point.token_cost)
             shares = [point.token_share for point in curve]
-            values = [in_table_units(point.value, metric.kind, metric.maximum) for point in curve]
+            values = [in_table_units(metric, point.value) for point in curve]
             axes.plot(shares, values, "o-", color=colors[series.model] or BLUE, markersize=4, label=series.model)
             for index in sorted({0, len(curve) // 2, len(curve) - 1}):  # label the first, middle and last price
                 axes.annotate(
@@ -257,21 +210,28 @@ def draw_curve(grouped: SeriesResults) -> Figure | None:
     figure.supxlabel("share of the finest level's visual tokens\n(small figures: token cost)", fontsize=9)
     if len(colors) > 1:
         handles, labels = grid[0].get_legend_handles_labels()
-        num_columns = _legend_columns(len(labels), len(panels))
-        figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False, fontsize=8)
+        _add_legend(figure, dict(zip(labels, handles, strict=True)), len(panels))
     return figure
 
 
-def _legend_columns(num_entries: int, num_panels: int) -> int:
-    """Number of legend columns that fit above the panels."""
-    return min(4, num_entries, num_panels)
+def _add_legend(figure: Figure, handles: Mapping[str, Any], num_panels: int) -> None:
+    """Adds a legend of labels and their handles above the panels, no wider than these."""
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside upper center",
+        ncols=min(4, len(handles), num_panels),
+        frameon=False,
+        fontsize=8,
+    )
 
 
-def _by_benchmark(grouped: SeriesResults) -> Panels:
+def _by_benchmark(grouped: SeriesResults, is_shown: Callable[[Result], bool] = lambda result: True) -> Panels:
     panels: dict[tuple[str, str], dict[Series, Result]] = {}
     for series, results in grouped.items():
         for benchmark, entry in results.items():
-            panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
+            if is_shown(entry.result):
+                panels.setdefault((benchmark, series.protocol), {})[series] = entry.result
     names = list(BENCHMARKS)
     return dict(sorted(panels.items(), key=lambda item: (item[0][1], names.index(item[0][0]))))
 

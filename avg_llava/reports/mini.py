@@ -35,31 +35,23 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One way of choosing levels. Accuracies are between 0 and 1.
-
-    Attributes:
-        name: `llava-next`, `fixed-<tokens per crop>`, `random`, `random@router-tokens`, `router`, `router@<token_cost>`
-            or `oracle`.
-        accuracy: Over all questions.
-        mean_visual_tokens: Visual tokens per question.
-        token_cost: The router's price in nats per doubling of visual tokens; None if no router chose.
-        families: Accuracy per question family.
-        family_tokens: Visual tokens per question of each family.
-        kinds: Accuracy per kind, over all questions of that kind.
-        kind_tokens: Visual tokens per question of each kind.
-        levels: Share of the questions at each level, coarse to fine.
-        family_levels: `levels` per question family.
-    """
+    """One way of choosing levels. Accuracies are between 0 and 1, tokens are visual tokens per question."""
 
     name: str
+    """`llava-next`, `fixed-<tokens per crop>`, `random`, `random@router-tokens`, `router`, `router@<token_cost>` or
+    `oracle`."""
     accuracy: float
     mean_visual_tokens: float
     token_cost: float | None
+    """The router's price in nats per doubling of visual tokens; None if no router chose."""
     families: dict[str, float]
+    """Accuracy per question family."""
     family_tokens: dict[str, float]
     kinds: dict[str, float]
+    """Accuracy per kind, over all questions of that kind."""
     kind_tokens: dict[str, float]
     levels: dict[str, float]
+    """Share of the questions at each level, coarse to fine."""
     family_levels: dict[str, dict[str, float]]
 
 
@@ -97,11 +89,7 @@ def is_report(content: Any) -> bool:
 
 
 def check_report(content: Report, source: str) -> Report:
-    """Checks the content of a `report.json` and returns it.
-
-    Args:
-        content: The parsed JSON.
-        source: The file's name, for messages.
+    """Checks the content of the `report.json` at `source` and returns it.
 
     Raises:
         ResultError: If a field is missing or of the wrong type, or a row lacks a family or a level.
@@ -112,20 +100,19 @@ def check_report(content: Report, source: str) -> Report:
         raise ResultError(f"{source}: {error}") from error
     if not report.rows:
         raise ResultError(f"{source}: rows is empty")
-    kinds, levels = set(report.rows[0].kinds), {str(level) for level in report.granularities}
+    families, kinds = set(report.families), set(report.rows[0].kinds)
+    levels = set(map(str, report.granularities))
     for index, row in enumerate(report.rows):
-        expected = {
-            "families": set(report.families),
-            "family_tokens": set(report.families),
-            "family_levels": set(report.families),
-            "kinds": kinds,
-            "kind_tokens": kinds,
-            "levels": levels,
-            **{f"family_levels.{family}": levels for family in row.family_levels},
-        }
-        for field, names in expected.items():
-            group, _, family = field.partition(".")
-            found = getattr(row, group)[family] if family else getattr(row, group)
+        named: list[tuple[str, Mapping[str, Any], set[str]]] = [
+            ("families", row.families, families),
+            ("family_tokens", row.family_tokens, families),
+            ("family_levels", row.family_levels, families),
+            ("kinds", row.kinds, kinds),
+            ("kind_tokens", row.kind_tokens, kinds),
+            ("levels", row.levels, levels),
+            *((f"family_levels.{family}", shares, levels) for family, shares in row.family_levels.items()),
+        ]
+        for field, found, names in named:
             if set(found) != names:
                 raise ResultError(f"{source}: rows.{index}.{field} must name {', '.join(sorted(names))}")
     return content
@@ -152,10 +139,7 @@ def table_lines(report: Report) -> list[str]:
 def write_report(report: Report, histories: Mapping[str, Sequence[Mapping[str, Any]]], output: Path) -> None:
     """Writes `report.json`, the figures as PNG and `index.html` (which embeds the figures) to a folder.
 
-    Args:
-        report: Contents of `report.json`.
-        histories: Stage name -> the lines of its `log_history.jsonl`.
-        output: The folder.
+    `histories` maps a stage's name to the lines of its `log_history.jsonl`.
     """
     output.mkdir(parents=True, exist_ok=True)
     images = {f"{name}.png": encode_figure(figure, "png") for name, figure in draw(report).items()}
@@ -188,12 +172,9 @@ def lead(report: Report) -> Markup:
 
 
 def sections(report: Report, images: Mapping[str, bytes], level: int = 2) -> list[Section]:
-    """The sections of a page about one report.
+    """The sections of a page about one report, with headings of a level.
 
-    Args:
-        report: The report.
-        images: File name -> content of its figures; a missing figure is left out.
-        level: Level of the headings.
+    `images` maps file names to the content of figures; a missing figure is left out.
     """
 
     def pictures(stem: str, alternative: str) -> list[Picture]:
@@ -224,10 +205,6 @@ def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[renderi
     return Table("", "", tuple(labels), tuple(columns), tuple(rows))
 
 
-def _cells(texts: Sequence[str]) -> tuple[Cell, ...]:
-    return tuple(map(Cell, texts))
-
-
 def _claims_table(report: Report) -> Table:
     rows = []
     for claim in report["claims"]:
@@ -243,14 +220,15 @@ def _rows_table(report: Report) -> Table:
         cost = "" if row["token_cost"] is None else f"{row['token_cost']:g}"
         texts = [f"{row['accuracy']:.1%}", f"{row['mean_visual_tokens']:.1f}", cost]
         texts += [f"{row['kinds'][kind]:.1%}" for kind in kinds]
-        rows.append(rendering.Row((row["name"],), _cells(texts), marked=row["token_cost"] == report["token_cost"]))
+        marked = row["token_cost"] == report["token_cost"]
+        rows.append(rendering.Row((row["name"],), tuple(map(Cell, texts)), marked=marked))
     return _table([""], ["accuracy", "visual tokens", "token cost", *kinds], rows)
 
 
 def _families_table(report: Report) -> Table:
     shown = [row for row in report["rows"] if "@" not in row["name"] or row["token_cost"] == report["token_cost"]]
     rows = [
-        rendering.Row((family, kind), _cells([f"{row['families'][family]:.0%}" for row in shown]))
+        rendering.Row((family, kind), tuple(Cell(f"{row['families'][family]:.0%}") for row in shown))
         for family, kind in report["families"].items()
     ]
     return _table(["question family", "needs"], [row["name"] for row in shown], rows)
@@ -258,10 +236,8 @@ def _families_table(report: Report) -> Table:
 
 def _stages_table(report: Report) -> Table:
     columns = list(dict.fromkeys(key for stage in report["stages"] for key in stage))
-    rows = []
-    for stage in report["stages"]:
-        first, *others = [str(stage.get(key, "")) for key in columns]
-        rows.append(rendering.Row((first,), _cells(others)))
+    texts = [[str(stage.get(key, "")) for key in columns] for stage in report["stages"]]
+    rows = [rendering.Row((first,), tuple(map(Cell, others))) for first, *others in texts]
     return _table(columns[:1], columns[1:], rows)
 
 
@@ -281,14 +257,14 @@ def draw(report: Report) -> dict[str, Figure]:
     }
 
 
-def draw_accuracy(report: Mapping[str, Any]) -> Figure:
+def draw_accuracy(report: Report) -> Figure:
     """Draws accuracy against visual tokens, over all questions and for each kind of family."""
-    kinds = list(report["rows"][0]["kinds"])
+    kinds = _kinds(report)
     figure, panels = make_grid(1 + len(kinds), 2, 5.4, 3.7)
-    _trade_off(panels[0], report)
+    _trade_off(panels[0], report, "accuracy", "mean_visual_tokens")
     panels[0].set_title("all questions")
     for axes, kind in zip(panels[1:], kinds, strict=True):
-        _trade_off(axes, report, "kinds", kind)
+        _trade_off(axes, report, "kinds", "kind_tokens", kind)
         axes.set_title(f"{kind} families")
     figure.supxlabel("visual tokens per question")
     figure.supylabel("accuracy")
@@ -297,11 +273,11 @@ def draw_accuracy(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_families(report: Mapping[str, Any]) -> Figure:
+def draw_families(report: Report) -> Figure:
     """Draws accuracy against visual tokens, a small panel per question family."""
     figure, panels = make_grid(len(report["families"]), 4, 2.9, 2.5)
     for axes, (family, kind) in zip(panels, report["families"].items(), strict=True):
-        _trade_off(axes, report, "families", family)
+        _trade_off(axes, report, "families", "family_tokens", family)
         axes.set_title(f"{family} ({kind})", fontsize=10)
         axes.tick_params(labelsize=8)
     figure.supxlabel("visual tokens per question")
@@ -309,7 +285,7 @@ def draw_families(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_routing(report: Mapping[str, Any]) -> Figure:
+def draw_routing(report: Report) -> Figure:
     """Draws the share of each level per question family, at token cost 0 and at the judged one."""
     shown = [row for row in report["rows"] if row["token_cost"] in (0, report["token_cost"])]
     shown += [row for row in report["rows"] if row["name"] == "oracle"]
@@ -350,21 +326,15 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _value(row: Mapping[str, Any], group: str, name: str | None) -> tuple[float, float]:
-    """Returns (visual tokens, accuracy) of a row: overall, or of one family or kind."""
-    if name is None:
-        return row["mean_visual_tokens"], row["accuracy"]
-    tokens = {"families": "family_tokens", "kinds": "kind_tokens"}[group]
-    return row[tokens][name], row[group][name]
+def _trade_off(axes: Axes, report: Report, accuracy: str, tokens: str, name: str | None = None) -> None:
+    """Draws accuracy against visual tokens: fixed levels and the router's curve as lines, other rows as marks.
 
-
-def _trade_off(axes: Axes, report: Mapping[str, Any], group: str = "", name: str | None = None) -> None:
-    """Draws accuracy against visual tokens: fixed levels and the router's curve as lines, other rows as marks."""
+    `accuracy` and `tokens` are fields of rows; `name` is the family or kind if these fields have one value per name.
+    """
     rows = report["rows"]
 
-    def points(chosen: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-        pairs = [_value(row, group, name) for row in chosen]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    def points(chosen: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        return [[row[field] if name is None else row[field][name] for row in chosen] for field in (tokens, accuracy)]
 
     fixed = [row for row in rows if row["name"].startswith("fixed-")]
     routers = [row for row in rows if row["token_cost"] is not None]

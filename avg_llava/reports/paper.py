@@ -28,26 +28,14 @@ FIGURE_TITLES = {
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Results of benchmarks, and reports of the mini world by file."""
-
-    measured: list[Measured]
-    mini_reports: dict[Path, mini.Report]
-
-
-@dataclass(frozen=True)
 class PaperReport:
-    """A report on disk.
-
-    Attributes:
-        tables: The tables of results and comparisons.
-        mini_reports: The mini world's reports among the inputs, by file.
-        files: The files of the report, `index.html` first.
-    """
+    """A report on disk."""
 
     tables: list[Table]
     mini_reports: dict[Path, mini.Report]
+    """The mini world's reports among the inputs."""
     files: list[Path]
+    """`index.html` first."""
 
     def to_text(self) -> str:
         """The tables in Markdown."""
@@ -77,14 +65,14 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
         ResultError: A file is neither, two files hold the same series of a benchmark, or `against` has nothing in
             common with `paths`.
     """
-    inputs = read_inputs(paths)
-    grouped = group(inputs.measured)
+    measured, mini_reports = read_inputs(paths)
+    grouped = group(measured)
     made = make_tables(grouped)
     if against:
-        others = read_inputs(against)
-        if others.mini_reports:
-            raise ResultError(f"{next(iter(others.mini_reports))} holds no scores of single questions to compare with")
-        made.insert(-1, tables.comparison_table(grouped, group(others.measured)))  # before the list of results
+        others, other_reports = read_inputs(against)
+        if other_reports:
+            raise ResultError(f"{next(iter(other_reports))} holds no scores of single questions to compare with")
+        made.insert(-1, tables.comparison_table(grouped, group(others)))  # before the list of results
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "index.html"]
 
@@ -110,20 +98,20 @@ def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: P
             blocks.append(below_figures.pop(name))
         sections.append(Section(FIGURE_TITLES[name], blocks))
     sections += [Section(table.title, [table]) for table in below_figures.values()]
-    for number, (path, report) in enumerate(inputs.mini_reports.items(), start=1):
-        suffix = "" if len(inputs.mini_reports) == 1 else str(number)
+    for number, (path, report) in enumerate(mini_reports.items(), start=1):
+        suffix = "" if len(mini_reports) == 1 else str(number)
         images = {
             f"{name}.svg": save_figure(f"mini{suffix}-{name}", figure) for name, figure in mini.draw(report).items()
         }
         about = Markup("{path}. {lead}").format(path=path, lead=mini.lead(report))
         sections.append(Section(f"Mini world {suffix}".rstrip(), [Note(about)]))
         sections += mini.sections(report, images, level=3)
-    write_bytes(files[0], render_page(TITLE, _lead(inputs), sections).encode())
-    return PaperReport(made, inputs.mini_reports, files)
+    write_bytes(files[0], render_page(TITLE, _lead(len(measured), len(mini_reports)), sections).encode())
+    return PaperReport(made, mini_reports, files)
 
 
-def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Reads result files and the mini world's reports.
+def read_inputs(paths: Sequence[Path]) -> tuple[list[Measured], dict[Path, mini.Report]]:
+    """Reads result files, and the mini world's reports by file.
 
     Raises:
         ResultError: A file is neither, or named twice.
@@ -145,7 +133,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
                     f"{path}: metrics has none of {', '.join(known)}, which tables of {result.benchmark} show"
                 )
             measured.append(Measured(path, result))
-    return Inputs(measured, mini_reports)
+    return measured, mini_reports
 
 
 def make_tables(grouped: SeriesResults) -> list[Table]:
@@ -163,8 +151,7 @@ def make_tables(grouped: SeriesResults) -> list[Table]:
     return [table for table in made if table is not None]
 
 
-def _lead(inputs: Inputs) -> str:
-    num_results, num_reports = len(inputs.measured), len(inputs.mini_reports)
+def _lead(num_results: int, num_reports: int) -> str:
     counted = [f"{num_results} result{'s' * (num_results > 1)}"] if num_results else []
     if num_reports:
         counted.append(f"{num_reports} report{'s' * (num_reports > 1)} of the mini world")

@@ -1,9 +1,7 @@
-"""Tables as Markdown, LaTeX and HTML, and self-contained HTML pages.
-
-HTML is made by the templates in `templates/`.
-"""
+"""Tables as Markdown, LaTeX and HTML, and self-contained HTML pages, by the templates in `templates/`."""
 
 import base64
+import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,31 +9,28 @@ from typing import ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-ABSENT = "–"
-
-_MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
-_LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "†": r"$^\dagger$",
-    "×": r"$\times$",
-    "≥": r"$\geq$",
-    "−": r"$-$",
-    "–": "--",
-}
+_LATEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "†": r"$^\dagger$",
+        "×": r"$\times$",
+        "≥": r"$\geq$",
+        "−": r"$-$",
+        "–": "--",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
+    """A cell of a table: a number with its unit and marks, and its confidence interval.
 
     Attributes:
-        text: A number with its unit and marks.
-        interval: Lower and upper end of its confidence interval; None if it has none.
         style: CSS class in HTML: `held`, `failed` or none.
     """
 
@@ -49,8 +44,6 @@ class Row:
     """A row of a table: labels, then one cell per column, None for a missing number.
 
     Attributes:
-        labels: Text cells.
-        cells: Other cells.
         published: The row is published, not measured; set in italics.
         marked: The row has a coloured background in HTML.
     """
@@ -67,7 +60,6 @@ class Table:
 
     Attributes:
         name: Stem of its files, such as `table1`.
-        title: Its caption.
         labels: Headings of the label columns, which are left-aligned.
         columns: Headings of the other columns, which are right-aligned.
         rows: Published rows first.
@@ -98,7 +90,7 @@ class Picture:
     @property
     def address(self) -> str:
         """The image as a `data:` address."""
-        media_type = _MEDIA_TYPES[self.name.rsplit(".", 1)[1]]
+        media_type, _ = mimetypes.guess_type(self.name)
         return f"data:{media_type};base64,{base64.b64encode(self.content).decode()}"
 
 
@@ -116,13 +108,7 @@ Block = Table | Picture | Note
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page; one without blocks is left out.
-
-    Attributes:
-        title: Its heading.
-        blocks: Its content, in order.
-        level: Level of the heading, 2 or 3.
-    """
+    """A section of a page; one without blocks is left out. The heading is of level 2 or 3."""
 
     title: str
     blocks: Sequence[Block]
@@ -131,85 +117,26 @@ class Section:
 
 def to_markdown(table: Table) -> str:
     """Renders a table in Markdown; published rows are italic."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    def text(content: str, row: Row) -> str:
-        escaped = content.replace("|", "\\|").replace("\n", " ")
-        return f"*{escaped}*" if row.published and content not in ("", ABSENT) else escaped
-
-    lines = [
-        f"**{table.title}**",
-        "",
-        line([name.replace("|", "\\|") for name in (*table.labels, *table.columns)]),
-        line(["---"] * len(table.labels) + ["--:"] * len(table.columns)),
-    ]
-    for row in table.rows:
-        cells = [
-            ABSENT if cell is None else cell.text + (f" [{', '.join(cell.interval)}]" if cell.interval else "")
-            for cell in row.cells
-        ]
-        lines.append(line([text(content, row) for content in (*row.labels, *cells)]))
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+    return _ENVIRONMENT.get_template("table.md.j2").render(block=table)
 
 
 def to_latex(table: Table) -> str:
     """Renders a table in LaTeX with booktabs; published rows are italic, intervals are in tiny type."""
-
-    def number(cell: Cell | None) -> str:
-        if cell is None:
-            return "--"
-        if cell.interval is None:
-            return escape_latex(cell.text)
-        low, high = map(escape_latex, cell.interval)
-        return f"{escape_latex(cell.text)}\\,{{\\tiny[{low}, {high}]}}"
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(cells) + r" \\"
-
-    lines = [
-        "% needs \\usepackage{booktabs} and \\usepackage{graphicx}",
-        r"\begin{table*}[t]",
-        r"\centering",
-        f"\\caption{{{escape_latex(table.title)}.}}",
-        f"\\label{{tab:avg-llava-{table.name}}}",
-        r"\resizebox{\linewidth}{!}{%",
-        f"\\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(table.columns)}}}",
-        r"\toprule",
-        line([escape_latex(name) for name in (*table.labels, *table.columns)]),
-        r"\midrule",
-    ]
-    for index, row in enumerate(table.rows):
-        if index and table.rows[index - 1].published and not row.published:
-            lines.append(r"\midrule")
-        cells = [*map(escape_latex, row.labels), *map(number, row.cells)]
-        lines.append(line([f"\\textit{{{cell}}}" if row.published and cell else cell for cell in cells]))
-    lines += [r"\bottomrule", r"\end{tabular}}"]
-    if table.notes:
-        lines += [r"\par\smallskip\footnotesize\raggedright", *map(escape_latex, table.notes)]
-    return "\n".join([*lines, r"\end{table*}"]) + "\n"
-
-
-def to_html(table: Table) -> str:
-    """Renders a table and its notes in HTML; published rows have the class `published`."""
-    return _ENVIRONMENT.get_template(table.template).render(block=table)
+    return _LATEX_ENVIRONMENT.get_template("table.tex.j2").render(block=table)
 
 
 def render_page(title: str, lead: str | Markup, sections: Sequence[Section]) -> str:
-    """Renders an HTML page that needs no other file.
-
-    Args:
-        title: Title and heading.
-        lead: Paragraph below the heading.
-        sections: Content.
-    """
+    """Renders an HTML page that needs no other file; `lead` is the paragraph below the title."""
     return _ENVIRONMENT.get_template("page.html.j2").render(title=title, lead=lead, sections=sections)
 
 
 def escape_latex(text: str) -> str:
     """Escapes the characters that LaTeX reads as commands."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return text.translate(_LATEX)
+
+
+def _escape_markdown(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 _ENVIRONMENT = Environment(
@@ -219,4 +146,14 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.globals["ABSENT"] = ABSENT
+_ENVIRONMENT.globals["ABSENT"] = "–"
+_ENVIRONMENT.filters |= {"latex": escape_latex, "markdown": _escape_markdown}
+_LATEX_ENVIRONMENT = _ENVIRONMENT.overlay(
+    block_start_string="<%",
+    block_end_string="%>",
+    variable_start_string="<<",
+    variable_end_string=">>",
+    comment_start_string="<#",
+    comment_end_string="#>",
+    keep_trailing_newline=True,
+)

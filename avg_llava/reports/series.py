@@ -1,7 +1,7 @@
 """Results grouped by series: one model, one way of choosing levels, one protocol. A row of a table is one series."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ class Series:
         model: Short name of the model, unique among the models of a report.
         granularity: `auto`, `random`, `all` or tokens per crop.
         token_cost: The router's price in nats per doubling of visual tokens.
-        protocol: Which prompts and metrics were used.
-        granularities: The model's levels.
         ablation: The training ablation, by its letter in the paper's table 4.
     """
 
@@ -109,15 +107,13 @@ def _identity(result: Result) -> tuple[str, str]:
 
 def _model_names(results: Iterable[Result]) -> dict[tuple[str, str], str]:
     """A short name per model and data type: the end of its path, or more if two names would be equal."""
-    models = {_identity(result): result.model for result in results}
-    candidates: list[Callable[[tuple[str, str]], str]] = [
-        lambda identity: "/".join(Path(models[identity].path).parts[-2:]),
-        lambda identity: models[identity].path,
-        lambda identity: f"{models[identity].path} {models[identity].dtype}",
-        lambda identity: f"{models[identity].path} {models[identity].dtype} {identity[0][:8]}",
-    ]
-    for candidate in candidates:
-        names = {identity: candidate(identity) for identity in models}
-        if len(set(names.values())) == len(models):
+    candidates = {}
+    for result in results:
+        path, dtype, fingerprint = result.model.path, result.model.dtype, result.model.fingerprint[:8]
+        short = "/".join(Path(path).parts[-2:])
+        candidates[_identity(result)] = (short, path, f"{path} {dtype}", f"{path} {dtype} {fingerprint}")
+    names: tuple[str, ...] = ()
+    for names in zip(*candidates.values(), strict=True):
+        if len(set(names)) == len(names):
             break
-    return names
+    return dict(zip(candidates, names, strict=True))

@@ -3,10 +3,10 @@
 A measured row is one series (see `avg_llava.reports.series`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
-from avg_llava.evaluation.published import Column, PublishedRow, in_table_units, load_published, score_columns
+from avg_llava.evaluation.published import Column, in_table_units, load_published, score_columns
 from avg_llava.evaluation.results import Result, ResultError
 from avg_llava.evaluation.statistics import NUM_RESAMPLES, Metric, UnitError, bootstrap_interval, paired_test
 from avg_llava.reports.rendering import Cell, Row, Table
@@ -21,14 +21,8 @@ LABELS = ("model", "level chosen by", "protocol")
 # ---- cells --------------------------------------------------------------------------------------------------------
 
 
-def metric_cell(metric: Metric, mark: str = "") -> Cell:
-    """A metric and its interval in the units of the tables."""
-    low, high = bootstrap_interval(metric.kind, metric.units)
-    return Cell(_figure(metric, metric.value) + mark, (_figure(metric, low), _figure(metric, high)))
-
-
 def _figure(metric: Metric, value: float) -> str:
-    return f"{in_table_units(value, metric.kind, metric.maximum):.1f}"
+    return f"{in_table_units(metric, value):.1f}"
 
 
 def is_partial(result: Result) -> bool:
@@ -37,20 +31,24 @@ def is_partial(result: Result) -> bool:
     return not result.complete or result.num_failed > 0 or result.dataset.num_questions != whole
 
 
-def _headline_cell(result: Result) -> Cell:
-    return metric_cell(result.headline, PARTIAL if is_partial(result) else "")
+def _score_cell(result: Result, metric: Metric) -> Cell:
+    """A metric and its interval in the units of the tables, with a mark if questions are missing."""
+    low, high = bootstrap_interval(metric.kind, metric.units)
+    mark = PARTIAL if is_partial(result) else ""
+    return Cell(_figure(metric, metric.value) + mark, (_figure(metric, low), _figure(metric, high)))
 
 
-def _score(results: Mapping[str, Measured], column: Column) -> Cell | None:
-    entry = results.get(column.benchmark)
-    metric = None if entry is None else entry.result.metrics.get(column.metric)
-    if entry is None or metric is None:
-        return None
-    return metric_cell(metric, PARTIAL if is_partial(entry.result) else "")
+def _score_row(labels: tuple[str, ...], results: Mapping[str, Measured], columns: Sequence[Column]) -> Row:
+    cells = []
+    for column in columns:
+        entry = results.get(column.benchmark)
+        metric = entry.result.metrics.get(column.metric) if entry else None
+        cells.append(_score_cell(entry.result, metric) if entry and metric else None)
+    return Row(labels, tuple(cells))
 
 
-def _published_cells(row: PublishedRow, form: str = "{:.1f}") -> tuple[Cell | None, ...]:
-    return tuple(None if value is None else Cell(form.format(value)) for value in row.values)
+def _number_cells(values: Iterable[float | None], form: str = "{:.1f}") -> tuple[Cell | None, ...]:
+    return tuple(None if value is None else Cell(form.format(value)) for value in values)
 
 
 def _notes(rows: Sequence[Row], *notes: str) -> tuple[str, ...]:
@@ -63,44 +61,48 @@ def _notes(rows: Sequence[Row], *notes: str) -> tuple[str, ...]:
     )
 
 
+def _paper_table(
+    number: str, labels: tuple[str, ...], published_rows: Sequence[Row], measured: Sequence[Row], *notes: str
+) -> Table | None:
+    """A table of the paper: published rows, then measured ones that have a figure; None if there are none of these."""
+    published = load_published().tables[number]
+    measured = [row for row in measured if any(row.cells)]
+    if not measured:
+        return None
+    return Table(
+        name=f"table{number}",
+        title=f"{published.title} (table {number} of the paper)",
+        labels=labels,
+        columns=tuple(column.label for column in published.columns),
+        rows=(*published_rows, *measured),
+        notes=_notes(measured, *published.notes, *notes),
+    )
+
+
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
 def score_table(number: str, grouped: SeriesResults) -> Table | None:
     """Table 1 or 2: a row per series, a column per benchmark; None if nothing of it was measured."""
     published = load_published().tables[number]
-    measured = [
-        Row(series.labels, tuple(_score(results, column) for column in published.columns))
-        for series, results in grouped.items()
-    ]
-    measured = [row for row in measured if any(row.cells)]
-    if not measured:
-        return None
-    rows = [Row((row.name, "", "published"), _published_cells(row), published=True) for row in published.rows]
+    rows = [Row((row.name, "", "published"), _number_cells(row.values), published=True) for row in published.rows]
+    measured = [_score_row(series.labels, results, published.columns) for series, results in grouped.items()]
     sources = "; ".join(f"{row.name}: {row.source}" for row in published.rows)
-    return Table(
-        name=f"table{number}",
-        title=f"{published.title} (table {number} of the paper)",
-        labels=LABELS,
-        columns=tuple(column.label for column in published.columns),
-        rows=(*rows, *measured),
-        notes=_notes(measured, *published.notes, f"Published rows. {sources}."),
-    )
+    return _paper_table(number, LABELS, rows, measured, f"Published rows. {sources}.")
 
 
 def other_scores_table(grouped: SeriesResults) -> Table | None:
     """Headline scores of benchmarks that are in no table of the paper; None if there are none."""
-    in_paper = {column.benchmark for column in score_columns()}
-    names = [
-        name for name in BENCHMARKS if name not in in_paper and any(name in results for results in grouped.values())
-    ]
-    if not names:
-        return None
+    others = set().union(*grouped.values()) - {column.benchmark for column in score_columns()}
+    names = [name for name in BENCHMARKS if name in others]
     rows = []
     for series, results in grouped.items():
-        cells = tuple(_headline_cell(results[name].result) if name in results else None for name in names)
+        entries = [results.get(name) for name in names]
+        cells = tuple(_score_cell(entry.result, entry.result.headline) if entry else None for entry in entries)
         if any(cells):
             rows.append(Row(series.labels, cells))
+    if not rows:
+        return None
     return Table(
         name="other",
         title="Other benchmarks",
@@ -126,14 +128,14 @@ QUANTITIES = {
 def _quantities(result: Result) -> dict[str, float | None]:
     """The quantities of table 3: key of `QUANTITIES` -> number, None if it was not measured."""
     measured = result.efficiency
-    speed, first, seconds = measured.speed, measured.time_to_first_token_ms, measured.seconds_per_question
+    speed = measured.speed
     return {
         "grid_share": 100 * measured.grid_share,
         "speedup_over_llava_next": None if speed is None else speed.speedup_over_llava_next,
         "speedup_over_finest": None if speed is None else speed.speedup_over_finest,
         "mean_visual_tokens": measured.mean_visual_tokens,
-        "time_to_first_token": None if first is None else first.median,
-        "seconds_per_question": None if seconds is None else seconds.median,
+        "time_to_first_token": measured.time_to_first_token_ms.median,
+        "seconds_per_question": measured.seconds_per_question.median,
         "router_share": None if measured.router_share is None else 100 * measured.router_share,
     }
 
@@ -141,38 +143,27 @@ def _quantities(result: Result) -> dict[str, float | None]:
 def efficiency_table(grouped: SeriesResults) -> Table | None:
     """Table 3: tokens and speed of routed series; None if there are none."""
     published = load_published().tables["3"]
-
-    def cells(results: Mapping[str, Measured], key: str) -> tuple[Cell | None, ...]:
-        entries = [results.get(column.benchmark) for column in published.columns]
-        values = [None if entry is None else _quantities(entry.result)[key] for entry in entries]
-        return tuple(None if value is None else Cell(QUANTITIES[key][1].format(value)) for value in values)
-
-    measured = [
-        Row((*series.labels, QUANTITIES[key][0]), cells(results, key))
-        for series, results in grouped.items()
-        if series.is_routed
-        for key in QUANTITIES
-    ]
-    measured = [row for row in measured if any(row.cells)]
-    if not measured:
-        return None
-    rows = []
+    rows, measured = [], []
     for row in published.rows:
         assert row.key is not None
         quantity, form = QUANTITIES[row.key]
-        rows.append(Row((row.name, "router", "published", quantity), _published_cells(row, form), published=True))
-    return Table(
-        name="table3",
-        title=f"{published.title} (table 3 of the paper)",
-        labels=(*LABELS, "quantity"),
-        columns=tuple(column.label for column in published.columns),
-        rows=(*rows, *measured),
-        notes=(
-            *published.notes,
-            "Speed-ups are over transformers' LLaVA-NeXT and over the same model at its finest level: ratios of "
-            "medians of alternating runs on the same questions and machine. Visual tokens are means over questions, "
-            "first token and seconds are medians; the router's share is of the time.",
-        ),
+        labels = (row.name, "router", "published", quantity)
+        rows.append(Row(labels, _number_cells(row.values, form), published=True))
+    for series, results in grouped.items():
+        if series.is_routed:
+            entries = [results.get(column.benchmark) for column in published.columns]
+            numbers = [_quantities(entry.result) if entry else {} for entry in entries]
+            for key, (quantity, form) in QUANTITIES.items():
+                values = [by_key.get(key) for by_key in numbers]
+                measured.append(Row((*series.labels, quantity), _number_cells(values, form)))
+    return _paper_table(
+        "3",
+        (*LABELS, "quantity"),
+        rows,
+        measured,
+        "Speed-ups are over transformers' LLaVA-NeXT and over the same model at its finest level: ratios of medians of "
+        "alternating runs on the same questions and machine. Visual tokens are means over questions, first token and "
+        "seconds are medians; the router's share is of the time.",
     )
 
 
@@ -198,22 +189,14 @@ def ablation_table(grouped: SeriesResults) -> Table | None:
     rows, measured = [], []
     for row in published.rows:
         letter = "" if row.key == "full" else f"({row.key})"
-        rows.append(Row((letter, row.name, "AVG-LLaVA", "", "published"), _published_cells(row), published=True))
+        labels = (letter, row.name, "AVG-LLaVA", "", "published")
+        rows.append(Row(labels, _number_cells(row.values), published=True))
         for series, results in grouped.items():
             if ablation_letter(series) == row.key:
-                cells = tuple(_score(results, column) for column in published.columns)
-                measured.append(Row((letter, row.name, *series.labels), cells))
-    measured = [row for row in measured if any(row.cells)]
-    if all(row.labels[0] == "" for row in measured):
+                measured.append(_score_row((letter, row.name, *series.labels), results, published.columns))
+    if not any(row.labels[0] and any(row.cells) for row in measured):
         return None
-    return Table(
-        name="table4",
-        title=f"{published.title} (table 4 of the paper)",
-        labels=("", "change", *LABELS),
-        columns=tuple(column.label for column in published.columns),
-        rows=(*rows, *measured),
-        notes=_notes(measured, *published.notes),
-    )
+    return _paper_table("4", ("", "change", *LABELS), rows, measured)
 
 
 def oracle_table(grouped: SeriesResults) -> Table | None:
@@ -225,7 +208,7 @@ def oracle_table(grouped: SeriesResults) -> Table | None:
             if oracle is None:
                 continue
             cells = (
-                _headline_cell(entry.result),
+                _score_cell(entry.result, metric),
                 Cell(_figure(metric, oracle.value)),
                 Cell(_figure(metric, oracle.regret)),
                 Cell(f"{100 * oracle.agreement:.1f}%"),
@@ -352,7 +335,7 @@ def _tests(entry: Measured, other: Measured, labels: tuple[str, ...]) -> list[Ro
         except UnitError as error:
             raise ResultError(f"{entry.path} and {other.path}: metrics.{name}: {error}") from error
         points = [
-            f"{in_table_units(value, metric.kind, metric.maximum):+.1f}".replace("-", "−")
+            f"{in_table_units(metric, value):+.1f}".replace("-", "−")
             for value in (test.difference, test.low, test.high)
         ]
         smallest = 1 / (1 + NUM_RESAMPLES)

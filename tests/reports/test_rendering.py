@@ -15,7 +15,6 @@ from avg_llava.reports.rendering import (
     Table,
     escape_latex,
     render_page,
-    to_html,
     to_latex,
     to_markdown,
 )
@@ -31,6 +30,10 @@ TABLE = Table(
     ),
     ("A note: 5% < 6%.",),
 )
+
+
+def to_html(table):
+    return render_page("", "", [Section("", [table])])
 
 
 class Texts(HTMLParser):
