@@ -41,13 +41,6 @@ class Budget:
             raise BudgetError("token_cost is the router's price, but granularity forces a level: give one of the two")
 
 
-def check_level(granularity: int, granularities: Sequence[int]) -> None:
-    """Raises a `ValueError` that names the known levels, unless `granularity` is one of them."""
-    if granularity not in granularities:
-        known = ", ".join(map(str, granularities))
-        raise ValueError(f"granularity {granularity} is not one of this model's levels: {known}")
-
-
 def select_levels(
     config: AvgLlavaConfig,
     image_sizes: Sequence[Sequence[tuple[int, int]]],
@@ -57,9 +50,9 @@ def select_levels(
     """Selects the level of each image: the one that its budget forces, else the most valuable within the limit.
 
     Args:
-        config: The model's configuration.
+        config: Configuration of the model, with its levels.
         image_sizes: For each request (height, width) in pixels of its images.
-        budgets: The budget of each request.
+        budgets: One for each request.
         values: (N, G) values of the levels, image after image; None counts all levels as equal.
 
     Returns:
@@ -70,15 +63,13 @@ def select_levels(
     """
     selected: list[int] = []
     for budget, sizes in zip(budgets, image_sizes, strict=True):
-        if budget.granularity is None:
-            levels = config.granularities
-        else:
-            check_level(budget.granularity, config.granularities)
+        levels = config.granularities
+        if budget.granularity is not None:
+            config.check_level(budget.granularity)
             levels = [budget.granularity]
-        if values is None or budget.granularity is not None:
-            rows = [[0.0] * len(levels)] * len(sizes)
-        else:
-            rows = [list(row) for row in values[len(selected) : len(selected) + len(sizes)]]
+        rows: Sequence[Sequence[float]] = [[0.0] * len(levels)] * len(sizes)
+        if values is not None and budget.granularity is None:
+            rows = values[len(selected) : len(selected) + len(sizes)]
         if budget.max_visual_tokens is None:
             indices = [row.index(max(row)) for row in rows]
         else:

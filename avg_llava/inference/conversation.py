@@ -30,8 +30,8 @@ class Conversation:
 
     Args:
         predictor: Encodes and generates; :meth:`Pipeline.chat` passes its predictor.
-        budget: Levels of the images; the limit on visual tokens is for the whole conversation.
-        decoding: Length, sampling and stop texts of the answers.
+        budget: The limit on visual tokens is for the whole conversation.
+        decoding: Of every answer.
 
     Attributes:
         messages: Questions and answers, in the format of transformers' chat templates.
@@ -57,12 +57,7 @@ class Conversation:
         images: ImageInput | Sequence[ImageInput] | None = None,
         streamer: BaseStreamer | None = None,
     ) -> Answer:
-        """Answers the next question. An error leaves the conversation unchanged.
-
-        Args:
-            question: The user's text.
-            images: New images that come with it.
-            streamer: Receives the answer's tokens as they are generated.
+        """Answers the next question, which may come with new images. An error leaves the conversation unchanged.
 
         Raises:
             DataError: An image cannot be read.
@@ -147,21 +142,20 @@ class Conversation:
 
     def _crop_cache(self, keys: Sequence[Key]) -> None:
         """Crops the cache to the common prefix with the new prompt, whose last token is always computed."""
-        num_common = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._keys, keys[:-1], strict=False))
-        )
+        pairs = zip(self._keys, keys[:-1], strict=False)
+        num_common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         self._cache.crop(num_common - len(self._keys))
         self._keys, self.num_cached = self._keys[:num_common], num_common
 
 
 def _position_keys(ids: Sequence[int], image_token_id: int, counts: Sequence[int], levels: Sequence[int]) -> list[Key]:
     """The key of each position of a prompt, in which each placeholder is expanded to `counts` visual tokens."""
+    images = enumerate(zip(levels, counts, strict=True))
     keys: list[Key] = []
-    image = 0
     for token in ids:
         if token == image_token_id:
-            keys += [(image, levels[image])] * counts[image]
-            image += 1
+            index, (level, count) = next(images)
+            keys += [(index, level)] * count
         else:
             keys.append(token)
     return keys

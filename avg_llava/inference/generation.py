@@ -3,10 +3,10 @@
 Shapes: B answers, L tokens generated so far, V vocabulary.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +25,10 @@ class AnswerAbandoned(Exception):
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """The tokens of one answer.
+    """One answer; `text` and `finish_reason` as of :class:`Answer`.
 
     Attributes:
         ids: Token ids, the closing one included.
-        text: Decoded answer, cut at the first stop text.
-        finish_reason: "stop", "length" (`max_new_tokens` reached) or "abandoned" (by its streamer).
         first: Time of the batch's first token, milliseconds of :func:`now`.
         ended: Time of this answer's last token.
     """
@@ -53,15 +51,16 @@ class GumbelSampler(LogitsProcessor):
     """Gumbel-max sampling; greedy rows are unchanged.
 
     The argmax of logits plus Gumbel noise is a sample of their softmax, so sampled and greedy answers can share a batch
-    that is decoded greedily. Each row has a separate generator: a seed gives the same answer in every batch.
+    that is decoded greedily. Each row has a separate generator: a seed gives the same answer in every batch. Without a
+    seed, torch's global generator gives one.
     """
 
     def __init__(self, decodings: Sequence[Decoding]) -> None:
-        self._sampled = [
-            (row, decoding, _generator(decoding.seed))
-            for row, decoding in enumerate(decodings)
-            if decoding.temperature > 0
-        ]
+        self._sampled: list[tuple[int, Decoding, torch.Generator]] = []
+        for row, decoding in enumerate(decodings):
+            if decoding.temperature > 0:
+                seed = int(torch.randint(2**62, ())) if decoding.seed is None else decoding.seed
+                self._sampled.append((row, decoding, torch.Generator().manual_seed(seed)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, L) tokens and (B, V) logits -> (B, V) scores whose argmax is the next token."""
@@ -73,25 +72,6 @@ class GumbelSampler(LogitsProcessor):
             uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
             scores[row] = (logits - (-uniform.log()).log().to(logits)).to(scores)
         return scores
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    """A generator with the given seed; None takes one from torch's global generator."""
-    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-
-
-class StepTimer:
-    """Records when the first and the latest token of a batch were ready, in milliseconds of :func:`now`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.first = self.latest = math.nan
-
-    def tick(self) -> None:
-        """Records the end of a step."""
-        self.latest = now(self._device)
-        if math.isnan(self.first):
-            self.first = self.latest
 
 
 class TokenStream:
@@ -127,74 +107,47 @@ class TokenStream:
             self.abandoned = True
 
 
-class PerRequestStopping:
-    """Decides when each answer of a batch ends.
+class PerRequestStopping(StoppingCriteria):
+    """Ends single answers of a batch. Called by transformers after each step.
+
+    Only stopping criteria may end single answers, and they run before transformers' own streamer; so `on_token` feeds
+    the streamers, which may abandon an answer.
 
     Args:
-        decodings: For each answer its stop texts and maximum length.
-        closing_ids: Tokens that end every answer.
-        tokenizer: Decodes answers that have stop texts.
+        num_answers: B.
+        on_token: Called with the row and the new token of each answer that goes on; returns True if the token ends it.
+
+    Attributes:
+        times: When the token of each step was ready, milliseconds of :func:`now`.
     """
 
-    def __init__(
-        self, decodings: Sequence[Decoding], closing_ids: set[int], tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self._decodings, self._closing_ids, self._tokenizer = decodings, closing_ids, tokenizer
-
-    def finish_reason(self, row: int, stream: TokenStream) -> str | None:
-        """The reason for which an answer ends at its latest token; None if it goes on."""
-        decoding = self._decodings[row]
-        if stream.abandoned:
-            return "abandoned"
-        if stream.ids[-1] in self._closing_ids:
-            return "stop"
-        if decoding.stop:
-            text = decode(self._tokenizer, stream.ids)
-            if any(stop in text for stop in decoding.stop):
-                return "stop"
-        return "length" if len(stream.ids) >= decoding.max_new_tokens else None
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class TokenHook(StoppingCriteria):
-    """Called by transformers after each token: ticks the timer, streams the token and ends finished answers.
-
-    Only stopping criteria may end single answers of a batch, and they run before transformers' own streamer; so the
-    streamers, which may abandon an answer, are fed here.
-
-    Args:
-        timer: Ticks once per step.
-        streams: One for each answer.
-        stopping: Decides when an answer ends.
-        on_finish: Called with an answer's row and finish reason in the step in which it ends.
-    """
-
-    def __init__(
-        self,
-        timer: StepTimer,
-        streams: Sequence[TokenStream],
-        stopping: PerRequestStopping,
-        on_finish: Callable[[int, str], None],
-    ) -> None:
-        self._timer, self._streams, self._stopping, self._on_finish = timer, streams, stopping, on_finish
-        self._is_finished = [False] * len(streams)
+    def __init__(self, num_answers: int, on_token: Callable[[int, int], bool]) -> None:
+        self.times: list[float] = []
+        self._has_ended = [False] * num_answers
+        self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """(B, L) tokens so far -> (B,) bool, True for answers that have ended."""
-        self._timer.tick()
+        self.times.append(now(input_ids.device))
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if self._is_finished[row]:
-                continue
-            self._streams[row].put(token)
-            reason = self._stopping.finish_reason(row, self._streams[row])
-            if reason is not None:
-                self._is_finished[row] = True
-                self._on_finish(row, reason)
-        return torch.tensor(self._is_finished, device=input_ids.device)
+            if not self._has_ended[row]:
+                self._has_ended[row] = self._on_token(row, token)
+        return torch.tensor(self._has_ended, device=input_ids.device)
+
+
+def finish_reason(
+    stream: TokenStream, decoding: Decoding, closing_ids: set[int], decode: Callable[[list[int]], str]
+) -> str | None:
+    """The reason for which an answer ends at its latest token; None if it goes on."""
+    if stream.abandoned:
+        return "abandoned"
+    if stream.ids[-1] in closing_ids:
+        return "stop"
+    if decoding.stop:
+        text = decode(stream.ids)
+        if any(stop in text for stop in decoding.stop):
+            return "stop"
+    return "length" if len(stream.ids) >= decoding.max_new_tokens else None
 
 
 def generate(
@@ -206,30 +159,32 @@ def generate(
     on_answer: Callable[[int, GeneratedAnswer], object] = lambda row, answer: None,
     cache: Cache | None = None,
 ) -> list[GeneratedAnswer]:
-    """Generates the answers to B spliced prompts.
+    """Generates the answers to B spliced prompts, which are padded on the left.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        spliced: The prompts, padded on the left.
-        decodings: Length, sampling and stop texts of each answer.
         streamers: Receives the tokens of each answer as they are generated; None for none.
         on_answer: Called with an answer's row and the answer as soon as it ends.
         cache: Keys and values of a prefix of the prompts, which is not computed again.
     """
-    device = spliced.inputs_embeds.device
     eos = model.generation_config.eos_token_id
-    timer, streams = StepTimer(device), [TokenStream(streamer) for streamer in streamers]
-    stopping = PerRequestStopping(decodings, set(eos if isinstance(eos, list) else [eos]), tokenizer)
+    closing_ids = set(eos if isinstance(eos, list) else [eos])
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    streams = [TokenStream(streamer) for streamer in streamers]
     answers: dict[int, GeneratedAnswer] = {}
 
-    def finish(row: int, reason: str) -> None:
-        stream = streams[row]
-        text = cut_at(decode(tokenizer, stream.ids), decodings[row].stop)
-        answers[row] = GeneratedAnswer(stream.ids, text, reason, timer.first, timer.latest)
+    def on_token(row: int, token: int) -> bool:
+        stream, decoding = streams[row], decodings[row]
+        stream.put(token)
+        reason = finish_reason(stream, decoding, closing_ids, decode)
+        if reason is None:
+            return False
+        text = cut_at(decode(stream.ids), decoding.stop)
+        answers[row] = GeneratedAnswer(stream.ids, text, reason, stopping.times[0], stopping.times[-1])
         on_answer(row, answers[row])
         stream.end()
+        return True
 
+    stopping = PerRequestStopping(len(decodings), on_token)
     is_sampled = any(decoding.temperature > 0 for decoding in decodings)
     model.generate(
         inputs_embeds=spliced.inputs_embeds,
@@ -240,7 +195,7 @@ def generate(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=[GumbelSampler(decodings)] if is_sampled else [],
-        stopping_criteria=[TokenHook(timer, streams, stopping, finish)],
+        stopping_criteria=[stopping],
     )
     assert len(answers) == len(decodings), "generation stopped before every answer had ended"
     return [answers[row] for row in range(len(decodings))]

@@ -20,7 +20,7 @@ class Pipeline:
 
     Args:
         model: The model, on the device on which it runs; it is set to evaluation mode.
-        processor: The model's processor.
+        processor: Its processor.
 
     Attributes:
         predictor: The steps beneath: encode, choose levels, answer.

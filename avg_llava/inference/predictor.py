@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
-from avg_llava.inference.budget import Budget, check_level, select_levels
+from avg_llava.inference.budget import Budget, select_levels
 from avg_llava.inference.generation import GeneratedAnswer, generate, now
 from avg_llava.model.images import decode_image, load_image, to_rgb
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration, ImageFeatures
@@ -31,8 +31,8 @@ class EncodedRequests:
     Attributes:
         input_ids: (B, L) prompts with one placeholder per image, padded on the left.
         attention_mask: (B, L).
-        features: The encoded images; None if no request has any.
-        images_per_request: Number of images of each request.
+        features: None if no request has images.
+        images_per_request: B numbers.
         milliseconds: Encoding time.
     """
 
@@ -86,12 +86,7 @@ Streamers: TypeAlias = BaseStreamer | Sequence[BaseStreamer | None] | None
 
 
 class Predictor:
-    """Answers batches of requests, routed or at forced levels.
-
-    Args:
-        model: The model, on the device on which it runs; it is set to evaluation mode.
-        processor: The model's processor.
-    """
+    """Answers batches of requests, routed or at forced levels, on the device of the model, which is set to `eval`."""
 
     def __init__(self, model: AvgLlavaForConditionalGeneration, processor: AvgLlavaProcessor) -> None:
         self.model = model.eval()
@@ -109,13 +104,7 @@ class Predictor:
         decoding: Decoding | Sequence[Decoding] = Decoding(),
         streamer: Streamers = None,
     ) -> list[Answer]:
-        """Answers a batch.
-
-        Args:
-            requests: The batch.
-            budget: One for all requests, or one for each.
-            decoding: One for all requests, or one for each.
-            streamer: Receives the tokens as they are generated.
+        """Answers a batch; budget and decoding are one for all requests, or one for each.
 
         Raises:
             DataError: An image cannot be read.
@@ -153,12 +142,9 @@ class Predictor:
     def choose(self, encoded: EncodedRequests, budget: Budget | Sequence[Budget] = Budget()) -> LevelChoice:
         """Chooses the level of each image; the router runs only if at least one request is routed.
 
-        Args:
-            encoded: A batch that has images.
-            budget: One for all requests, or one for each.
-
         Raises:
             BudgetError: The images of a request do not fit into its budget.
+            ValueError: The batch has no images.
         """
         if encoded.features is None:
             raise ValueError("only images have a level, and none of these requests has one")
@@ -190,7 +176,7 @@ class Predictor:
             encoded: The batch.
             granularity: Visual tokens per crop: one number, one per image, or the choice of :meth:`choose`. May be None
                 for text-only requests.
-            decoding: Length, sampling and stop texts; one for all requests, or one for each.
+            decoding: One for all requests, or one for each.
             streamer: Receives the tokens as they are generated.
             on_answer: Called with a request's row in the batch and its answer as soon as it ends.
         """
@@ -271,14 +257,9 @@ class Predictor:
     def _as_choice(self, granularity: int | Sequence[int] | LevelChoice | None, num_images: int) -> LevelChoice:
         if isinstance(granularity, LevelChoice):
             return granularity
-        if granularity is None:
-            if num_images:
-                raise ValueError("a level is needed for each image: give one, or the result of `choose`")
-            return LevelChoice([])
-        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
-        for level in levels:
-            check_level(level, self.granularities)
-        return LevelChoice(levels)
+        if granularity is None and num_images:
+            raise ValueError("a level is needed for each image: give one, or the result of `choose`")
+        return LevelChoice(self.model.levels_of(() if granularity is None else granularity, num_images))
 
     def prompt_text(self, request: Request) -> str:
         """The chat template applied to a request, up to where the answer starts."""

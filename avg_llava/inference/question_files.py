@@ -22,9 +22,9 @@ class Question(NamedTuple):
     """One line of a file of questions.
 
     Attributes:
-        id: Its name, unique in the file.
+        id: Unique in the file.
         request: The question, with paths for images; None for an invalid line.
-        budget: Its budget.
+        budget: Limits and prices of its levels.
         error: Reason why the line is invalid; empty otherwise.
     """
 
@@ -68,10 +68,9 @@ def _parse(record: RawRecord, image_root: Path, budget: Budget) -> Question:
         if unknown := value.keys() - _FIELDS:
             raise DataError(f"unknown fields {', '.join(sorted(unknown))}; known are {', '.join(sorted(_FIELDS))}")
         fields = {name: value[name] for name in _BUDGET_FIELDS if value.get(name) is not None}
-        if wrong := [
-            name for name, number in fields.items() if isinstance(number, bool) or not isinstance(number, (int, float))
-        ]:
-            raise DataError(f"{wrong[0]} must be a number, got {fields[wrong[0]]!r}")
+        for name, number in fields.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise DataError(f"{name} must be a number, got {number!r}")
         images = tuple(image_root / relative for relative in image_paths(value.get("image")))
         return Question(str(identity), Request(value["prompt"], images), Budget(**fields) if fields else budget)
     except ValueError as error:
@@ -134,12 +133,12 @@ def _answer(
     try:
         budgets = [question.budget for question, _ in readable]
         answers = predictor.predict([request for _, request in readable], budgets, decoding)
-    except ValueError:
-        for question, request in readable:
-            try:
-                yield question, predictor.predict([request], question.budget, decoding)[0]
-            except ValueError as error:
-                yield question, str(error)
+    except ValueError as error:
+        if len(batch) == 1:
+            yield batch[0], str(error)
+        else:
+            for question, _ in readable:
+                yield from _answer(predictor, [question], decoding)
         return
     for (question, _), answer in zip(readable, answers, strict=True):
         yield question, answer

@@ -105,6 +105,12 @@ class AvgLlavaConfig(LlavaNextConfig):
         """The pooling ladder for the crops of this model."""
         return find_entry(LADDERS, self.pooling_ladder, "pooling_ladder")(self.num_patches_per_side)
 
+    def check_level(self, granularity: int) -> None:
+        """Raises a ValueError that names the known levels, unless `granularity` is one of them."""
+        if granularity not in self.granularities:
+            known = ", ".join(map(str, self.granularities))
+            raise ValueError(f"granularity {granularity} is not one of this model's levels: {known}")
+
     @property
     def num_patches_per_side(self) -> int:
         """Tokens per side of a crop after the vision tower (24 for CLIP-L/14 at 336 px)."""

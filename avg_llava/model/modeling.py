@@ -274,7 +274,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         if granularity is None:
             routed["router_logits"] = self.route(features, input_ids, attention_mask, labels)
             granularity = self.choose_granularity(routed["router_logits"], token_cost)
-        levels = self._levels_of(granularity, len(features.num_crops))
+        levels = self.levels_of(granularity, len(features.num_crops))
         spliced = self.splice(features, input_ids, attention_mask, labels, levels, padding_side)
         routed["granularity"] = torch.tensor(levels, device=input_ids.device)
         routed["num_visual_tokens"] = spliced.num_visual_tokens
@@ -358,6 +358,17 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         values = level_values(router_logits, self.config.granularities, token_cost)
         return torch.tensor(self.config.granularities, device=values.device)[values.argmax(-1)]
 
+    def levels_of(self, granularity: Granularity, num_images: int) -> list[int]:
+        """One level per image. Raises ValueError if the number is wrong or the model has no such level."""
+        if isinstance(granularity, Tensor):
+            granularity = granularity.tolist()
+        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
+        if len(levels) != num_images:
+            raise ValueError(f"granularity names {len(levels)} levels for {num_images} images")
+        for level in levels:
+            self.config.check_level(level)
+        return levels
+
     def splice(
         self,
         features: ImageFeatures | None,
@@ -381,7 +392,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             # The blank crop too, although its tokens are not used: tower and projector then get gradients of zero.
             text_embeds, crops, newline = JoinGradients.apply(text_embeds, features.crops, self.model.image_newline)
             if not features.is_blank:
-                levels = self._levels_of(granularity, len(features.num_crops))
+                levels = self.levels_of(granularity, len(features.num_crops))
                 visual_tokens = self._visual_tokens(replace(features, crops=crops), newline, levels)
         max_length = self.config.max_sequence_length
         spliced = splice_visual_tokens(
@@ -421,18 +432,6 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             row_ends = newline.to(token_map).expand(len(token_map), 1, -1)
             visual_tokens.append(torch.cat([overview[0], torch.cat([token_map, row_ends], 1).flatten(0, 1)]))
         return visual_tokens
-
-    def _levels_of(self, granularity: Granularity, num_images: int) -> list[int]:
-        """One level per image. Raises ValueError if the number is wrong or the model has no such level."""
-        if isinstance(granularity, Tensor):
-            granularity = granularity.tolist()
-        levels = [granularity] * num_images if isinstance(granularity, int) else list(granularity)
-        if len(levels) != num_images:
-            raise ValueError(f"granularity names {len(levels)} levels for {num_images} images")
-        for level in levels:
-            if level not in self.config.granularities:
-                raise ValueError(f"granularity {level} is not one of this model's {self.config.granularities}")
-        return levels
 
     def _is_image(self, input_ids: Tensor) -> Tensor:
         return input_ids == self.config.image_token_id

@@ -164,7 +164,7 @@ def test_every_level_trains_the_vision_tower(model):
 
 def test_errors_say_what_to_do(model):
     inputs = _batch(model, SAMPLES[:1])
-    with pytest.raises(ValueError, match=r"granularity 5 is not one of this model's \[4, 8, 16, 32, 64\]"):
+    with pytest.raises(ValueError, match=r"granularity 5 is not one of this model's levels: 4, 8, 16, 32, 64"):
         model(**inputs, granularity=5)
     with pytest.raises(ValueError, match="names 2 levels for 1 images"):
         model(**inputs, granularity=[4, 8])
