@@ -13,9 +13,8 @@ from typing import Any
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which replaces `path` on success and is removed on failure.
 
-    The file of a killed process stays; its name is `.<name>.new`, with the process id before `new` if `concurrent`.
-
-    The folder must exist. With `concurrent`, several processes may write the file at the same time.
+    The folder must exist. With `concurrent`, several processes may write the file at the same time. The temporary file
+    of a killed process stays; its name is `.<name>.new`, with the process id before `new` if `concurrent`.
     """
     infix = f".{os.getpid()}" if concurrent else ""
     temporary = path.with_name(f".{path.name}{infix}.new")

@@ -85,22 +85,10 @@ class SourceFile(NamedTuple):
     weight: float
 
 
-class Malformed(NamedTuple):
-    """An invalid record and the reason."""
-
-    origin: Origin
-    message: str
-
-
 class EncodedText(NamedTuple):
-    """Token ids and labels (L,) of a sample, truncated to the maximal length.
+    """Token ids and labels (L,) of a sample, truncated to the maximal length, and the number of images that fit.
 
-    Attributes:
-        input_ids: One placeholder id per remaining image.
-        labels: Ids, or -100 for unsupervised tokens.
-        num_images: Number of remaining images.
-        cut: Description of the truncation; None if everything fits.
-        masked: Reason why no token is supervised; None if one is.
+    `cut` describes the truncation, and `masked` says why no token is supervised; None where that is not the case.
     """
 
     input_ids: Tensor
@@ -113,12 +101,7 @@ class EncodedText(NamedTuple):
 def select_records(num_records: int, sampling: str, weight: float, path: Path, seed: str) -> np.ndarray:
     """Indices of a file's records that are used in an epoch, in the file's order, once per pass.
 
-    Args:
-        num_records: Records of the file.
-        sampling: `all`, `first:N`, `end:N` or `random:N` (N records, or a share such as `10%`).
-        weight: Passes over the selected records: 2.3 is two passes and a random 30 % of the records.
-        path: The file, for messages.
-        seed: Seed of random selections.
+    `sampling` and `weight` are those of `DataSource`: weight 2.3 is two passes and a random 30 % of the records.
 
     Raises:
         DataError: `sampling` has another form or asks for more records than there are, or `weight` is not positive.
@@ -162,12 +145,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     at every level, so that levels can be compared.
 
     Args:
-        sources: The files.
-        processor: Tokenizer and image processor.
         template: A key of `TEMPLATES`.
         config: The model's configuration, which determines the number of visual tokens of an image.
         max_length: Maximal sequence length including visual tokens; None means `config.max_sequence_length`.
-        on_bad_sample: "error" or "skip".
         max_image_pixels: Larger images count as unreadable.
         seed: Seed of random selections of records.
         skip_list: Records to leave out after sampling.
@@ -175,7 +155,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         files: The files of the sources, in order.
-        malformed: Invalid records.
+        malformed: Origins of the invalid records, and the messages that name them.
         skipped: Origins of the records that the skip list names.
         problem_counts: Number of samples per kind of problem, counted in this process.
 
@@ -208,7 +188,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.skip_list = skip_list
         self.files: list[SourceFile] = []
-        self.malformed: list[Malformed] = []
+        self.malformed: dict[Origin, str] = {}
         self.skipped: list[Origin] = []
         self.problem_counts: Counter[str] = Counter()
         self._sources = list(sources)
@@ -219,12 +199,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self._rows = np.concatenate([np.zeros(0, np.int64), *rows])
         self._source_numbers = np.repeat(np.arange(len(rows), dtype=np.int32), list(map(len, rows)))
         if self.malformed and on_bad_sample == "error":
-            listed = "\n  ".join(record.message for record in self.malformed[:MAX_LOGGED])
+            listed = "\n  ".join(list(self.malformed.values())[:MAX_LOGGED])
             raise DataError(
                 f"{len(self.malformed)} malformed records; correct them or set on_bad_sample to skip:\n  {listed}"
             )
-        for record in self.malformed:
-            self._report("malformed record left out", record.message)
+        for message in self.malformed.values():
+            self._report("malformed record left out", message)
         if self.skipped:
             logger.info("%d records are left out by the skip list", len(self.skipped))
         if not len(self):
@@ -320,7 +300,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return self._index_field("length")
 
     def origin(self, index: int) -> Origin:
-        """Origin of a sample."""
+        """One row of `origins`."""
         number = self.source_number(index)
         return Origin(number, int(self._indices[number].rows["position"][self._rows[index]]))
 
@@ -371,7 +351,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             try:
                 index.sample(row, source.root)
             except DataError as error:
-                self.malformed.append(Malformed(Origin(number, int(index.rows["position"][row])), str(error)))
+                self.malformed[Origin(number, int(index.rows["position"][row]))] = str(error)
             else:
                 raise AssertionError(f"{path}: row {row} is a sample, but the index marks it as malformed")
         return rows[is_sample]

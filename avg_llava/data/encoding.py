@@ -7,6 +7,7 @@ tokenizer with character offsets will do. The tokenizer alone (`legacy` in Vicun
 whether a space token stands between `</s>` and the next `USER`.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,13 +23,7 @@ ROLES = {HUMAN: "user", ASSISTANT: "assistant"}  # of records, of chat templates
 
 
 class RenderedConversation(NamedTuple):
-    """Text of a conversation.
-
-    Attributes:
-        text: The text.
-        spans: [start, end) of its supervised characters.
-        masked_because: The reason why nothing is supervised, or None.
-    """
+    """Text of a conversation, [start, end) of its supervised characters, and the reason if there are none."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -36,13 +31,7 @@ class RenderedConversation(NamedTuple):
 
 
 class EncodedConversation(NamedTuple):
-    """Token ids and labels of a conversation.
-
-    Attributes:
-        input_ids: L ids.
-        labels: L ids, `IGNORE_INDEX` where not supervised.
-        masked_because: The reason why nothing is supervised, or None.
-    """
+    """L token ids of a conversation, L labels, `IGNORE_INDEX` where not supervised, and the reason if all are."""
 
     input_ids: list[int]
     labels: list[int]
@@ -56,9 +45,7 @@ def encode_conversation(
 
     Args:
         turns: As in a record; a leading turn of the model is dropped.
-        tokenizer: The language model's tokenizer.
         template: A key of `TEMPLATES`.
-        image_token_id: Id of the placeholder.
 
     Raises:
         DataError: The roles do not alternate, or the template cannot hold the conversation.
@@ -70,13 +57,9 @@ def encode_conversation(
     text, spans, masked_because = render_conversation(used, template, tokenizer.eos_token)
     input_ids, starts = tokenize_with_images(text, tokenizer, image_token_id)
     labels = [IGNORE_INDEX] * len(input_ids)
-    position = 0
     for begin, end in spans:
-        while position < len(starts) and starts[position] < begin:
-            position += 1
-        while position < len(starts) and starts[position] < end:
-            labels[position] = input_ids[position]
-            position += 1
+        supervised = slice(bisect_left(starts, begin), bisect_left(starts, end))
+        labels[supervised] = input_ids[supervised]
     return EncodedConversation(input_ids, labels, masked_because)
 
 
@@ -92,13 +75,7 @@ def check_conversation(turns: Sequence[Turn], template: str) -> None:
 
 
 def render_conversation(turns: Sequence[Turn], template: str, eos_token: str) -> RenderedConversation:
-    """Text and supervised spans of a dialogue.
-
-    Args:
-        turns: Turns that alternate and begin with the human's.
-        template: A key of `TEMPLATES`.
-        eos_token: Text of the tokenizer's end-of-sequence token.
-    """
+    """Text and supervised spans of turns that alternate and begin with the human's, by a key of `TEMPLATES`."""
     entry = TEMPLATES[template]
     messages = [{"role": ROLES[turn.role], "content": turn.value} for turn in turns]
     (text,), (spans,) = render_jinja_template(
@@ -114,13 +91,8 @@ def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str,
     """The reason why the released code supervises nothing of a conversation; None if it supervises the answers.
 
     It takes the text apart again, at `eos_token` and at the separator between question and answer, and gives up where
-    the last turn is a question or empty, or where a turn contains one of the two.
-
-    Args:
-        text: Text of the conversation.
-        spans: The answers, each with `eos_token`.
-        separator: The template's `answer_separator`.
-        eos_token: Text of the tokenizer's end-of-sequence token.
+    the last turn is a question or empty, or where a turn contains one of the two. `spans` are the answers, each with
+    `eos_token`.
     """
     if not text.endswith(eos_token):
         return "the last turn is not an answer of the model, or is an empty one"

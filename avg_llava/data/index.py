@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # increase when other records become valid, or when lengths are counted differently
 INDEX_DIR_NAME = ".avg-llava-index"
 ROW = np.dtype([("position", "<i8"), ("begin", "<i8"), ("size", "<i4"), ("length", "<i4")])
-"""`begin` and `size` are in bytes. `length` counts the words of all turns; it is negative for a record without images
-and 0 for a malformed record."""
+"""`begin` and `size` are in bytes. `length` counts the words of all turns, at least 1; it is negative for a record
+without images and 0 for a malformed record."""
 _ROWS, _FACTS, _COPY = "rows.npy", "facts.json", "records.jsonl"
 _CLOCK_TICK = 2.0  # seconds; two changes of a file within this time may have the same time stamp
 
@@ -57,10 +57,8 @@ class RecordIndex:
     """The index of one file under one template.
 
     Attributes:
-        path: The file.
         template: The key of `TEMPLATES` that records were validated with.
-        sha256: Hash of the file's bytes.
-        stamp: Stamp of the file that holds the records' text, at the time of indexing.
+        stamp: Of the file that holds the records' text, at the time of indexing.
         rows: Array (records,) of type `ROW`.
         folder: Folder that the index is stored in; None if it is only in memory.
         copy: The records' text if it is neither in the file itself nor in `folder`.
@@ -93,7 +91,7 @@ class RecordIndex:
         """Reads and validates a record.
 
         Raises:
-            DataError: The record is malformed, or the file has changed since it was indexed.
+            DataError: The record is malformed, or an error of `record`.
         """
         return _validate(self.record(row), image_root, self.template)
 
@@ -118,7 +116,6 @@ def open_index(path: str | Path, template: str, index_dir: str | Path | None = N
     cannot be stored, it is kept in this process's memory.
 
     Args:
-        path: The file.
         template: A key of `TEMPLATES`; records that it cannot hold are malformed.
         index_dir: Folder of stored indices; None means `INDEX_DIR_NAME` beside the file.
 
@@ -148,9 +145,12 @@ def _build(path: Path, template: str, stamp: FileStamp) -> RecordIndex:
     def rows() -> Iterator[tuple[int, int, int, int]]:
         for record, begin, size in scan_records(file):
             try:
-                length = _count_words(_validate(record, path.parent, template))
+                sample = _validate(record, path.parent, template)
             except DataError:
                 length = 0  # the data set that uses the record validates it again and reports the error
+            else:
+                num_words = max(sum(len(turn.value.split()) for turn in sample.turns), 1)
+                length = num_words if sample.images else -num_words
             yield record.position, begin, size, length
 
     index = RecordIndex(path, template, file.sha256, stamp, np.fromiter(rows(), ROW))
@@ -168,12 +168,6 @@ def _validate(record: RawRecord, image_root: Path, template: str) -> Sample:
     except DataError as error:
         raise DataError(f"{sample.name}: {error}") from None
     return sample
-
-
-def _count_words(sample: Sample) -> int:
-    """Words of all turns, at least 1; negative for a sample without images."""
-    words = max(sum(len(turn.value.split()) for turn in sample.turns), 1)
-    return words if sample.images else -words
 
 
 def _stamp(status: os.stat_result) -> FileStamp:

@@ -1,5 +1,6 @@
 """LLaVA records: reading files of them, and turning each record into a validated sample or an error that names it."""
 
+import contextlib
 import json
 import ntpath
 import re
@@ -32,14 +33,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A validated record.
+    """A validated record. `source` is its file and position, which replace a missing id.
 
-    Attributes:
-        id: The record's id as text, or `source` if it has none.
-        images: Paths below `image_root`, in the order of the placeholders.
-        turns: All turns of the record, including a leading one of the model, which templates leave out.
-        image_root: Folder that contains all images.
-        source: File and position, for messages.
+    `images` are paths below `image_root`, in the order of the placeholders. `turns` includes a leading one of the
+    model, which templates leave out.
     """
 
     id: str
@@ -55,13 +52,10 @@ class Sample:
 
 
 class RawRecord(NamedTuple):
-    """One entry of a file before validation.
+    """One entry of a file before validation; if its text is not JSON, `value` is None and `error` the reason.
 
-    Attributes:
-        value: The parsed JSON value; None if the text is not JSON.
-        source: File and position, for messages.
-        position: Index in a JSON list (from 0), row of a Parquet file (from 0) or line of a `.jsonl` file (from 1).
-        error: Reason why the text is not JSON; None if it is.
+    `position` is the index in a JSON list (from 0), row of a Parquet file (from 0) or line of a `.jsonl` file (from 1),
+    and `source` names it with its file.
     """
 
     value: Any
@@ -71,25 +65,11 @@ class RawRecord(NamedTuple):
 
 
 class RecordFile(NamedTuple):
-    """Content of a file of records.
-
-    Attributes:
-        path: The file.
-        sha256: Hash of the file's bytes.
-        text: UTF-8 text of the records: the file's bytes or, for Parquet, one JSON object per line.
-    """
+    """A file of records: hash of its bytes, and its text (the bytes or, for Parquet, one JSON object per line)."""
 
     path: Path
     sha256: str
     text: bytes
-
-
-class LocatedRecord(NamedTuple):
-    """A record and the byte range of its text: `size` bytes from `begin`."""
-
-    record: RawRecord
-    begin: int
-    size: int
 
 
 # ---- files of records ---------------------------------------------------------------------------------------------
@@ -101,7 +81,7 @@ def read_records(path: str | Path) -> list[RawRecord]:
     Raises:
         DataError: The file is missing, is not UTF-8, is not JSON, or is not a list.
     """
-    return [located.record for located in scan_records(read_file(path))]
+    return [record for record, _, _ in scan_records(read_file(path))]
 
 
 def read_file(path: str | Path) -> RecordFile:
@@ -119,8 +99,10 @@ def read_file(path: str | Path) -> RecordFile:
     return RecordFile(path, hash_bytes(content), text)
 
 
-def scan_records(file: RecordFile) -> Iterator[LocatedRecord]:
-    """Yields the records of a file in order. A line that is not JSON becomes a record with an error.
+def scan_records(file: RecordFile) -> Iterator[tuple[RawRecord, int, int]]:
+    """Yields each record of a file with the offset and size of its text in bytes.
+
+    A line that is not JSON becomes a record with an error.
 
     Raises:
         DataError: A list is not UTF-8, is not JSON, or is not a list.
@@ -140,7 +122,7 @@ def _source(path: Path, position: int) -> str:
     return f"{path}, {_RECORD_NOUNS.get(path.suffix, 'record')} {position}"
 
 
-def _scan_lines(file: RecordFile) -> Iterator[LocatedRecord]:
+def _scan_lines(file: RecordFile) -> Iterator[tuple[RawRecord, int, int]]:
     """Yields the records of JSON lines. Blank lines count as positions but are no records."""
     text, position = file.text, _FIRST_POSITION[file.path.suffix]
     begin = len(_UTF8_MARK) if text.startswith(_UTF8_MARK) else 0
@@ -149,11 +131,11 @@ def _scan_lines(file: RecordFile) -> Iterator[LocatedRecord]:
         end = len(text) if end < 0 else end
         line = text[begin:end]
         if line.strip():
-            yield LocatedRecord(decode_record(file.path, position, line), begin, len(line))
+            yield decode_record(file.path, position, line), begin, len(line)
         begin, position = end + 1, position + 1
 
 
-def _scan_list(file: RecordFile) -> Iterator[LocatedRecord]:
+def _scan_list(file: RecordFile) -> Iterator[tuple[RawRecord, int, int]]:
     """Yields the elements of a JSON list.
 
     The bytes are scanned as Latin-1, where one byte is one character, so that offsets in the text are offsets in the
@@ -180,7 +162,7 @@ def _scan_list(file: RecordFile) -> Iterator[LocatedRecord]:
             element = file.text[offset:end]
             if not element.isascii():
                 value = json.loads(element.decode())
-            yield LocatedRecord(RawRecord(value, _source(path, position), position), offset, end - offset)
+            yield RawRecord(value, _source(path, position), position), offset, end - offset
             position += 1
             offset = skip_space(end)
             has_next = text[offset : offset + 1] == ","
@@ -222,8 +204,9 @@ def _parquet_to_lines(path: Path, content: bytes) -> bytes:
             _check_column(path, name, schema.field(name).type)
         for batch in file.iter_batches(columns=[name for name in _COLUMNS if name in schema.names]):
             for row in batch.to_pylist():
-                if isinstance(row["conversations"], str):
-                    row["conversations"] = _parse_or_keep(row["conversations"])
+                if isinstance(row["conversations"], str):  # JSON text; validation refuses other text by name
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row["conversations"] = json.loads(row["conversations"])
                 # Values that JSON cannot hold become their repr, which validation refuses by the record's name.
                 lines.write(json.dumps(row, default=repr).encode() + b"\n")
     except (pa.ArrowException, OSError) as error:
@@ -246,14 +229,6 @@ def _check_column(path: Path, name: str, kind: Any) -> None:
         )
 
 
-def _parse_or_keep(text: str) -> Any:
-    """Turns given as JSON text; other text is returned unchanged, and validation refuses it by name."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
 # ---- one record ---------------------------------------------------------------------------------------------------
 
 
@@ -266,8 +241,6 @@ def parse_record(record: Any, image_root: str | Path, source: str = "record") ->
     Args:
         record: `{"id": ..., "image": str | list (absent for text), "conversations": [{"from": ..., "value": ...}]}`.
             Other keys are ignored.
-        image_root: Folder that image paths are relative to.
-        source: File and position of the record, for messages.
 
     Raises:
         DataError: The record is invalid; the message names it and the reason.
@@ -281,8 +254,7 @@ def parse_record(record: Any, image_root: str | Path, source: str = "record") ->
     root = Path(image_root)
     try:
         images = tuple(root / relative for relative in image_paths(record.get("image")))
-        turns = _add_placeholder(_parse_turns(record.get("conversations")), len(images))
-        _check_placeholders(turns, len(images))
+        turns = _match_placeholders(_parse_turns(record.get("conversations")), len(images))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return Sample(str(identity) if identity is not None else source, images, turns, root, source)
@@ -345,20 +317,17 @@ def _parse_turns(conversations: Any) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _add_placeholder(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
-    """Puts a placeholder before the first question if there is one image and no placeholder."""
-    if num_images != 1 or any(IMAGE_PLACEHOLDER in turn.value for turn in turns):
-        return turns
-    first = next(index for index, turn in enumerate(turns) if turn.role == HUMAN)
-    question = Turn(HUMAN, f"{IMAGE_PLACEHOLDER}\n{turns[first].value}")
-    return (*turns[:first], question, *turns[first + 1 :])
-
-
-def _check_placeholders(turns: tuple[Turn, ...], num_images: int) -> None:
+def _match_placeholders(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
+    """The turns with one placeholder per image; a single missing one is put before the first question."""
+    num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if num_images == 1 and num_placeholders == 0:
+        first = next(index for index, turn in enumerate(turns) if turn.role == HUMAN)
+        question = Turn(HUMAN, f"{IMAGE_PLACEHOLDER}\n{turns[first].value}")
+        return (*turns[:first], question, *turns[first + 1 :])
     if any(IMAGE_PLACEHOLDER in turn.value for turn in turns if turn.role == ASSISTANT):
         raise DataError(f"an answer holds the text {IMAGE_PLACEHOLDER}, which only human turns may; reword the answer")
-    num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
     if num_placeholders != num_images:
         raise DataError(
             f"{num_images} images but {num_placeholders} {IMAGE_PLACEHOLDER} placeholders; write one per image"
         )
+    return turns

@@ -7,7 +7,9 @@ every epoch has the same number of micro-batches.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -39,6 +41,7 @@ def fill(order: Sequence[int], costs: Sequence[int] | None, capacity: int) -> li
     return batches
 
 
+@dataclass(eq=False, repr=False)
 class MicroBatches(Sampler[MicroBatch], ABC):
     """Micro-batches of an epoch.
 
@@ -47,36 +50,26 @@ class MicroBatches(Sampler[MicroBatch], ABC):
     holds hardly two samples, that may be impossible, and accelerate repeats the first micro-batch.
 
     Args:
-        num_samples: Samples of the data set.
         capacity: Samples of a micro-batch or, with `tokens`, tokens.
-        world_size: Processes.
         accumulation_steps: Micro-batches per process and optimizer step.
-        seed: Seed of the permutations.
         tokens: Token count of each sample.
-
-    Attributes:
-        batch_size: Samples per micro-batch, None with `tokens`. accelerate completes the last micro-batch to this size
-            with the first samples.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        capacity: int,
-        world_size: int = 1,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        tokens: Sequence[int] | None = None,
-    ) -> None:
-        if min(capacity, world_size, accumulation_steps) < 1:
+    num_samples: int
+    capacity: int
+    world_size: int = 1
+    accumulation_steps: int = 1
+    seed: int = 0
+    tokens: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.capacity, self.world_size, self.accumulation_steps) < 1:
             raise ValueError("capacity, world_size and accumulation_steps must be at least 1")
-        self.num_samples = num_samples
-        self.capacity = capacity
-        self.world_size = world_size
-        self.num_chunks = world_size * accumulation_steps
-        self.seed = seed
-        self.tokens = None if tokens is None else [int(count) for count in tokens]
-        self.batch_size = capacity if tokens is None else None
+        if self.tokens is not None:
+            self.tokens = list(map(int, self.tokens))
+        self.num_chunks = self.world_size * self.accumulation_steps
+        # accelerate completes the last micro-batch to this size with the first samples.
+        self.batch_size = self.capacity if self.tokens is None else None
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -91,10 +84,7 @@ class MicroBatches(Sampler[MicroBatch], ABC):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.tokens is None:
-            steps, rest = self._make_batches(generator)
-        else:
-            steps, rest = self._fixed_batches
+        steps, rest = self._make_batches(generator) if self.tokens is None else self._fixed_batches
         for number in torch.randperm(len(steps), generator=generator).tolist():
             yield from steps[number]
         yield from rest
@@ -116,9 +106,6 @@ class MicroBatches(Sampler[MicroBatch], ABC):
             del largest[len(largest) // 2 :]
         return steps, rest
 
-    def _fill(self, order: Sequence[int]) -> list[MicroBatch]:
-        return fill(order, self.tokens, self.capacity)
-
     def _split_into_steps(self, batches: list[MicroBatch]) -> tuple[list[Step], list[MicroBatch]]:
         """Complete optimizer steps, and the micro-batches that are left over."""
         num_full = len(batches) // self.num_chunks * self.num_chunks
@@ -130,10 +117,9 @@ class ShuffledBatches(MicroBatches):
     """Samples in random order."""
 
     def _make_batches(self, generator: torch.Generator) -> tuple[list[Step], list[MicroBatch]]:
-        batches = self._fill(torch.randperm(self.num_samples, generator=generator).tolist())
-        if self.tokens is None:
-            return [], batches
-        return self._split_into_steps(batches)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        batches = fill(order, self.tokens, self.capacity)
+        return ([], batches) if self.tokens is None else self._split_into_steps(batches)
 
 
 class ModalityBatches(MicroBatches):
@@ -142,23 +128,15 @@ class ModalityBatches(MicroBatches):
     Matches `group_by_modality_length` of the released trainer. Samples with and without images are permuted separately
     and cut into megabatches, the samples of one optimizer step. A megabatch is sorted by length and distributed to its
     micro-batches such that their total lengths are similar. Megabatches of both modalities are then shuffled. Samples
-    that do not fill a megabatch come last, both modalities together.
+    that do not fill a megabatch come last, both modalities together. The arguments after `lengths` are those of
+    `MicroBatches`, from `capacity` on.
 
     Args:
         lengths: Length of each sample, negative for a sample without images; 0 is refused.
-        capacity: As in `MicroBatches`, like the following arguments.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        capacity: int,
-        world_size: int = 1,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        tokens: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(len(lengths), capacity, world_size, accumulation_steps, seed, tokens)
+    def __init__(self, lengths: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(len(lengths), *args, **kwargs)
         self.lengths = [int(length) for length in lengths]
         self._weights = [abs(length) for length in self.lengths] if self.tokens is None else self.tokens
         if 0 in self.lengths:
@@ -171,13 +149,13 @@ class ModalityBatches(MicroBatches):
         rest: list[int] = []
         for indices in (with_image, text_only):
             order = torch.randperm(len(indices), generator=generator).tolist()
-            batches = self._fill([indices[number] for number in order])
+            batches = fill([indices[number] for number in order], self.tokens, self.capacity)
             if batches and self.tokens is None and len(batches[-1]) < self.capacity:
                 rest += batches.pop()
             full, left_over = self._split_into_steps(batches)
             steps += map(self._balance, full)
             rest += [index for batch in left_over for index in batch]
-        return steps, self._fill(sorted(rest))
+        return steps, fill(sorted(rest), self.tokens, self.capacity)
 
     def _balance(self, step: Step) -> Step:
         """Redistributes the samples of a step, longest first, each to the lightest micro-batch that has room.

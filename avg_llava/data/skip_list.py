@@ -9,7 +9,6 @@ Records are identified by their position: the index in a list, or the line of a 
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,17 +25,11 @@ class SkippedRecords(NamedTuple):
     skip: dict[int, str]
 
 
-class SkipList:
-    """Records to leave out.
+class SkipList(NamedTuple):
+    """Records to leave out, by the SHA-256 of their file. Messages call the list `name`."""
 
-    Args:
-        files: SHA-256 of a file -> its skipped records.
-        name: Name of the list, for messages.
-    """
-
-    def __init__(self, files: Mapping[str, SkippedRecords], name: str = "the skip list"):
-        self.files = dict(files)
-        self.name = name
+    files: dict[str, SkippedRecords]
+    name: str = "the skip list"
 
     def positions(self, path: str | Path, sha256: str) -> frozenset[int]:
         """Positions of the skipped records of a file.
@@ -54,7 +47,7 @@ class SkipList:
     def write(self, path: Path) -> None:
         """Writes the list atomically."""
         files = {
-            sha256: {"path": records.path, "skip": {str(key): reason for key, reason in sorted(records.skip.items())}}
+            sha256: {"path": records.path, "skip": dict(sorted(records.skip.items()))}
             for sha256, records in self.files.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)

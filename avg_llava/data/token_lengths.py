@@ -42,19 +42,15 @@ class SampleLengths(Dataset[int]):
 
 
 def token_lengths(dataset: ConversationDataset, folder: Path, rank: int, num_workers: int) -> np.ndarray:
-    """Loads the token counts (samples,) from a file in `folder`; rank 0 computes and stores them if it is missing.
+    """Loads the token counts (samples,) from a file in `folder`, which all ranks see.
 
-    Args:
-        dataset: The samples.
-        folder: Folder of the file, visible to all processes.
-        rank: Rank of this process; all but rank 0 wait.
-        num_workers: Loader processes that count.
+    If it is missing, rank 0 computes it with this number of loader processes, and the other ranks wait.
     """
     path = folder / f"lengths-{_identity(dataset)[:16]}.npy"
     if rank == 0 and not path.is_file():
         loader = DataLoader(SampleLengths(dataset), BATCH_SIZE, collate_fn=list, num_workers=num_workers)
+        lengths: list[int] = []
         with tqdm(total=len(dataset), desc="counting tokens", unit="sample", disable=None) as bar:
-            lengths: list[int] = []
             for batch in loader:
                 lengths += batch
                 bar.update(len(batch))

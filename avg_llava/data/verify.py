@@ -40,13 +40,9 @@ class Finding(NamedTuple):
 
 @dataclass
 class SourceReport:
-    """Counts of one source.
+    """Counts of one source: records used, those by group, and samples by problem, of which a sample may have several.
 
-    Attributes:
-        path: The source's file.
-        num_records: Records that are used.
-        groups: Records by the first folder of their image path, or `TEXT_ONLY` or `MALFORMED`.
-        problems: Samples by problem; a sample may have several.
+    A record's group is the first folder of its image path, `TEXT_ONLY` or `MALFORMED`.
     """
 
     path: str
@@ -83,7 +79,6 @@ def verify(
 
     Args:
         dataset: Made with `on_bad_sample="skip"`, so that it lists its malformed records, and without a skip list.
-        num_processes: Number of processes.
         output: The skip list to write. Findings are stored beside it until it is complete; without it, a killed check
             starts again.
         callback: Called with the numbers of checked samples and of all samples.
@@ -103,8 +98,8 @@ def verify(
         if reasons:
             skip_list.files[dataset.files[finding.source].sha256].skip[finding.position] = "; ".join(reasons)
 
-    for malformed in dataset.malformed:
-        record(Finding(*malformed.origin, MALFORMED, (("malformed", malformed.message),)))
+    for origin, message in dataset.malformed.items():
+        record(Finding(*origin, MALFORMED, (("malformed", message),)))
     indices = dataset.unique()
     store = None if output is None else JsonLines(output.with_name(f".{output.name}.partial"))
     num_done = 0
@@ -165,12 +160,7 @@ def _identity(dataset: ConversationDataset) -> str:
 
 
 class SampleChecks(Dataset[Finding]):
-    """Findings of samples of a data set.
-
-    Args:
-        dataset: The data set.
-        indices: Indices of the samples.
-    """
+    """Findings of the samples of a data set with these indices."""
 
     def __init__(self, dataset: ConversationDataset, indices: np.ndarray):
         self.dataset = dataset

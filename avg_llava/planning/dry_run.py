@@ -280,7 +280,7 @@ def _check_data(
             is_usable = False
             continue
         total += len(dataset)
-        bad = [record.message for record in dataset.malformed[:MAX_NAMED]]
+        bad = list(dataset.malformed.values())[:MAX_NAMED]
         if len(dataset.malformed) > MAX_NAMED:
             bad.append(f"{source.path}: {len(dataset.malformed) - MAX_NAMED} more malformed records")
         bad += _check_samples(dataset, config, report)

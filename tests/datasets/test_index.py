@@ -287,7 +287,7 @@ class TestParquet:
                 assert len(found["pixel_values"]) == len(expected["pixel_values"])
                 assert found["image_sizes"].equal(expected["image_sizes"])
                 assert found["source"] == f"{parquet_file}, row {index}"
-            assert "data.parquet, row 3): 0 images but 1 <image>" in other.malformed[0].message
+            assert "data.parquet, row 3): 0 images but 1 <image>" in other.malformed[0, 3]
             assert one.fingerprint() != other.fingerprint(), "they are different files"
 
     def test_image_as_text_and_turns_as_json(self, folder):
