@@ -32,10 +32,8 @@ class Job(BaseStreamer):
     """A prepared request in the batcher, and the queue of its events.
 
     Args:
-        prepared: The request.
-        slot: Its slot in the queue, from `Batcher.acquire_slot`.
+        slot: From `Batcher.acquire_slot`.
         deadline: Time on the event loop's clock after which the job fails with `timeout_error`.
-        timeout_error: The error of a late job.
 
     Attributes:
         events: Tokens as they are generated, then an answer or an error.

@@ -32,8 +32,7 @@ def fetch_image(url: str) -> Image.Image:
 
     Raises:
         OSError: The download fails.
-        ValueError: The file is larger than `MAX_DOWNLOAD_BYTES`.
-        DataError: The file is not an image.
+        ValueError: The file is larger than `MAX_DOWNLOAD_BYTES`, or not an image.
     """
     with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
         content = response.read(MAX_DOWNLOAD_BYTES + 1)
@@ -46,9 +45,7 @@ class Chat:
     """Answers questions and executes commands, line by line.
 
     Args:
-        predictor: The model.
         budget: Initial budget; commands change it.
-        decoding: Length, sampling and stop texts of all answers.
         say: Callback for each line of output, except answers, which are streamed to standard output.
     """
 

@@ -132,21 +132,16 @@ def measure_first_token(predictor: Predictor, request: Request, budgets: Sequenc
 
 
 class Run:
-    """One run of an event handler, which can be stopped between any two of its steps."""
+    """One run of an event handler, which can be stopped between any two of its `steps`; None while it is queued."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._steps: Generator[Any] | None = None
+        self.steps: Generator[Any] | None = None
         self._stopped = False
-
-    @property
-    def is_started(self) -> bool:
-        """True once the handler has left the queue."""
-        return self._steps is not None
 
     def iterate(self, steps: Generator[Step]) -> Iterator[Step]:
         """Yields from `steps` until they end or the run is stopped."""
-        self._steps = steps
+        self.steps = steps
         try:
             while True:
                 with self._lock:
@@ -165,8 +160,8 @@ class Run:
         """Ends the run and returns when the current step and its background threads have ended."""
         self._stopped = True
         with self._lock:
-            if self._steps is not None:
-                self._steps.close()
+            if self.steps is not None:
+                self.steps.close()
 
 
 class Demo:
@@ -199,7 +194,7 @@ class Demo:
     def start(self, request: gr.Request) -> list[gr.Button]:
         """Registers the run of a click, so that it can be stopped while it is queued; returns the buttons' states."""
         current = self._runs.get(request.session_hash)
-        if current is None or not current.is_started:
+        if current is None or current.steps is not None:
             self._runs[request.session_hash] = Run()
         return button_states(busy=True)
 
@@ -240,50 +235,49 @@ class Demo:
         if self._closed:
             run.stop()
         try:
-            yield from run.iterate(steps)
+            with errors_as_messages():
+                yield from run.iterate(steps)
         finally:
             self._runs.pop(request.session_hash, None)
 
     def _ask(self, upload: Any, question: Any, controls: tuple[Any, ...]) -> Generator[tuple[Any, ...]]:
-        with errors_as_messages():
-            image, request, budget, decoding = self._read(upload, question, controls)
-            encoded = self.predictor.encode([request])
-            if image is None:
-                for part in stream_answer(self.predictor, encoded, None, decoding):
-                    yield part.text if isinstance(part, Answer) else part, "", "", None, None
-                return
-            choice = self.predictor.choose(encoded, budget)
-            rows, token_count = self._rows(image, budget, choice)
-            yield "", stats_html(rows, token_count, None, None), router_html(rows, budget.token_cost), None, None
-            for part in stream_answer(self.predictor, encoded, choice, decoding):
-                if isinstance(part, str):
-                    yield part, *[gr.skip()] * 4
-                else:
-                    yield part.text, stats_html(rows, token_count, part, None), *[gr.skip()] * 3
-                    finest = Budget(self.predictor.granularities[-1])
-                    first, slowest = measure_first_token(self.predictor, request, [budget, finest])
-                    # Last, since drawing here and in the browser would disturb the measurement.
-                    pictures, level = self._pictures(image), choice.levels[0]
-                    figures = stats_html(rows, token_count, part, (first, slowest))
-                    yield gr.skip(), figures, gr.skip(), pictures.tiles(level), pictures.overview(level)
+        image, request, budget, decoding = self._read(upload, question, controls)
+        encoded = self.predictor.encode([request])
+        if image is None:
+            for part in stream_answer(self.predictor, encoded, None, decoding):
+                yield part.text if isinstance(part, Answer) else part, "", "", None, None
+            return
+        choice = self.predictor.choose(encoded, budget)
+        rows, token_count = self._rows(image, budget, choice)
+        yield "", stats_html(rows, token_count, None, None), router_html(rows, budget.token_cost), None, None
+        for part in stream_answer(self.predictor, encoded, choice, decoding):
+            if isinstance(part, str):
+                yield part, *[gr.skip()] * 4
+            else:
+                yield part.text, stats_html(rows, token_count, part, None), *[gr.skip()] * 3
+                finest = Budget(self.predictor.granularities[-1])
+                first, slowest = measure_first_token(self.predictor, request, [budget, finest])
+                # Last, since drawing here and in the browser would disturb the measurement.
+                pictures, level = self._pictures(image), choice.levels[0]
+                figures = stats_html(rows, token_count, part, (first, slowest))
+                yield gr.skip(), figures, gr.skip(), pictures.tiles(level), pictures.overview(level)
 
     def _compare(self, upload: Any, question: Any, controls: tuple[Any, ...]) -> Generator[str]:
-        with errors_as_messages():
-            image, request, budget, decoding = self._read(upload, question, controls)
-            if image is None:
-                raise ValueError("levels are compared on an image: choose one")
-            encoded = self.predictor.encode([request])
-            budget = replace(budget, granularity=None)
-            rows, _ = self._rows(image, budget, self.predictor.choose(encoded, budget))
-            answers: dict[int, Answer] = {}
+        image, request, budget, decoding = self._read(upload, question, controls)
+        if image is None:
+            raise ValueError("levels are compared on an image: choose one")
+        encoded = self.predictor.encode([request])
+        budget = replace(budget, granularity=None)
+        rows, _ = self._rows(image, budget, self.predictor.choose(encoded, budget))
+        answers: dict[int, Answer] = {}
+        yield cards_html(rows, answers, {}, {})
+        for row in rows:
+            answers[row.granularity] = self.predictor.answer(encoded, row.granularity, decoding)[0]
             yield cards_html(rows, answers, {}, {})
-            for row in rows:
-                answers[row.granularity] = self.predictor.answer(encoded, row.granularity, decoding)[0]
-                yield cards_html(rows, answers, {}, {})
-            times = measure_first_token(self.predictor, request, [Budget(level) for level in answers])
-            pictures = self._pictures(image)
-            tiles = {level: pictures.tiles(level) for level in answers}
-            yield cards_html(rows, answers, dict(zip(answers, times, strict=True)), tiles)
+        times = measure_first_token(self.predictor, request, [Budget(level) for level in answers])
+        pictures = self._pictures(image)
+        tiles = {level: pictures.tiles(level) for level in answers}
+        yield cards_html(rows, answers, dict(zip(answers, times, strict=True)), tiles)
 
     def _read(
         self, upload: Any, question: Any, controls: tuple[Any, ...]

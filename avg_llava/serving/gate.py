@@ -10,6 +10,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avg_llava.serving.batching import Batcher, Job
@@ -38,8 +39,8 @@ class RequestState:
     """State of an open chat request, shared by the middleware and the endpoint.
 
     Attributes:
-        arrived: Arrival time on the `time.monotonic` clock, which is the event loop's.
-        deadline: Time on the same clock at which the request times out.
+        arrived: Time on the `time.monotonic` clock, which is the event loop's.
+        deadline: Time on the same clock.
         slot: From `Batcher.acquire_slot`.
         job: None before it is submitted.
         error_status: Status of an error that occurred after the response had started.
@@ -73,17 +74,14 @@ class Gate:
             await self._app(scope, receive, send)
             return
         receive = _BodyReceiver(receive)
-        if not self._is_authorized(scope):
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if self._credentials is not None and not secrets.compare_digest(given, self._credentials):
             error = ApiError(401, "invalid_api_key", "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
             await self._reject(error, scope, receive, send)
         elif (scope["method"], scope["path"]) == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
         else:
             await self._app(scope, receive, send)
-
-    def _is_authorized(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return self._credentials is None or secrets.compare_digest(given, self._credentials)
 
     async def _chat(self, scope: Scope, receive: "_BodyReceiver", send: Send) -> None:
         arrived, status, complete = time.monotonic(), CLIENT_GONE, False
@@ -144,20 +142,19 @@ class _BodyReceiver:
 
 async def _read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     too_large = ApiError(413, "body_too_large", f"the request body is larger than {max_bytes} bytes")
-    length = dict(scope["headers"]).get(b"content-length", b"0")
-    if length.isdigit() and int(length) > max_bytes:
+    request = Request(scope, receive)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise client_gone()
-                body += message.get("body", b"")
+            async for chunk in request.stream():
+                body += chunk
                 if len(body) > max_bytes:
                     raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
+        return bytes(body)
+    except ClientDisconnect as error:
+        raise client_gone() from error
     except TimeoutError as error:
         raise ApiError(408, "body_too_slow", f"the body was not received within {BODY_SECONDS:g} seconds") from error

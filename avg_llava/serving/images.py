@@ -104,7 +104,6 @@ def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
 
     Args:
         url: http(s) URL without credentials.
-        max_bytes: Maximum size of the file.
         seconds: Time limit, redirects included.
 
     Raises:

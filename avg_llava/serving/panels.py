@@ -116,7 +116,7 @@ class LevelRow:
     Attributes:
         granularity: Visual tokens per crop.
         grid: (rows, columns) of tokens per crop.
-        num_visual_tokens: Visual tokens of the image at this level, newline tokens included.
+        num_visual_tokens: Visual tokens of the image, newline tokens included.
         probability: The router's probability; None if the router did not run.
         adjusted_probability: The probability after the token cost, normalized over the levels; None likewise.
         is_allowed: True if the level is within the limit on visual tokens.
@@ -143,7 +143,6 @@ def level_rows(
 
     Args:
         image_size: (height, width) in pixels.
-        config: Gives the levels and the tokens at each.
         budget: The budget under which the level was chosen.
         probabilities: (G,) router probabilities; None if the router did not run.
         chosen: Granularity of the chosen level.
@@ -189,7 +188,7 @@ def stats_html(
 
     Args:
         rows: All levels.
-        token_count: Description of the number of visual tokens.
+        token_count: From `describe_token_count`.
         answer: None while it is being generated.
         first_token_ms: Milliseconds to the first token under the budget and at the finest level without the router;
             None before they are measured.
@@ -222,14 +221,7 @@ def cards_html(
     first_token_ms: Mapping[int, float],
     pictures: Mapping[int, Image.Image],
 ) -> str:
-    """Renders a card for each level, coarse to fine. All mappings are by granularity and may be incomplete.
-
-    Args:
-        rows: All levels.
-        answers: The answers so far.
-        first_token_ms: Measured milliseconds to the first token.
-        pictures: The image under each level's token grid.
-    """
+    """Renders a card for each level. The mappings are by granularity and may be incomplete; pictures show its grid."""
     finest = first_token_ms.get(rows[-1].granularity)
     cards = []
     for row in rows:

@@ -41,9 +41,7 @@ class Server:
     """An ASGI application that serves one model.
 
     Args:
-        predictor: The model.
         name: The model's name in requests.
-        limits: Bounds of memory and response times.
         api_key: The key that requests must send; None for no authentication.
 
     Attributes:
@@ -291,8 +289,7 @@ class _GracefulServer(uvicorn.Server):
         )
         super().__init__(config)
         self._server = server
-        self._draining: asyncio.Task[None] | None = None
-        self.aborted = False
+        self._is_draining = self.aborted = False
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until shutdown is complete."""
@@ -301,18 +298,15 @@ class _GracefulServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles a signal; it may interrupt the event loop's thread at any bytecode, so the work is scheduled."""
-        self._loop.call_soon_threadsafe(self._shut_down)
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
 
-    def _shut_down(self) -> None:
-        if self._draining is None:
-            self._draining = asyncio.create_task(self._drain())
-            return
-        self.aborted |= self._server.abort()
-        self.should_exit = True
-
-    async def _drain(self) -> None:
-        if not await self._server.drain():
-            self.aborted = True
+    async def _shut_down(self) -> None:
+        if self._is_draining:
+            self.aborted |= self._server.abort()
+        else:
+            self._is_draining = True
+            is_complete = await self._server.drain()
+            self.aborted |= not is_complete
         self.should_exit = True
 
 
@@ -320,8 +314,6 @@ def serve(server: Server, host: str, port: int, on_start: Callable[[str], object
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        server: The application.
-        host: Address to listen on.
         port: 0 for any free port.
         on_start: Called with the server's URL once it accepts connections.
 
