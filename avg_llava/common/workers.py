@@ -79,19 +79,20 @@ def run_in_workers(
 
 
 def map_batches(
-    start: Callable[[str], None], process: Callable[[Item], Result], batches: Sequence[Item], num_workers: int
+    start: Callable[[str], Callable[[Item], Result]], batches: Sequence[Item], num_workers: int
 ) -> Iterator[Result]:
-    """Yields `process(batch)` of all batches as they are finished.
+    """Yields the results of all batches as they are finished.
 
     Args:
-        start: Called once in each process with its device, e.g. to load a model. Must be picklable, like `process`.
+        start: Called once in each process with its device, e.g. to load a model; returns the function that processes a
+            batch. Must be picklable.
         num_workers: Number of processes, to which GPUs are assigned in turn.
 
     Raises:
         WorkerError: A process was killed.
     """
     try:
-        yield from run_in_workers(_start_on_device, (start, process), batches, num_workers, advance=lambda units: None)
+        yield from run_in_workers(_start_on_device, (start,), batches, num_workers, advance=lambda units: None)
     except BrokenProcessPool as error:
         raise WorkerError(
             "a worker process was killed, perhaps because memory ran out; run again with --workers 1, which keeps the "
@@ -133,9 +134,9 @@ def _run(item: Any) -> Any:
     return work(item, advance)
 
 
-def _start_on_device(number: int, start: Callable[[str], None], process: Callable[[Item], Result]) -> Work:
+def _start_on_device(number: int, start: Callable[[str], Callable[[Item], Result]]) -> Work:
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # the other workers use the other cores
     num_gpus = torch.cuda.device_count()
-    start(f"cuda:{number % num_gpus}" if num_gpus else "cpu")
+    process = start(f"cuda:{number % num_gpus}" if num_gpus else "cpu")
     return lambda batch, advance: process(batch)

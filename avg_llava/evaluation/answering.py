@@ -129,10 +129,11 @@ def collect_answers(
     known = set(store.read_by_id())
     missing = [list(batch) for batch in batches if any(str(index) not in known for index in batch)]
     failures: list[Failure] = []
-    num_workers = _num_workers(num_workers, len(missing))
+    if num_workers is None:
+        num_workers = min(default_workers(), math.ceil(len(missing) / BATCHES_PER_WORKER))
+    num_workers = max(1, min(num_workers, len(missing)))
     if num_workers > 1:
         loader.release()  # the workers load the model, and may need this process's share of a GPU
-    start = partial(_start_worker, setting, loader)
     with tqdm(
         total=len(indices),
         initial=len(indices) - sum(map(len, missing)),
@@ -140,33 +141,24 @@ def collect_answers(
         unit="question",
         dynamic_ncols=True,
     ) as progress:
-        for lines in map_batches(start, _answer_batch, missing, num_workers) if missing else ():
+        start = partial(_Answerer, setting, loader)
+        for lines in map_batches(start, missing, num_workers) if missing else ():
             failures += [line for line in lines if isinstance(line, Failure)]
             store.append(line for line in lines if not isinstance(line, Failure) and line["id"] not in known)
             progress.update(len(lines))
-    _stop_worker()
     found = {int(key): line for key, line in store.read_by_id().items() if int(key) in indices}
     return dict(sorted(found.items())), sorted(failures, key=lambda failure: int(failure.id))
 
 
-def _num_workers(requested: int | None, num_batches: int) -> int:
-    if requested is None:
-        requested = min(default_workers(), math.ceil(num_batches / BATCHES_PER_WORKER))
-    return max(1, min(requested, num_batches))
-
-
-# ---- in each process ----------------------------------------------------------------------------------------------
-
-
 class _Answerer:
-    """Answers batches of questions."""
+    """Answers batches of questions in one process."""
 
-    def __init__(self, setting: Setting, questions: Questions, predictor: Predictor) -> None:
+    def __init__(self, setting: Setting, loader: ModelLoader, device: str) -> None:
         self.setting = setting
-        self.questions = questions
-        self.predictor = predictor
+        self.questions = open_questions(setting)
+        self.predictor = loader.load(device)
 
-    def answer_batch(self, indices: Sequence[int]) -> list[Line | Failure]:
+    def __call__(self, indices: Sequence[int]) -> list[Line | Failure]:
         """A line or a failure per question; in the order of the batch only if all have images or none has."""
         requests: dict[int, Request] = {}
         lines: list[Line | Failure] = []
@@ -236,25 +228,6 @@ class _Answerer:
         if requested == ALL:
             answers |= {str(level): answer(level) for level in levels}
         return answers, choice.log_probs.tolist()
-
-
-_answerer: _Answerer | None = None
-
-
-def _start_worker(setting: Setting, loader: ModelLoader, device: str) -> None:
-    global _answerer
-    _answerer = _Answerer(setting, open_questions(setting), loader.load(device))
-
-
-def _stop_worker() -> None:
-    """Drops what `_start_worker` opened in this process."""
-    global _answerer
-    _answerer = None
-
-
-def _answer_batch(indices: Sequence[int]) -> list[Line | Failure]:
-    assert _answerer is not None, "_start_worker was called"
-    return _answerer.answer_batch(indices)
 
 
 def _to_json(answer: Answer, batch_size: int) -> dict[str, Any]:

@@ -7,11 +7,11 @@ generates only missing answers. Answers of other weights or other questions are 
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ MAX_NEW_TOKENS = 16
 BASELINE, ROUTER = "llava-next", "router"
 HELD_OUT, CALIBRATION = "eval.json", "router.json"
 NUM_CALIBRATION = 2000
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,15 @@ def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
 
 # ---- the workers --------------------------------------------------------------------------------------------------
 
-_predictors: dict[str, Predictor] = {}
+Predictors = Mapping[str, Predictor]
+"""The checkpoints that a process has loaded, by name."""
 
 
-def load_predictors(checkpoints: dict[str, Path], device: str) -> None:
-    """Loads the checkpoints of `predictor_of` in this process."""
-    _predictors.clear()
-    for name, path in checkpoints.items():
-        _predictors[name] = make_predictor(path, device)
-
-
-def predictor_of(name: str) -> Predictor:
-    """The predictor of a checkpoint that this process has loaded."""
-    return _predictors[name]
+def start_worker(
+    process: Callable[[Predictors, Batch], Result], checkpoints: Mapping[str, Path], device: str
+) -> Callable[[Batch], Result]:
+    """Loads checkpoints and returns `process` with their predictors."""
+    return partial(process, {name: make_predictor(path, device) for name, path in checkpoints.items()})
 
 
 def make_predictor(path: str | Path, device: str) -> Predictor:
@@ -118,10 +117,10 @@ def make_predictor(path: str | Path, device: str) -> Predictor:
     return Pipeline.load(path, device=device).predictor
 
 
-def _answer_batch(batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
+def _answer_batch(predictors: Predictors, batch: tuple[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
     """Runs in a worker: the lines of a batch by file name, from one of the two models."""
     which, items = batch
-    predictor = predictor_of(which)
+    predictor = predictors[which]
     encoded = predictor.encode([item.request for item in items])
     finest = predictor.granularities[-1]
     if which == BASELINE:
@@ -219,9 +218,9 @@ def collect_answers(job: AnsweringJob, items: Sequence[Item], calibration: Seque
 
     # The final model answers at every level, so its batches take longest and go first.
     batches = [(which, batch) for which in ("final", BASELINE) for batch in batch_by_length(todo[which], config)]
-    start = partial(load_predictors, checkpoints)
+    start = partial(start_worker, _answer_batch, checkpoints)
     with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
-        for answered_batch in map_batches(start, _answer_batch, batches, job.num_workers):
+        for answered_batch in map_batches(start, batches, job.num_workers):
             for name, lines in answered_batch.items():
                 _store(job.answers, name).append(lines)
             progress.update(len(next(iter(answered_batch.values()))))

@@ -23,13 +23,13 @@ from avg_llava.mini.answers import (
     CALIBRATION,
     AnsweringJob,
     Item,
+    Predictors,
     batch_by_length,
     calibration_items,
     collect_answers,
-    load_predictors,
-    predictor_of,
     read_outcomes,
     read_questions,
+    start_worker,
     verify_routing,
 )
 from avg_llava.mini.claims import ClaimsError
@@ -223,18 +223,18 @@ def _route(routers: dict[str, Path], items: Sequence[Item], num_workers: int) ->
     choices: dict[str, dict[str, list[float]]] = {name: {} for name in routers}
     config = AvgLlavaConfig.from_pretrained(next(iter(routers.values())))
     batches = [(name, batch) for batch in batch_by_length(items, config) for name in routers]
-    start = partial(load_predictors, routers)
+    start = partial(start_worker, _route_batch, routers)
     with tqdm(total=len(routers) * len(items), desc="routing", unit="question", dynamic_ncols=True) as progress:
-        for name, chosen in map_batches(start, _route_batch, batches, num_workers):
+        for name, chosen in map_batches(start, batches, num_workers):
             choices[name] |= chosen
             progress.update(len(chosen))
     return choices
 
 
-def _route_batch(batch: tuple[str, list[Item]]) -> tuple[str, dict[str, list[float]]]:
+def _route_batch(predictors: Predictors, batch: tuple[str, list[Item]]) -> tuple[str, dict[str, list[float]]]:
     """Runs in a worker: a router's name, and its log-probabilities for a batch by question id."""
     name, items = batch
-    predictor = predictor_of(name)
+    predictor = predictors[name]
     choice = predictor.choose(predictor.encode([item.request for item in items]))
     assert choice.log_probs is not None, "the router ran"
     return name, {item.question.id: row for item, row in zip(items, choice.log_probs.tolist(), strict=True)}
