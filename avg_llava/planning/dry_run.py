@@ -1,9 +1,11 @@
 """The dry run: finds all problems of a training run at once, before it starts.
 
-`python -m avg_llava.planning.dry_run CONFIG`, or `--dry-run` among the arguments of a training command, reads the
-configuration, compares names and shapes of the start's weights with the model's on the meta device, decodes some
-samples of every source, measures free disk space and writes a trial checkpoint. No weights are loaded, and nothing is
-left behind but the data indices, which the run itself needs.
+usage: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...] [--force-start]
+example: python -m avg_llava.planning.dry_run configs/mini/stage1.yaml --output.dir runs/try
+
+Reads the configuration, compares names and shapes of the start's weights with the model's on the meta device, decodes
+some samples of every source, measures free disk space and writes a trial checkpoint. No weights are loaded, and nothing
+is left behind but the data indices, which the run itself needs. Exit code 1 if anything is wrong.
 """
 
 import random
@@ -57,27 +59,17 @@ class Report:
 
     def attempt(self, subject: str, check: Callable[[], Result]) -> Result | None:
         """The result of `check`; on an error, None and a problem of the subject."""
-        try:
+        with self.guard(subject):
             return check()
-        except (ValueError, OSError) as error:
-            self.problems.append(f"{subject}: {error}")
-            return None
+        return None
 
     @contextmanager
     def guard(self, subject: str) -> Iterator[None]:
-        """`attempt` for a block."""
+        """Turns an error of the block into a problem of the subject."""
         try:
             yield
         except (ValueError, OSError) as error:
             self.problems.append(f"{subject}: {error}")
-
-
-USAGE = """\
-usage: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...] [--force-start]
-
-Check configuration, weights, data and disk of a run without training. Exit code 1 if anything is wrong.
-example: python -m avg_llava.planning.dry_run configs/mini/stage1.yaml --output.dir runs/try
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, *overrides = [argument for argument in given if argument != "--dry-run"] or [""]
     if not path or path.startswith("-"):
         is_help = path in ("-h", "--help")
-        (sys.stdout if is_help else sys.stderr).write(USAGE)
+        (sys.stdout if is_help else sys.stderr).write(str(__doc__))
         return 0 if is_help else 2
     if rank() > 0:
         return 0
@@ -105,12 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
-    """Checks everything that a run needs.
-
-    Args:
-        path: YAML file of a stage.
-        overrides: `--key.subkey value` options.
-    """
+    """Checks everything that a run needs, given the YAML file of a stage and `--key.subkey value` options."""
     report = Report()
     config = report.attempt("configuration", lambda: load_config(path, overrides))
     if config is None:
@@ -148,11 +135,11 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
             )
     else:
         _check_files(config, report)
-        found_config = report.attempt("model's shape", lambda: find_model_config(config, Path(path)))
-        if found_config is None:
+        described = report.attempt("model's shape", lambda: find_model_config(config, Path(path)))
+        if described is None:
             return report
-        model_config = found_config.config
-        report.facts += [f"assumed: {assumption}" for assumption in found_config.assumptions]
+        model_config, assumptions = described
+        report.facts += [f"assumed: {assumption}" for assumption in assumptions]
     with report.guard(f"output.dir {config.output.dir}"), scratch_folder(Path(config.output.dir)) as folder:
         _check_disk(folder, bytes_to_write(config, model_config), report)
         if processor is not None:
@@ -168,7 +155,7 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
         The number of parameters.
 
     Raises:
-        CheckpointError: files or keys are missing, unexpected or of the wrong shape; the message lists all.
+        CheckpointError: Files or keys are missing, unexpected or of the wrong shape; the message lists all.
     """
     settings = config.model
     replaces_router = settings.router is not None or settings.granularities is not None
@@ -182,8 +169,11 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
             checkpoint = replace(checkpoint, fresh=(ROUTER_KEYS,))
 
     def read(folder: Path) -> dict[str, Tensor]:
-        tensors = _meta_tensors(folder)
-        return {key: tensor for key, tensor in tensors.items() if not (replaces_router and ".router." in key)}
+        return {
+            name: torch.empty(tensor.shape, device="meta")
+            for name, tensor in list_tensors(weight_files(folder)).items()
+            if not (replaces_router and ".router." in name)
+        }
 
     checkpoint = replace(checkpoint, config=model_config)
     model = instantiate(AvgLlavaForConditionalGeneration, checkpoint, torch.float32, read=read, device_map="meta")
@@ -205,11 +195,7 @@ def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
 
 
 def trial_save(folder: Path, config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig) -> int:
-    """Writes a checkpoint with zeros of the projector's size instead of all weights, and reads it back.
-
-    Returns:
-        Number of bytes written.
-    """
+    """Writes a checkpoint with zeros of the projector's size instead of all weights, reads it, returns its bytes."""
     processor.save_pretrained(folder)
     model_config.save_pretrained(folder)
     (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
@@ -235,12 +221,6 @@ def scratch_folder(output_dir: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _meta_tensors(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a folder's weight files, on the meta device."""
-    stored = list_tensors(weight_files(folder))
-    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
-
-
 def _check_disk(folder: Path, needed: int, report: Report) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -253,8 +233,8 @@ def _check_disk(folder: Path, needed: int, report: Report) -> None:
 
 def _check_files(config: TrainConfig, report: Report) -> None:
     """Checks the data without a tokenizer: the first records of every source, and their images."""
-    for source in config.data.sources:
-        data = config.data
+    data = config.data
+    for source in data.sources:
         index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
         root = Path(source.path).parent if source.image_root is None else Path(source.image_root)
         if not root.is_dir():
@@ -291,23 +271,20 @@ def _check_data(
     if not is_usable:
         return None
     if config.objective.feedback_store is not None:
-        store = config.objective.feedback_store
-        report.attempt(
-            "feedback store",
-            lambda: FeedbackStore.open(store).answers(build_dataset(config, processor, model_config)),
-        )
+        with report.guard("feedback store"):
+            store = FeedbackStore.open(config.objective.feedback_store)
+            store.answers(build_dataset(config, processor, model_config))
     return total
 
 
 def _check_samples(dataset: ConversationDataset, config: TrainConfig, report: Report) -> list[str]:
     """Errors of the first samples of a source and of a random selection."""
     path = dataset.files[0].path
-    rest = range(min(NUM_FIRST, len(dataset)), len(dataset))
-    sampled = sorted(random.Random(config.seed).sample(rest, min(NUM_RANDOM, len(rest))))
-    indices = [*range(min(NUM_FIRST, len(dataset))), *sampled]
+    first, rest = range(len(dataset))[:NUM_FIRST], range(len(dataset))[NUM_FIRST:]
+    indices = [*first, *sorted(random.Random(config.seed).sample(rest, min(NUM_RANDOM, len(rest))))]
     bad: list[str] = []
+    usable: list[int] = []
     cut = masked = 0
-    usable = []
     for index in indices:
         sample = dataset.sample(index)
         try:

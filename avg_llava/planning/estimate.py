@@ -17,7 +17,7 @@ from avg_llava.common.tables import render_table
 from avg_llava.data.sampler import fill
 from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.planning.memory import FLOAT32, SHARDINGS, Sharding, activation_memory, sharding_of, state_memory
+from avg_llava.planning.memory import FLOAT32, SHARDINGS, Activations, activation_memory, sharding_of, state_memory
 from avg_llava.planning.meta_model import find_model_config, meta_model
 from avg_llava.training.assembly import build_dataset, load_processor
 from avg_llava.training.config import SourceSettings, TrainConfig, load_config
@@ -28,11 +28,10 @@ from avg_llava.training.processes import read_deepspeed_file
 from avg_llava.training.stages import OBJECTIVES, STAGES, Part, count_parameters
 
 GIB, MIB = 2**30, 2**20
-DEFAULT_MFU = 0.4
 NUM_SAMPLED = 64  # samples measured, if the data exist
 MICRO_BATCHES_FILLED = 64  # at least, to find the mean number of samples within a token budget
 RESERVED = 0.08  # share of a GPU's memory taken by CUDA, NCCL and fragmentation
-
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")  # of a GPU's memory
 
 # A photo of 640 x 480 pixels with a caption, or with system prompt, question and an answer of some sentences.
 TYPICAL_SAMPLES = {
@@ -46,21 +45,19 @@ class Request:
     """Inputs of an estimate in addition to the configuration; None: from the data, or assumed.
 
     Attributes:
-        num_gpus: GPUs of the run.
         gpu: A key of `GPUS`.
         zero: Name of one of `SHARDINGS`; None: that of `runtime.deepspeed`.
         mfu: Model FLOPs utilization: share of the GPU's peak operations per second.
         num_samples: Samples of an epoch.
-        image_size: (height, width) of a typical image.
-        num_prompt_tokens: Text tokens of a typical prompt.
-        num_answer_tokens: Tokens of a typical answer.
+        image_size: (height, width) of every image.
+        num_prompt_tokens: Text tokens of every prompt.
         model_of: Configuration file of the stage that produces `model.start`.
     """
 
     num_gpus: int = 8
     gpu: str = "h100"
     zero: str | None = None
-    mfu: float = DEFAULT_MFU
+    mfu: float = 0.4
     num_samples: int | None = None
     image_size: tuple[int, int] | None = None
     num_prompt_tokens: int | None = None
@@ -68,34 +65,17 @@ class Request:
     model_of: Path | None = None
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Shapes of typical samples, the number of samples per epoch (None: unknown), and their source in words."""
-
-    shapes: list[SampleShape]
-    num_records: int | None
-    source: str
-
-
 def estimate(path: Path, request: Request) -> dict[str, Any]:
-    """Estimates memory, operations and time of a run.
-
-    Args:
-        path: YAML file of a stage.
-        request: hardware, and values that override those found or assumed.
-
-    Returns:
-        A JSON-serializable dictionary; sizes in bytes.
+    """Estimates memory, operations and time of the run of a YAML file; JSON-serializable, sizes in bytes.
 
     Raises:
-        ConfigError: the configuration does not fit the number of GPUs, or the model's shape cannot be found.
+        ConfigError: The configuration does not fit the number of GPUs, or the model's shape cannot be found.
     """
     config = load_config(path)
     if not 0 < request.mfu <= 1:
         raise ConfigError(f"the MFU is a share of the GPU's operations, above 0 and at most 1; got {request.mfu}")
-    found = find_model_config(config, path, request.model_of)
-    model_config = found.config
-    samples = _samples(config, model_config, request)
+    model_config, assumptions = find_model_config(config, path, request.model_of)
+    shapes, num_samples, source = _samples(config, model_config, request)
     accumulation, budget = config.accumulation_steps(request.num_gpus), config.optim.max_tokens_per_batch
     model = meta_model(config, model_config)
     counts, adapters = count_parameters(model), adapter_shapes(model)
@@ -103,24 +83,45 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     num_trained = sum(count.trainable for count in counts.values())
 
     deepspeed = None if config.runtime.deepspeed is None else read_deepspeed_file(config.runtime.deepspeed)
-    chosen = sharding_of(deepspeed) if request.zero is None else _sharding(request.zero)
-    memory = {
-        sharding.name: _memory(sharding, config, model_config, samples, num_parameters, num_trained, adapters, request)
-        for sharding in dict.fromkeys((*SHARDINGS, chosen))
-    }
+    chosen = sharding_of(deepspeed)
+    if request.zero is not None:
+        chosen = next(sharding for sharding in SHARDINGS if sharding.name == request.zero)
+    trains = STAGES[config.stage].trains
+    element_size = 4 if config.runtime.precision == "fp32" else 2
+    activations = _activations(config, model_config, shapes, adapters, element_size)
+    memory: dict[str, dict[str, Any]] = {}
+    for sharding in dict.fromkeys((*SHARDINGS, chosen)):
+        state = state_memory(
+            sharding,
+            num_parameters,
+            num_trained,
+            element_size,
+            request.num_gpus,
+            model_config.text_config.hidden_size,
+            zero=None if deepspeed is None else deepspeed.get("zero_optimization"),
+            trained_size=FLOAT32 if "router" in trains else element_size,
+        )
+        parts = asdict(state) | {"activations": activations.kept, "logits": activations.logits}
+        total = sum(parts[part] for part in PARTS)
+        fits = total <= GPUS[request.gpu].memory * (1 - RESERVED)
+        memory[sharding.name] = parts | {"total": total, "fits": fits}
 
-    step_samples = _samples_per_step(config, model_config, samples.shapes)
-    flops = _mean_flops(config, model_config, samples.shapes, adapters) * step_samples
+    step_samples = _samples_per_step(config, model_config, shapes)
+    flops = (
+        step_flops(trains, config.passes, shapes, model_config, adapters=adapters).total / len(shapes) * step_samples
+    )
     passes = OBJECTIVES[config.objective_name].passes
     levels = passes.granularities(model_config.granularities)
     share = 1 / len(levels) if passes.sampled else 1  # of a sample with an image, at each level
     tokens = sum(
         _length(shape, level, model_config) * (1 if shape.image_size is None else share)
-        for shape in samples.shapes
+        for shape in shapes
         for level in levels
         if shape.image_size is not None or level == levels[-1]
     )
-    steps = _steps(config, samples.num_records, step_samples)
+    steps = config.optim.max_steps
+    if steps is None and num_samples is not None:
+        steps = math.ceil(math.ceil(num_samples / step_samples) * config.optim.epochs)
     peak = GPUS[request.gpu].peak(config.runtime.precision, config.runtime.tf32)
     seconds = flops / (peak * request.mfu * request.num_gpus)
     return {
@@ -131,7 +132,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             "trained": num_trained,
             "by_part": {part: asdict(count) for part, count in counts.items()},
         },
-        "assumptions": [*found.assumptions, samples.source],
+        "assumptions": [*assumptions, source],
         "hardware": {"gpu": request.gpu, "gpus": request.num_gpus, "memory": GPUS[request.gpu].memory, "peak": peak},
         "precision": config.runtime.precision,
         "sharding": chosen.name,
@@ -141,12 +142,12 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             "micro_batch_size": config.optim.micro_batch_size if budget is None else None,
             "max_tokens_per_batch": budget,
             "accumulation_steps": accumulation,
-            "tokens": round(tokens / len(samples.shapes) * step_samples),
+            "tokens": round(tokens / len(shapes) * step_samples),
             "flops": flops,
             "seconds": seconds,
         },
         "mfu": request.mfu,
-        "samples": samples.num_records,
+        "samples": num_samples,
         "steps": steps,
         "hours": None if steps is None else steps * seconds / 3600,
     }
@@ -159,11 +160,10 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     size = step["micro_batch_size"] if budget is None else f"{budget:,} tokens"
     is_large = max(memory["total"] for memory in result["memory"].values()) >= GIB
     unit, unit_name = (GIB, "GiB") if is_large else (MIB, "MiB")
-    parts = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
     memory = result["memory"]
     rows = [
         ["in host memory" if part == "host" else part, *(f"{each[part] / unit:.2f}" for each in memory.values())]
-        for part in parts
+        for part in (*PARTS, "total", "host")
     ]
     fits = ["yes" if each["fits"] else "no" for each in memory.values()]
     rows.append([f"fits into {hardware['memory'] / 1e9:.0f} GB", *fits])
@@ -184,55 +184,38 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     return [*lines, f"a run: {result['steps']:,} steps, {result['hours']:.3g} hours"]
 
 
-def _memory(
-    sharding: Sharding,
+def _activations(
     config: TrainConfig,
     model_config: AvgLlavaConfig,
-    samples: Samples,
-    num_parameters: int,
-    num_trained: int,
+    shapes: Sequence[SampleShape],
     adapters: Mapping[Part, AdapterShape],
-    request: Request,
-) -> dict[str, Any]:
-    """Bytes by part, with a micro-batch of the longest samples."""
-    element_size = 4 if config.runtime.precision == "fp32" else 2
-    file = config.runtime.deepspeed
-    zero = None if file is None else read_deepspeed_file(file).get("zero_optimization", {})
-    width = model_config.text_config.hidden_size
-    trained_size = FLOAT32 if "router" in STAGES[config.stage].trains else element_size
-    state = state_memory(
-        sharding, num_parameters, num_trained, element_size, request.num_gpus, width, zero, trained_size
-    )
+    element_size: int,
+) -> Activations:
+    """Activations of a micro-batch of the longest samples."""
     finest = model_config.granularities[-1]
-    longest = sorted(samples.shapes, key=lambda shape: -shape.length(finest, model_config))
+    longest = sorted(shapes, key=lambda shape: -shape.length(finest, model_config))
     size = config.optim.micro_batch_size
     if config.optim.max_tokens_per_batch is not None:
         size = max(config.optim.max_tokens_per_batch // _length(longest[0], finest, model_config), 1)
-    micro_batch = (longest * math.ceil(size / len(longest)))[:size]
-    activations = activation_memory(
+    return activation_memory(
         STAGES[config.stage].trains,
         config.passes,
-        micro_batch,
+        (longest * math.ceil(size / len(longest)))[:size],
         model_config,
         element_size,
         recompute=config.runtime.gradient_checkpointing,
         adapters=adapters,
         adapter_dropout=0.0 if config.lora is None else config.lora.dropout,
     )
-    parts = {
-        "parameters": state.parameters,
-        "gradients": state.gradients,
-        "optimizer": state.optimizer,
-        "activations": activations.kept,
-        "logits": activations.logits,
-        "buffers": state.buffers,
-    }
-    total = sum(parts.values())
-    return {**parts, "total": total, "host": state.host, "fits": total <= GPUS[request.gpu].memory * (1 - RESERVED)}
 
 
-def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request) -> Samples:
-    """Samples of the data if these and the tokenizer exist and no shape is given; otherwise one typical sample."""
+def _samples(
+    config: TrainConfig, model_config: AvgLlavaConfig, request: Request
+) -> tuple[list[SampleShape], int | None, str]:
+    """Shapes of samples, the number of samples per epoch (None: unknown), and their source in words.
+
+    The shapes are those of samples of the data if these and the tokenizer exist and none is given, else a typical one.
+    """
     given = (request.image_size, request.num_prompt_tokens, request.num_answer_tokens)
     if given == (None, None, None) and _is_available(config):
         return _sample_data(config, request)
@@ -251,7 +234,7 @@ def _samples(config: TrainConfig, model_config: AvgLlavaConfig, request: Request
     num_records = request.num_samples
     if num_records is None and (num_records := _expected_records(config.data.sources)) is not None:
         source += f"; the data are about {num_records:,} samples"
-    return Samples([shape], num_records, source)
+    return [shape], num_records, source
 
 
 def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
@@ -273,7 +256,7 @@ def _is_available(config: TrainConfig) -> bool:
     )
 
 
-def _sample_data(config: TrainConfig, request: Request) -> Samples:
+def _sample_data(config: TrainConfig, request: Request) -> tuple[list[SampleShape], int, str]:
     """Shapes of a random selection of the run's samples."""
     processor, model_config = load_processor(config)
     dataset = build_dataset(config, processor, model_config)
@@ -287,17 +270,7 @@ def _sample_data(config: TrainConfig, request: Request) -> Samples:
         prompt = len(text.input_ids) - text.num_images - answer
         shapes += shapes_of(sizes[: text.num_images], prompt, answer)
     source = f"samples are like {len(indices)} sampled from the data"
-    return Samples(shapes, request.num_samples or len(dataset), source)
-
-
-def _mean_flops(
-    config: TrainConfig,
-    model_config: AvgLlavaConfig,
-    shapes: Sequence[SampleShape],
-    adapters: Mapping[Part, AdapterShape],
-) -> float:
-    flops = step_flops(STAGES[config.stage].trains, config.passes, shapes, model_config, adapters=adapters)
-    return flops.total / len(shapes)
+    return shapes, request.num_samples or len(dataset), source
 
 
 def _length(shape: SampleShape, level: int, model_config: AvgLlavaConfig) -> int:
@@ -314,15 +287,3 @@ def _samples_per_step(config: TrainConfig, model_config: AvgLlavaConfig, shapes:
     order = list(range(len(lengths))) * math.ceil(MICRO_BATCHES_FILLED * optim.max_tokens_per_batch / sum(lengths))
     full = fill(order, lengths, optim.max_tokens_per_batch)[:-1]  # the last one may not be full
     return sum(map(len, full)) / len(full) * optim.global_batch_size / optim.micro_batch_size
-
-
-def _steps(config: TrainConfig, num_samples: int | None, step_samples: float) -> int | None:
-    if config.optim.max_steps is not None:
-        return config.optim.max_steps
-    if num_samples is None:
-        return None
-    return math.ceil(math.ceil(num_samples / step_samples) * config.optim.epochs)
-
-
-def _sharding(name: str) -> Sharding:
-    return next(sharding for sharding in SHARDINGS if sharding.name == name)

@@ -100,14 +100,10 @@ def state_memory(
     also parameters. Offloaded tensors are sharded in the same way.
 
     Args:
-        sharding: how state is sharded.
-        num_parameters: of the whole model.
-        num_trained: trained parameters among these.
-        element_size: bytes of a weight in the run's precision.
-        num_gpus: number of shards.
-        hidden_size: of the language model; bucket sizes "auto" are its square.
-        zero: section `zero_optimization` of the DeepSpeed file, for bucket sizes.
-        trained_size: bytes of a trained weight and of its gradient; None: `element_size`.
+        element_size: Bytes of a weight in the run's precision.
+        hidden_size: Width of the language model; bucket sizes "auto" are its square.
+        zero: Section `zero_optimization` of the DeepSpeed file, for bucket sizes.
+        trained_size: Bytes of a trained weight and of its gradient; None: `element_size`.
     """
     if sharding.zero is None:
         autocast = element_size * num_trained if element_size < FLOAT32 else 0
@@ -147,15 +143,14 @@ def activation_memory(
     """Activations of a micro-batch whose sequences go through the language model as one packed row.
 
     Args:
-        trains: parts that are trained.
-        passes: passes of the objective; with `sampled`, the finest level is assumed.
-        samples: the micro-batch.
-        config: of a model with a CLIP tower and a Llama-like language model.
-        element_size: bytes of an activation in the run's precision.
-        recompute: activations of vision tower and language model are recomputed in the backward pass.
+        passes: Passes of the objective; with `sampled`, the finest level is assumed.
+        config: Configuration of a model with a CLIP tower and a Llama-like language model.
+        element_size: Bytes of an activation in the run's precision.
+        recompute: Activations of vision tower and language model are recomputed in the backward pass.
         adapters: LoRA adapters, by part.
-        adapter_dropout: dropout probability of the adapters' inputs.
+        adapter_dropout: Dropout probability of the adapters' inputs.
     """
+    adapters = adapters or {}
     levels = passes.granularities(config.granularities)
     levels = levels[-1:] if passes.sampled else levels
     crops = sum(num_crops(sample.image_size, config) for sample in samples if sample.image_size is not None)
@@ -166,30 +161,24 @@ def activation_memory(
                 tokens += min(sample.length(level, config), config.max_sequence_length)
                 answers += sample.num_answer_tokens
     differentiates_vision = any(part in trains for part in ("vision", "projector", "newline"))
-    depths: dict[Part, int] = {
-        "vision": config.vision_config.num_hidden_layers,
-        "llm": config.text_config.num_hidden_layers,
-    }
-    extra = {
-        part: _adapter(adapters[part], depth, element_size, adapter_dropout) if adapters and part in adapters else 0.0
-        for part, depth in depths.items()
-    }
+    tower = _adapter(adapters.get("vision"), config.vision_config.num_hidden_layers, element_size, adapter_dropout)
+    text = _adapter(adapters.get("llm"), config.text_config.num_hidden_layers, element_size, adapter_dropout)
     backward = passes.language_backward
     return Activations(
-        vision=_vision(
-            crops, config, element_size, recompute, "vision" in trains, differentiates_vision, extra["vision"]
-        ),
-        language=_language(tokens, config, element_size, recompute, "llm" in trains, backward, extra["llm"]),
+        vision=_vision(crops, config, element_size, recompute, "vision" in trains, differentiates_vision, tower),
+        language=_language(tokens, config, element_size, recompute, "llm" in trains, backward, text),
         router=find_router(config).activation_bytes(crops, config) if passes.router else 0.0,
         logits=_logits(answers, config, element_size, backward),
     )
 
 
-def _adapter(shape: AdapterShape, depth: int, size: int, dropout: float) -> float:
+def _adapter(shape: AdapterShape | None, depth: int, size: int, dropout: float) -> float:
     """Bytes per token that the adapters of one of `depth` layers save, in addition to those of trained matrices.
 
     With dropout, each adapter saves its input and a mask; without, it shares the input that the matrix would save.
     """
+    if shape is None:
+        return 0.0
     inputs = shape.inputs * (size + 1) if dropout > 0 else 0
     return (inputs + shape.ranks * size) / depth
 

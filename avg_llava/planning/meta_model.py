@@ -4,7 +4,6 @@ A start that does not exist yet has the shape that the configuration of its stag
 backbones of stage 1. The shapes of the backbones in the shipped configurations are included.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,27 @@ KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class FoundConfig:
-    """A model's configuration, and the assumptions made to find it, in words."""
-
-    config: AvgLlavaConfig
-    assumptions: tuple[str, ...] = ()
-
-
-def find_model_config(config: TrainConfig, path: Path, model_of: Path | None = None) -> FoundConfig:
+def find_model_config(
+    config: TrainConfig, path: Path, model_of: Path | None = None
+) -> tuple[AvgLlavaConfig, list[str]]:
     """Finds the configuration of the model that a run starts from, without reading or downloading weights.
 
     Args:
-        config: the run's configuration.
-        path: its file. Files of earlier stages are searched for in its folder, the parent folder and sibling folders.
-        model_of: file of the stage that produces the start, if it is elsewhere.
+        path: The file of `config`; those of earlier stages are searched for in its folder, the parent folder and
+            sibling folders.
+        model_of: File of the stage that produces the start, if it is elsewhere.
+
+    Returns:
+        The configuration, and the assumptions made to find it, in words.
 
     Raises:
-        ConfigError: the start does not exist and no file describes how it is made.
+        ConfigError: The start does not exist and no file describes how it is made.
     """
     if config.model.start is None:
         return _from_backbones(config)
+    assumptions: list[str] = []
     if Path(config.model.start).is_dir():
-        found = FoundConfig(load_model_config(config.model.start))
+        found = load_model_config(config.model.start)
     else:
         source = model_of or _find_producer(config.model.start, path)
         if source is None:
@@ -65,11 +62,10 @@ def find_model_config(config: TrainConfig, path: Path, model_of: Path | None = N
                 f"model.start {config.model.start} is not a folder, and no YAML file near {path} has it as "
                 "output.dir; name the file of the stage that produces it, or of stage 1, with --model-of"
             )
-        earlier = find_model_config(load_config(source), source)
-        assumed = f"{config.model.start} does not exist; its shape follows from {source}"
-        found = FoundConfig(earlier.config, (assumed, *earlier.assumptions))
-    adapt(found.config, config.model)
-    return found
+        found, assumptions = find_model_config(load_config(source), source)
+        assumptions.insert(0, f"{config.model.start} does not exist; its shape follows from {source}")
+    adapt(found, config.model)
+    return found, assumptions
 
 
 def meta_model(config: TrainConfig, model_config: AvgLlavaConfig) -> AvgLlavaForConditionalGeneration:
@@ -100,12 +96,12 @@ def _find_producer(start: str, path: Path) -> Path | None:
     return None
 
 
-def _from_backbones(config: TrainConfig) -> FoundConfig:
+def _from_backbones(config: TrainConfig) -> tuple[AvgLlavaConfig, list[str]]:
     vision, language = config.model.vision, config.model.language
     assert vision is not None, "checked by TrainConfig"
     assert language is not None, "checked by TrainConfig"
     if Path(vision).is_dir() and Path(language).is_dir():
-        return FoundConfig(config_from_backbones(vision, language, **config.architecture()))
+        return config_from_backbones(vision, language, **config.architecture()), []
     assumptions = []
     parts: dict[str, PreTrainedConfig] = {}
     known = {
@@ -118,8 +114,7 @@ def _from_backbones(config: TrainConfig) -> FoundConfig:
         else:
             parts[part] = kind(**shapes[name])
             assumptions.append(f"{name} has its published shape")
-    tower = parts["vision"]
-    text = parts["language"]
+    tower, text = parts["vision"], parts["language"]
     built = AvgLlavaConfig(
         vision_config=tower.vision_config if "vision_config" in tower.sub_configs else tower,
         text_config=text,
@@ -127,4 +122,4 @@ def _from_backbones(config: TrainConfig) -> FoundConfig:
         tie_word_embeddings=text.tie_word_embeddings,
         **config.architecture(),
     )
-    return FoundConfig(built, tuple(assumptions))
+    return built, assumptions

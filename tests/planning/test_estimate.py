@@ -52,9 +52,8 @@ def test_the_7b_model_is_counted_without_a_checkpoint(capsys):
     assert (result["sharding"], result["step"]["accumulation_steps"]) == ("3", 4)
     assert result["steps"] == 7969, "1,020,000 samples in batches of 128"
     shape = estimate.TYPICAL_SAMPLES[3]
-    model_config = find_model_config(
-        load_config("configs/vicuna-7b/stage3.yaml"), Path("configs/vicuna-7b/stage3.yaml")
-    ).config
+    path = Path("configs/vicuna-7b/stage3.yaml")
+    model_config, _ = find_model_config(load_config(path), path)
     flops = step_flops(STAGES[3].trains, STAGES[3].passes, [shape] * 128, model_config).total
     assert result["step"]["flops"] == pytest.approx(flops)
     assert result["hours"] == pytest.approx(7969 * flops / (8 * 989e12 * 0.4) / 3600)
