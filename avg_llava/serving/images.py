@@ -33,10 +33,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _UNICAST = ipaddress.ip_network("2000::/3")
 
 
-class RemoteImageError(ValueError):
-    """A remote image that is not allowed or cannot be fetched."""
-
-
 def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
     """Reads the images of one request from data URLs, or http(s) URLs if `limits.remote_images` is set.
 
@@ -57,7 +53,7 @@ def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
         except UnidentifiedImageError as error:
             message = f"image {number} is damaged, or its format is not one of {', '.join(FORMATS)}"
             raise invalid_request(message) from error
-        except (RemoteImageError, DataError) as error:
+        except DataError as error:
             raise invalid_request(f"image {number} {error}") from error
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise invalid_request(f"image {number} cannot be read ({error})") from error
@@ -78,7 +74,7 @@ def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
 def _read_url(url: str, limits: Limits) -> bytes:
     if url.startswith(("http://", "https://")):
         if not limits.remote_images:
-            raise RemoteImageError("is on a remote host, and this server fetches no images: send a data URL")
+            raise DataError("is on a remote host, and this server fetches no images: send a data URL")
         return fetch(url, limits.max_body_mib * 2**20, FETCH_SECONDS)
     prefix = _DATA_URL.match(url)
     if prefix is None:
@@ -107,7 +103,7 @@ def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
         seconds: Time limit, redirects included.
 
     Raises:
-        RemoteImageError: The host is not public, or the file cannot be fetched within the limits.
+        DataError: The host is not public, or the file cannot be fetched within the limits.
     """
     sockets: list[socket.socket] = []
     expired = threading.Event()
@@ -124,11 +120,11 @@ def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
         content = _follow(url, max_bytes, seconds, sockets)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = f"timeout after {seconds:g} seconds" if expired.is_set() else str(error) or type(error).__name__
-        raise RemoteImageError(f"cannot be fetched ({reason})") from error
+        raise DataError(f"cannot be fetched ({reason})") from error
     finally:
         timer.cancel()
     if expired.is_set():
-        raise RemoteImageError(f"cannot be fetched (timeout after {seconds:g} seconds)")
+        raise DataError(f"cannot be fetched (timeout after {seconds:g} seconds)")
     return content
 
 
@@ -139,12 +135,12 @@ def _follow(url: str, max_bytes: int, seconds: float, sockets: list[socket.socke
                 url = urljoin(url, response.headers["Location"])
                 continue
             if response.status != 200:
-                raise RemoteImageError(f"cannot be fetched (its host responds with status {response.status})")
+                raise DataError(f"cannot be fetched (its host responds with status {response.status})")
             content = response.read(max_bytes + 1)
             if len(content) > max_bytes:
-                raise RemoteImageError(f"is larger than {max_bytes} bytes")
+                raise DataError(f"is larger than {max_bytes} bytes")
             return content
-    raise RemoteImageError(f"cannot be fetched (more than {MAX_REDIRECTS} redirects)")
+    raise DataError(f"cannot be fetched (more than {MAX_REDIRECTS} redirects)")
 
 
 @contextlib.contextmanager
@@ -154,9 +150,9 @@ def _get(url: str, seconds: float, sockets: list[socket.socket]) -> Iterator[htt
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise RemoteImageError(f"has an invalid URL ({error})") from error
+        raise DataError(f"has an invalid URL ({error})") from error
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
-        raise RemoteImageError("must have a URL that begins with http:// or https:// and names a host")
+        raise DataError("must have a URL that begins with http:// or https:// and names a host")
     port = port or (443 if parts.scheme == "https" else 80)
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     connected = _connect(host, port, seconds)
@@ -178,5 +174,5 @@ def _connect(host: str, port: int, seconds: float) -> socket.socket:
     resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in resolved]
     if not all(map(is_public, addresses)):
-        raise RemoteImageError("is on a host that is not public")
+        raise DataError("is on a host that is not public")
     return socket.create_connection((addresses[0], port), timeout=seconds)

@@ -59,11 +59,7 @@ class Server:
         self.app = self._gate = Gate(self._api, self._batcher, limits, self._metrics, api_key)
 
     async def drain(self) -> bool:
-        """Rejects new requests, waits for the open ones up to the grace period, then aborts the rest.
-
-        Returns:
-            True if every request was answered.
-        """
+        """Rejects new requests and aborts those open after the grace period; returns True if there are none."""
         self._gate.draining = True
         if await self._is_idle_within(self._limits.grace):
             return True
@@ -72,11 +68,7 @@ class Server:
         return False
 
     def abort(self) -> bool:
-        """Fails all requests that wait for the model or are being answered.
-
-        Returns:
-            True if any request was open, including requests whose body is being received.
-        """
+        """Fails all queued and running requests; returns True if any was open, even if its body is incomplete."""
         self._batcher.fail_all(shutting_down())
         return self._gate.num_open > 0
 
@@ -147,8 +139,7 @@ class Server:
 
     async def _list_models(self) -> protocol.ModelList:
         """Lists the model of this server."""
-        granularities = self._predictor.granularities
-        model = protocol.Model(id=self._name, created=self._created, granularities=granularities)
+        model = protocol.Model(id=self._name, created=self._created, granularities=self._predictor.granularities)
         return protocol.ModelList(data=[model])
 
     async def _create_completion(self, chat: ChatRequest, request: Request) -> Response | dict[str, Any]:
