@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -86,8 +87,6 @@ def peak_memory() -> int:
 
 def _processor_name() -> str:
     path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    facts = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.*)", facts, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()

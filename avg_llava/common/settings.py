@@ -83,22 +83,17 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], cls: ty
 
 
 def with_list_from_file(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Replaces the value of a dotted key, if it is the path of a YAML file, by the list in that file."""
-    merged = _copy_sections(values)
-    *sections, name = key.split(".")
-    node = merged
-    for section in sections:
-        node = node.get(section, {})
-        if not isinstance(node, dict):
-            return merged  # an error that `build` reports
-    path = node.get(name)
-    if isinstance(path, str):
-        if not Path(path).is_file():
-            raise ConfigError(f"{key}: {path} does not exist; name a YAML file that holds a list, or give the list")
-        node[name] = _read_file(Path(path))
-        if not isinstance(node[name], list):
-            raise ConfigError(f"{key}: {path} must hold a list, got {type(node[name]).__name__}")
-    return merged
+    """Replaces the value of a key `section.name`, if it is the path of a YAML file, by the list in that file."""
+    section, name = key.split(".")
+    options = values.get(section)
+    if not isinstance(options, Mapping) or not isinstance(path := options.get(name), str):
+        return dict(values)
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: {path} does not exist; name a YAML file that holds a list, or give the list")
+    items = _read_file(Path(path))
+    if not isinstance(items, list):
+        raise ConfigError(f"{key}: {path} must hold a list, got {type(items).__name__}")
+    return {**values, section: {**options, name: items}}
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:

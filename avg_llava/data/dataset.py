@@ -393,12 +393,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         self.problem_counts[problem] += 1
         count = self.problem_counts[problem]
-        if count <= MAX_LOGGED:
-            logger.warning("%s: %s", problem, message)
-        else:
-            logger.info("%s: %s", problem, message)
-            if count % 1000 == 0:
-                logger.warning("%s: %d samples so far (names at log level INFO)", problem, count)
+        logger.log(logging.WARNING if count <= MAX_LOGGED else logging.INFO, "%s: %s", problem, message)
+        if count % 1000 == 0:
+            logger.warning("%s: %d samples so far (names at log level INFO)", problem, count)
 
 
 def _check_inside(path: Path, root: Path) -> None:

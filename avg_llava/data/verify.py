@@ -121,8 +121,9 @@ def _check_samples(
     known = [] if store is None else _read_findings(store, _identity(dataset))
     yield known
     loader = DataLoader(
-        SampleChecks(dataset, indices[len(known) :]),
+        SampleChecks(dataset),
         BATCH_SIZE,
+        sampler=indices[len(known) :].tolist(),
         collate_fn=list,
         num_workers=num_processes if num_processes > 1 else 0,
     )
@@ -160,17 +161,12 @@ def _identity(dataset: ConversationDataset) -> str:
 
 
 class SampleChecks(Dataset[Finding]):
-    """Findings of the samples of a data set with these indices."""
+    """Findings of the samples of a data set."""
 
-    def __init__(self, dataset: ConversationDataset, indices: np.ndarray):
+    def __init__(self, dataset: ConversationDataset):
         self.dataset = dataset
-        self.indices = indices
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, number: int) -> Finding:
-        index = int(self.indices[number])
+    def __getitem__(self, index: int) -> Finding:
         sample, origin = self.dataset.sample(index), self.dataset.origin(index)
         group = TEXT_ONLY
         if sample.images:
