@@ -81,6 +81,13 @@ def test_questions_from_a_file(monkeypatch, checkpoint, tmp_path, suffix):
     assert "cannot be read as an image" in result.failures[0].error
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
+def test_lines_end_at_newlines_only(tmp_path, separator):
+    rows = [{"question": f"one{separator}two"}, {"question": "three"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert read_rows(tmp_path / "a.jsonl") == rows
+
+
 def test_mistakes_are_named(monkeypatch, checkpoint, tmp_path):
     with pytest.raises(BenchmarkError, match="does not exist; --data names the folder"):
         read_rows(tmp_path / "gone.json")
