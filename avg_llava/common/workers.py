@@ -1,5 +1,6 @@
 """Worker processes that load something large, such as a model, once and use it for many items."""
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -121,7 +122,10 @@ def _start_worker(start: Callable[..., Any], start_arguments: tuple[Any, ...], n
     with numbers.get_lock():
         number = numbers.value
         numbers.value += 1
+    if number > 0:
+        logging.disable(logging.WARNING)  # the first worker gives the same warnings
     _work[:] = start(number, *start_arguments), done
+    logging.disable(logging.NOTSET)
 
 
 def _run(item: Any) -> Any:

@@ -195,13 +195,8 @@ class Predictor:
         for row, images in enumerate(encoded.image_slices()):
             rows_of_level.setdefault(max(choice.levels[images], default=0), []).append(row)
         answers: dict[int, Answer] = {}
-
-        def finish(row: int, answer: Answer) -> None:
-            answers[row] = answer
-            on_answer(row, answer)
-
         for rows in rows_of_level.values():
-            self._answer_together(encoded, rows, choice, decodings, streamers, finish)
+            answers |= self._answer_together(encoded, rows, choice, decodings, streamers, on_answer)
         return [answers[row] for row in range(num_requests)]
 
     def _answer_together(
@@ -211,9 +206,9 @@ class Predictor:
         choice: LevelChoice,
         decodings: Sequence[Decoding],
         streamers: Sequence[BaseStreamer | None],
-        on_answer: Callable[[int, Answer], None],
-    ) -> None:
-        """Generates the answers to some rows of a batch."""
+        on_answer: Callable[[int, Answer], object],
+    ) -> dict[int, Answer]:
+        """Generates the answers to some rows of a batch, by row."""
         start = now(self.model.device)
         group, images_of_row = encoded.of_requests(rows), encoded.image_slices()
         spliced = self.model.splice(
@@ -225,10 +220,12 @@ class Predictor:
         )
         visual_tokens, prompt_tokens = spliced.num_visual_tokens.tolist(), spliced.attention_mask.sum(1).tolist()
         visual_tokens_of_row = [sum(visual_tokens[images]) for images in group.image_slices()]
+        answers: dict[int, Answer] = {}
 
         def finish(index: int, generated: GeneratedAnswer) -> None:
-            images = images_of_row[rows[index]]
-            answer = Answer(
+            row = rows[index]
+            images = images_of_row[row]
+            answers[row] = Answer(
                 text=generated.text,
                 granularity=tuple(choice.levels[images]),
                 router_probs=choice.router_probs(images),
@@ -243,7 +240,7 @@ class Predictor:
                     generated.ended - generated.first,
                 ),
             )
-            on_answer(rows[index], answer)
+            on_answer(row, answers[row])
 
         generate(
             self.model,
@@ -253,6 +250,7 @@ class Predictor:
             [streamers[row] for row in rows],
             finish,
         )
+        return answers
 
     def _as_choice(self, granularity: int | Sequence[int] | LevelChoice | None, num_images: int) -> LevelChoice:
         if isinstance(granularity, LevelChoice):

@@ -84,10 +84,8 @@ class Chat:
             self.say(f"image of {image.width}x{image.height} pixels: ask about it")
         elif command == "/granularity":
             level = None if value == "auto" else _number(int, command, value)
-            levels = self.predictor.granularities
-            if level is not None and level not in levels:
-                message = f"granularity {level} is not one of this model's levels: {', '.join(map(str, levels))}"
-                raise ValueError(message)
+            if level is not None:
+                self.predictor.model.config.check_level(level)
             conversation.budget = replace(conversation.budget, granularity=level, token_cost=0.0)
             self.say("the router chooses" if level is None else f"{level} visual tokens per crop for new images")
         elif command == "/cost":

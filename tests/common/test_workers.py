@@ -1,5 +1,6 @@
 """Worker processes: a rank whose launcher is killed ends, results come from several processes."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -68,6 +69,21 @@ def kill(batch: int) -> None:
 
 def load(device: str):
     return kill
+
+
+def wait_for_others(batch: int) -> int:
+    time.sleep(0.5)
+    return batch
+
+
+def load_with_warning(device: str):
+    logging.getLogger("load").warning("a new router is initialised")
+    return wait_for_others
+
+
+def test_warnings_while_workers_start_come_once(capfd):
+    assert sorted(map_batches(load_with_warning, range(6), 3)) == list(range(6))
+    assert capfd.readouterr().err.count("a new router is initialised") == 1
 
 
 def test_a_killed_worker_is_an_error_that_names_the_remedy():
