@@ -61,7 +61,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], cls: ty
     A key without a value means true. Values are YAML (`null`, `[a, b]`, `{k: v}`); for a key that `cls` declares as
     text, they are taken literally.
     """
-    merged = _copy_sections(values)
+    merged = dict(values)
     remaining = list(overrides)
     while remaining:
         argument = remaining.pop(0)
@@ -73,11 +73,11 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], cls: ty
         *sections, name = key.split(".")
         node = merged
         for depth, section in enumerate(sections):
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
+            content = node.get(section)
+            if not isinstance(content, Mapping | None):
                 raise ConfigError(f"--{key}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+            node[section] = dict(content or {})  # the given values stay unchanged
+            node = node[section]
         node[name] = _override_value(key, text, _locate(cls, key.split("."))[1])
     return merged
 
@@ -189,10 +189,6 @@ def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         both_are_sections = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         merged[key] = _merge(values[key], value) if both_are_sections else value
     return merged
-
-
-def _copy_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy_sections(item) if isinstance(item, Mapping) else item for key, item in values.items()}
 
 
 def _switches(values: Mapping[str, Any], *path: str) -> Iterator[tuple[str, ...]]:

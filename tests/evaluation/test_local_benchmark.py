@@ -81,7 +81,7 @@ def test_questions_from_a_file(monkeypatch, checkpoint, tmp_path, suffix):
     assert "cannot be read as an image" in result.failures[0].error
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_lines_end_at_newlines_only(tmp_path, separator):
     rows = [{"question": f"one{separator}two"}, {"question": "three"}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
