@@ -25,6 +25,7 @@ EntryT = TypeVar("EntryT")
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
+    "finite_number": "a finite number",
     "float_type": "a number",
     "int_type": "a whole number",
     "string_type": "text (put quotes around it)",

@@ -33,7 +33,8 @@ BATCHES_PER_WORKER = 64
 """With fewer batches per process, starting another process takes longer than answering them."""
 
 Line = dict[str, Any]
-"""A question's answers as they are stored: `id`, `answers` by key, `router_log_probs`, `finest_visual_tokens`."""
+"""A question's answers as they are stored: `id`, `answers` by key, the scored one first, `router_log_probs`,
+`finest_visual_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,12 @@ class Setting:
 
     Attributes:
         benchmark: One of `BENCHMARKS`.
-        model: Checkpoint folder.
-        protocol: Which prompts and metrics to use.
         granularity: A level in visual tokens per crop, "auto" (the router), "random", or "all" (the router, and every
             level in addition).
         token_cost: The router's price in nats per doubling of visual tokens.
         data: Folder with local copies of the data sets; None uses the hub's.
         limit: Number of questions to answer, from the first; None answers all.
         batch_size: Questions per batch. Times are per question only with 1, as in the paper.
-        dtype: Data type of the weights.
     """
 
     benchmark: str
@@ -65,11 +63,7 @@ class Setting:
 
 
 def open_questions(setting: Setting) -> Questions:
-    """Opens the questions of the setting's benchmark.
-
-    Raises:
-        BenchmarkError: The data set cannot be opened.
-    """
+    """Opens the questions of the setting's benchmark."""
     if isinstance(BENCHMARKS[setting.benchmark].source, HarnessTask):
         from avg_llava.evaluation.tasks import HarnessQuestions  # needs lmms-eval, unlike local benchmarks
 
@@ -78,12 +72,7 @@ def open_questions(setting: Setting) -> Questions:
 
 
 class ModelLoader:
-    """Loads a checkpoint on first use, once for all benchmarks that this process answers and times.
-
-    Args:
-        model: Checkpoint folder.
-        dtype: Data type of the weights.
-    """
+    """Loads a checkpoint on first use, once for all benchmarks that this process answers and times."""
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         self.model = model
@@ -112,8 +101,6 @@ def collect_answers(
     """Answers the questions that have no stored answer yet.
 
     Args:
-        setting: Benchmark, model and options.
-        questions: The setting's questions.
         folder: Folder of the stored answers.
         identity: Everything that the answers depend on; answers of another identity are discarded.
         num_workers: Number of processes; None starts one per GPU or core if there is enough to do.
@@ -202,8 +189,8 @@ class _Answerer:
         """Answers a batch under every key of the setting.
 
         Returns:
-            Key -> one answer per question; and the router's log-probabilities of each image (N, G), None if it did not
-            run.
+            Key -> one answer per question, the key that is scored first; and the router's log-probabilities of each
+            image (N, G), None if it did not run.
         """
         decoding = Decoding(self.questions.max_new_tokens, stop=self.questions.stop)
         requested, levels = self.setting.granularity, self.predictor.granularities

@@ -4,6 +4,9 @@ Apart from times and machine, the result is a function of model, questions and s
 of processes nor on interruptions.
 """
 
+import contextlib
+import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +22,6 @@ from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
 from avg_llava.evaluation.answering import (
     ALL,
-    AUTO,
     RANDOM,
     Line,
     ModelLoader,
@@ -27,7 +29,7 @@ from avg_llava.evaluation.answering import (
     collect_answers,
     open_questions,
 )
-from avg_llava.evaluation.benchmarks.benchmark import Outcomes
+from avg_llava.evaluation.benchmarks.benchmark import Outcome, Outcomes
 from avg_llava.evaluation.llava_next import llava_next_answerer
 from avg_llava.evaluation.questions import Questions
 from avg_llava.evaluation.results import (
@@ -43,7 +45,7 @@ from avg_llava.evaluation.results import (
     Spread,
     write_result,
 )
-from avg_llava.evaluation.scoring import compute_metrics, score_answers
+from avg_llava.evaluation.statistics import Metric
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Predictor
@@ -54,6 +56,9 @@ from avg_llava.model.router import level_values
 TOKEN_COSTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 """Prices of the curve, in nats per doubling of visual tokens."""
 
+SEED = 0
+"""The seed of lmms-eval while it scores; MMMU guesses a letter for answers without one."""
+
 StoredAnswer = Mapping[str, Any]
 """One answer of a `Line`."""
 
@@ -63,17 +68,15 @@ def evaluate(
 ) -> Result:
     """Answers, scores and times one benchmark; writes `<output>/<benchmark>.json` and the answers beside it.
 
+    Answers are kept in `<output>/store/<benchmark>`; a second call computes the missing ones only.
+
     Args:
-        setting: Benchmark, model and options.
-        output: Folder of the result. Answers are kept in `<output>/store/<benchmark>`; a second call computes the
-            missing ones only.
         num_workers: Number of processes; None starts one per GPU or core if there is enough to do.
         num_timed: Number of questions on which the model is timed against its finest level and against transformers'
             LLaVA-NeXT; 0 skips this.
         loader: The setting's model, to share it with other evaluations in this process.
 
     Raises:
-        BenchmarkError: The data set cannot be opened.
         ValueError: The model lacks the requested level, or no question could be answered.
     """
     loader = loader or ModelLoader(setting.model, setting.dtype)
@@ -88,7 +91,7 @@ def evaluate(
     store = output / "store" / setting.benchmark
     lines, failures = collect_answers(setting, questions, store, identity, num_workers, loader)
 
-    chosen = {index: _chosen_answer(line) for index, line in lines.items()}
+    chosen = {index: next(iter(line["answers"].values())) for index, line in lines.items()}
     outcomes = score_answers(questions, {index: answer["prediction"] for index, answer in chosen.items()})
     metrics = compute_metrics(questions, outcomes)
     answers = output / f"{setting.benchmark}.answers.jsonl"
@@ -155,10 +158,31 @@ def _identity(setting: Setting, questions: Questions, model: ModelFacts) -> dict
     }
 
 
-def _chosen_answer(line: Line) -> dict[str, Any]:
-    """The answer that is scored: the routed one if there is one, else the only one."""
-    answers = line["answers"]
-    return dict(answers[AUTO] if AUTO in answers else next(iter(answers.values())))
+# ---- scores -------------------------------------------------------------------------------------------------------
+
+
+def score_answers(questions: Questions, answers: Mapping[int, str]) -> dict[int, Outcome]:
+    """Scores each answer, in the order of the questions: question index -> outcome."""
+    state = random.getstate()
+    random.seed(SEED)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # lmms-eval prints while it scores
+            return {index: questions.outcome(index, answers[index]) for index in sorted(answers)}
+    finally:
+        random.setstate(state)
+
+
+def compute_metrics(questions: Questions, outcomes: Outcomes) -> dict[str, Metric]:
+    """Computes the metrics of scored answers, the headline first.
+
+    Raises:
+        ValueError: There is no outcome.
+    """
+    if not outcomes:
+        raise ValueError(f"{questions.name}: no question was answered, so there is no score")
+    with contextlib.redirect_stdout(sys.stderr):
+        metrics = questions.benchmark.metrics(outcomes, questions.protocol)
+    return {name: metric for name, metric in metrics.items() if metric}
 
 
 # ---- tokens and times ---------------------------------------------------------------------------------------------
@@ -186,22 +210,18 @@ def _efficiency(
 
 
 def measure_speed(predictor: Predictor, questions: Questions, indices: Sequence[int], setting: Setting) -> Speed | None:
-    """Times the setting, the finest level and transformers' LLaVA-NeXT on the same questions.
+    """Times the setting, the finest level and transformers' LLaVA-NeXT on the same questions; returns the medians.
 
     Questions are answered one at a time by each of the three in turn, after a warm-up on the first. A time runs from
-    the image's pixels to the last token. Answers end at the closing token or at the benchmark's maximum length.
-
-    Returns:
-        Medians over questions; None if no question has an image or levels are sampled.
+    the image's pixels to the last token. Answers end at the closing token or at the benchmark's maximum length. The
+    result is None if no question has an image or levels are sampled.
     """
     if setting.granularity == RANDOM:
         return None
     requests = []
     for index in indices:
-        try:
+        with contextlib.suppress(DataError):  # already among the failures
             requests.append(questions.request(index))
-        except DataError:  # already among the failures
-            continue
     requests = [request for request in requests if request.images]
     if not requests:
         return None
@@ -242,17 +262,9 @@ def _compare_levels(
     levels: Sequence[int],
     questions: Questions,
 ) -> tuple[Oracle | None, tuple[CurvePoint, ...] | None]:
-    """The oracle and the router's curve over prices, from the answers at every level.
+    """The oracle and the router's curve over prices, from the answers at every level; None if there is no image.
 
-    Args:
-        lines: Question index -> its answers at every level.
-        chosen: Question index -> its routed answer.
-        outcomes: Outcomes of the routed answers.
-        levels: The model's levels.
-        questions: The questions.
-
-    Returns:
-        None for both if no question has an image.
+    `chosen` and `outcomes` are the routed answers and their outcomes.
     """
     routed = {index: line for index, line in lines.items() if line["router_log_probs"]}
     if not routed:

@@ -7,6 +7,7 @@ Runs in one process or, under torchrun or accelerate, in several that answer a s
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ class AvgLlava(lmms):
         pretrained: Checkpoint folder or hub id.
         granularity: "auto" (the router), or visual tokens per crop.
         token_cost: The router's price in nats per doubling of visual tokens.
-        dtype: Data type of the weights.
-        batch_size: Questions per batch.
         device: `cpu` or `cuda`; None uses the process's GPU, or the CPU if there is none.
         max_batch_size: Ignored; lmms-eval always passes it.
     """
@@ -118,14 +117,10 @@ class AvgLlava(lmms):
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Yields the indices of requests that are answered together: neighbours with equal options."""
-        batch: list[int] = []
-        for index, request in enumerate(requests):
-            if batch and (len(batch) == self.batch_size or request.args[1] != requests[batch[0]].args[1]):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        for _, group in groupby(range(len(requests)), key=lambda index: requests[index].args[1]):
+            indices = list(group)
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
 
     def _request(self, request: Instance) -> Request:
         prompt, _, doc_to_visual, doc_id, task, split = request.args

@@ -8,14 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from avg_llava.common.files import hash_bytes, hash_json
 from avg_llava.evaluation.benchmarks import BENCHMARKS, LocalTask, Protocol
 from avg_llava.evaluation.benchmarks.benchmark import Doc, Outcome
 from avg_llava.evaluation.results import DatasetFacts, HarnessFacts
-from avg_llava.inference.answers import ImageInput, Request
-from avg_llava.model.images import DataError, decode_image, load_image
+from avg_llava.inference.answers import Request
+from avg_llava.inference.predictor import open_image
+from avg_llava.model.images import DataError
 
 
 class BenchmarkError(ValueError):
@@ -23,40 +22,28 @@ class BenchmarkError(ValueError):
 
 
 class Questions(ABC):
-    """The questions of a benchmark, by index.
+    """The questions of a benchmark, by index."""
 
-    Args:
-        name: One of `BENCHMARKS`.
-        protocol: Which prompts and metrics to use.
-    """
+    docs: Sequence[Doc]
+    max_new_tokens: int
+    """Maximum length of an answer in tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    harness: HarnessFacts
+    """The code that makes prompts and scores."""
 
     def __init__(self, name: str, protocol: Protocol) -> None:
         self.name = name
         self.benchmark = BENCHMARKS[name]
         self.protocol = protocol
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def max_new_tokens(self) -> int:
-        """Maximum length of an answer in tokens."""
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Strings that end an answer."""
-        return ()
+    def __len__(self) -> int:
+        return len(self.docs)
 
     @property
     @abstractmethod
     def dataset(self) -> DatasetFacts:
         """The data set, with a fingerprint of its rows."""
-
-    @property
-    @abstractmethod
-    def harness(self) -> HarnessFacts:
-        """The code that makes prompts and scores."""
 
     def label(self, index: int) -> str:
         """The question's name in messages."""
@@ -84,12 +71,7 @@ class Questions(ABC):
 
 
 class LocalQuestions(Questions):
-    """The questions of a benchmark whose source is a `LocalTask`.
-
-    Args:
-        name: One of `BENCHMARKS`.
-        protocol: Recorded in the result; prompts and metrics are the same in both.
-        data: Folder with local data sets, or None.
+    """The questions of a benchmark whose source is a `LocalTask`; prompts and metrics are the same in both protocols.
 
     Raises:
         BenchmarkError: There are no questions.
@@ -103,23 +85,14 @@ class LocalQuestions(Questions):
         self.docs = self.task.read(data)
         if not self.docs:
             raise BenchmarkError(f"the benchmark {name} has no questions")
-
-    def __len__(self) -> int:
-        return len(self.docs)
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.task.max_new_tokens
+        self.max_new_tokens = self.task.max_new_tokens
+        self.harness = HarnessFacts("avg-llava", version("avg-llava"), name)
 
     @cached_property
     def dataset(self) -> DatasetFacts:
         return DatasetFacts(
             str(self.data or "built in"), None, "all", len(self), fingerprint_rows(self.docs, default=_hash_bytes)
         )
-
-    @property
-    def harness(self) -> HarnessFacts:
-        return HarnessFacts("avg-llava", version("avg-llava"), self.name)
 
     def prompt(self, index: int) -> str:
         return self.task.prompt(self.docs[index])
@@ -129,10 +102,10 @@ class LocalQuestions(Questions):
 
     def request(self, index: int) -> Request:
         try:
-            images = tuple(_load(image) for image in self.task.images(self.docs[index]))
+            images = [open_image(image, number) for number, image in enumerate(self.task.images(self.docs[index]), 1)]
         except DataError as error:
             raise DataError(f"{self.label(index)}: {error}") from error
-        return Request(self.prompt(index), images)
+        return Request(self.prompt(index), tuple(images))
 
     def outcome(self, index: int, answer: str) -> Outcome:
         return self.task.score(self.docs[index], answer)
@@ -175,9 +148,3 @@ def _hash_bytes(value: Any) -> str:
     if not isinstance(value, bytes):
         raise BenchmarkError(f"rows of a benchmark hold JSON values or bytes, not {type(value).__name__}")
     return hash_bytes(value)
-
-
-def _load(image: ImageInput) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    return decode_image(image, "image") if isinstance(image, bytes) else load_image(image)

@@ -5,7 +5,6 @@ confidence intervals and paired tests need no other file. The answers are in a J
 """
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -13,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import FiniteFloat
+
 from avg_llava.common.files import write_json
-from avg_llava.common.settings import ConfigError, build
+from avg_llava.common.settings import ConfigError, build, find_entry
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Protocol
 from avg_llava.evaluation.statistics import Metric, UnitError, compute_value
 
@@ -83,8 +84,8 @@ class Failure:
 class Spread:
     """Median and mean over questions."""
 
-    median: float
-    mean: float
+    median: FiniteFloat
+    mean: FiniteFloat
 
 
 @dataclass(frozen=True)
@@ -92,26 +93,26 @@ class Speed:
     """Median seconds per question on the same questions, answered in turn (the paper's table 3)."""
 
     num_questions: int
-    routed_seconds: float
-    finest_seconds: float
-    llava_next_seconds: float
+    routed_seconds: FiniteFloat
+    finest_seconds: FiniteFloat
+    llava_next_seconds: FiniteFloat
     """transformers' LLaVA-NeXT."""
-    speedup_over_finest: float
-    speedup_over_llava_next: float
+    speedup_over_finest: FiniteFloat
+    speedup_over_llava_next: FiniteFloat
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """Tokens and times, measured while answering; means are over questions."""
 
-    mean_visual_tokens: float
-    token_share: float
+    mean_visual_tokens: FiniteFloat
+    token_share: FiniteFloat
     """Visual tokens relative to the finest level."""
-    grid_share: float
+    grid_share: FiniteFloat
     """Tokens per crop relative to the finest level: "token per grid" in the paper's table 3."""
     time_to_first_token_ms: Spread
     seconds_per_question: Spread
-    router_share: float | None
+    router_share: FiniteFloat | None
     """The router's share of the time; null if it did not run."""
     speed: Speed | None
 
@@ -120,29 +121,29 @@ class Efficiency:
 class Oracle:
     """Headline score if each question is answered at its best level."""
 
-    value: float
-    regret: float
+    value: FiniteFloat
+    regret: FiniteFloat
     """The oracle's value minus the router's."""
-    agreement: float
+    agreement: FiniteFloat
     """Share of questions that the router sent to the oracle's level."""
-    mean_visual_tokens: float
+    mean_visual_tokens: FiniteFloat
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """Headline score and tokens of the router at one price."""
 
-    token_cost: float
-    value: float
-    token_share: float
-    mean_visual_tokens: float
+    token_cost: FiniteFloat
+    value: FiniteFloat
+    token_share: FiniteFloat
+    mean_visual_tokens: FiniteFloat
 
 
 @dataclass(frozen=True)
 class Routing:
     """The levels of the images."""
 
-    levels: dict[str, float]
+    levels: dict[str, FiniteFloat]
     """Tokens per crop -> share of the images (figure 5); empty if there was no image."""
     oracle: Oracle | None
     curve: tuple[CurvePoint, ...] | None
@@ -159,7 +160,7 @@ class Result:
     granularity: Granularity
     """How levels were chosen: by the router (`auto`), at random, or forced (tokens per crop). `all`: by the router, and
     every level was answered too, for the oracle and the curve."""
-    token_cost: float
+    token_cost: FiniteFloat
     dataset: DatasetFacts
     harness: HarnessFacts
     generation: GenerationFacts
@@ -186,11 +187,7 @@ class Result:
 
 
 def parse_result(content: Any, source: str) -> Result:
-    """Makes a result from the content of its file.
-
-    Args:
-        content: The parsed JSON.
-        source: Name of the file, for messages.
+    """Makes a result from the content of the file `source`.
 
     Raises:
         ResultError: A field is missing, unknown, of the wrong type or contradicts another.
@@ -222,15 +219,6 @@ def read_json(path: Path) -> Any:
         raise ResultError(f"{path} is not valid JSON ({error}); was it cut short? evaluate again") from error
 
 
-def read_result(path: Path) -> Result:
-    """Reads a result file.
-
-    Raises:
-        ResultError: It is not a valid result.
-    """
-    return parse_result(read_json(path), str(path))
-
-
 def write_result(result: Result, path: Path) -> None:
     """Writes a result file atomically."""
     write_json(path, dataclasses.asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
@@ -240,16 +228,11 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def _check(result: Result) -> None:
-    if result.benchmark not in BENCHMARKS:
-        (nearest, *_) = [*difflib.get_close_matches(result.benchmark, BENCHMARKS, n=1), ""]
-        hint = f" - did you mean {nearest!r}?" if nearest else ""
-        raise ResultError(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {result.benchmark!r}{hint}")
+    find_entry(BENCHMARKS, result.benchmark, "benchmark")
     if not result.metrics:
         raise ResultError("metrics is empty: there is no score")
     for name, metric in result.metrics.items():
         _check_metric(f"metrics.{name}", metric)
-    for field, value in _numbers(dataclasses.asdict(result.efficiency), "efficiency"):
-        _finite(field, value)
     if result.dataset.num_questions < 1:
         raise ResultError("dataset.num_questions must be at least 1")
     if result.num_failed < len(result.failures):
@@ -261,12 +244,15 @@ def _check(result: Result) -> None:
         raise ResultError(f"model.granularities must go from coarse to fine, got {list(levels)}")
     if isinstance(result.granularity, int) and result.granularity not in levels:
         raise ResultError(f"granularity {result.granularity} is none of the model's levels {list(levels)}")
-    _check_shares("routing.levels", result.routing.levels, levels)
+    shares = result.routing.levels
+    unknown = [name for name in shares if name not in map(str, levels)]
+    if unknown:
+        raise ResultError(f"routing.levels: {unknown[0]!r} is none of the model's levels {list(levels)}")
+    if shares and not (min(shares.values()) >= 0 and math.isclose(sum(shares.values()), 1, abs_tol=1e-3)):
+        raise ResultError(f"routing.levels: shares must be 0 or more and add up to 1, got {sum(shares.values()):g}")
 
 
 def _check_metric(field: str, metric: Metric) -> None:
-    _finite(f"{field}.value", metric.value)
-    _finite(f"{field}.maximum", metric.maximum)
     if metric.maximum <= 0:
         raise ResultError(f"{field}.maximum must be above 0, got {metric.maximum:g}")
     try:
@@ -280,27 +266,3 @@ def _check_metric(field: str, metric: Metric) -> None:
         )
     if not 0 <= metric.value <= metric.maximum * (1 + 1e-9):
         raise ResultError(f"{field}.value {metric.value:g} is not between 0 and the maximum {metric.maximum:g}")
-
-
-def _check_shares(field: str, shares: Mapping[str, float], levels: tuple[int, ...]) -> None:
-    unknown = [name for name in shares if name not in map(str, levels)]
-    if unknown:
-        raise ResultError(f"{field}: {unknown[0]!r} is none of the model's levels {list(levels)}")
-    if shares and not (min(shares.values()) >= 0 and math.isclose(sum(shares.values()), 1, abs_tol=1e-3)):
-        raise ResultError(f"{field}: shares must be 0 or more and add up to 1, got {sum(shares.values()):g}")
-
-
-def _numbers(content: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Returns the dotted names and values of all numbers in nested mappings."""
-    found = []
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}.{name}")
-        elif isinstance(value, float):
-            found.append((f"{prefix}.{name}", value))
-    return found
-
-
-def _finite(field: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ResultError(f"{field} is {value}; a finite number is needed")

@@ -14,22 +14,22 @@ Methods and their Application (1997), section 4.2.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import FiniteFloat
 
 MetricKind = Literal["mean", "stratum_sum", "f1", "precision", "recall"]
-Outcome = Literal["tp", "fp", "fn", "tn", "other"]
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 CHUNK = 2**21
 """Numbers kept in memory at a time."""
 
-_OUTCOMES: tuple[str, ...] = get_args(Outcome)
+_OUTCOMES = ("tp", "fp", "fn", "tn", "other")
 FloatArray = NDArray[np.float64]
 CountArray = NDArray[np.int64]
 
@@ -45,9 +45,9 @@ class Metric:
     `units` maps a unit's id to its contribution, whose form depends on `kind` (see `compute_value`).
     """
 
-    value: float
+    value: FiniteFloat
     kind: MetricKind
-    maximum: float
+    maximum: FiniteFloat
     """The highest possible value."""
     label: str
     """Name in tables, such as `accuracy`."""
@@ -64,7 +64,6 @@ class PairedTest:
         high: Upper end.
         p_value: Two-sided, of the hypothesis that the runs' scores of a unit are exchangeable (approximate
             randomisation).
-        num_units: Units that both runs have.
         num_left_out: Units that only one run has.
     """
 
@@ -88,25 +87,15 @@ def compute_value(kind: MetricKind, units: Mapping[str, Any]) -> float:
     Raises:
         UnitError: There is no unit, or one of another kind.
     """
-    cells = _count([(stratum, value) for stratum, value in _parse(kind, units).values()])
+    cells = _count(_parse(kind, units).values())
     return float(_evaluate(kind, cells.counts[None], cells.strata, cells.values[:, 0])[0])
 
 
 def bootstrap_interval(
     kind: MetricKind, units: Mapping[str, Any], seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> tuple[float, float]:
-    """Computes the 95% percentile bootstrap interval of a metric, resampling within strata.
-
-    Args:
-        kind: As for `compute_value`.
-        units: Unit id -> unit.
-        seed: Seed of the resamples.
-        num_resamples: Number of resamples.
-
-    Returns:
-        Lower and upper end.
-    """
-    cells = _count([(stratum, value) for stratum, value in _parse(kind, units).values()])
+    """Computes the ends of the 95% percentile bootstrap interval of a metric, resampling within strata."""
+    cells = _count(_parse(kind, units).values())
     rng = np.random.default_rng(seed)
     values = [
         _evaluate(kind, counts, cells.strata, cells.values[:, 0])
@@ -124,12 +113,7 @@ def paired_test(
 ) -> PairedTest:
     """Tests the difference of two runs on the units that both have.
 
-    Args:
-        kind: As for `compute_value`; the same for both.
-        first: Unit id -> unit of the first run.
-        second: Unit id -> unit of the second run.
-        seed: Seed of the resamples and of the random exchanges.
-        num_resamples: R; the smallest possible p value is 1 / (R + 1).
+    The smallest possible p value is 1 / (R + 1) with R resamples.
 
     Raises:
         UnitError: They have no unit in common, or a unit is of different strata.
@@ -217,7 +201,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _count(rows: list[tuple[Any, ...]]) -> _Cells:
+def _count(rows: Collection[tuple[Any, ...]]) -> _Cells:
     """Counts rows (stratum, number, ...) in cells; the result does not depend on the order of rows."""
     counted = sorted(Counter(rows).items())
     index = {stratum: position for position, stratum in enumerate(sorted({row[0] for row in rows}))}

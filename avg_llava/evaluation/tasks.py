@@ -6,7 +6,7 @@ costs one question instead of the run, and no image is kept in memory.
 
 import sys
 from collections.abc import Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.utils import load_yaml_config
 from loguru import logger as harness_logger
-from PIL import Image
 
 from avg_llava.evaluation.benchmarks import HarnessTask, Protocol
 from avg_llava.evaluation.questions import BenchmarkError, Questions, fingerprint_rows
@@ -62,7 +61,6 @@ class _Task(ConfigurableTask):
         self.dataset_no_image = self.dataset
 
 
-@cache
 def _task_yaml(task: str) -> Path:
     path = Path(lmms_eval.__file__).parent / "tasks" / f"{task}.yaml"
     if not path.is_file():
@@ -73,11 +71,7 @@ def _task_yaml(task: str) -> Path:
 
 
 def generation_limits(options: Mapping[str, Any] | None) -> tuple[int, tuple[str, ...]]:
-    """Returns the maximum length of an answer in tokens and the strings that end it.
-
-    Args:
-        options: `generation_kwargs` of a task.
-    """
+    """Returns the maximum length of an answer in tokens and the strings that end it, from a task's options."""
     options = options or {}
     until = options.get("until") or []
     return int(options.get("max_new_tokens", MAX_NEW_TOKENS)), (until,) if isinstance(until, str) else tuple(until)
@@ -86,14 +80,13 @@ def generation_limits(options: Mapping[str, Any] | None) -> tuple[int, tuple[str
 class HarnessQuestions(Questions):
     """The questions of a benchmark whose source is a `HarnessTask`.
 
-    Args:
-        name: One of `BENCHMARKS`.
-        protocol: Which prompts and metrics to use.
-        data: Folder with local copies of the data sets, each named like its repository; None uses the hub's.
+    `data` is a folder with local copies of the data sets, each named like its repository; None uses the hub's.
 
     Raises:
         BenchmarkError: The data set cannot be opened, or lacks columns that the task reads.
     """
+
+    docs: datasets.Dataset
 
     def __init__(self, name: str, protocol: Protocol, data: Path | None = None) -> None:
         super().__init__(name, protocol)
@@ -119,22 +112,9 @@ class HarnessQuestions(Questions):
                 f"{config['dataset_path']} is not what {self.source.task} reads ({type(error).__name__}: {error}); "
                 "its columns must be those of the public data set"
             ) from error
-
-    def __len__(self) -> int:
-        return len(self.docs)
-
-    @property
-    def docs(self) -> datasets.Dataset:
-        """The rows, with encoded images."""
-        return self.task.task_docs
-
-    @property
-    def max_new_tokens(self) -> int:
-        return generation_limits(self.task.config.generation_kwargs)[0]
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        return generation_limits(self.task.config.generation_kwargs)[1]
+        self.docs = self.task.task_docs  # with encoded images
+        self.max_new_tokens, self.stop = generation_limits(self.task.config.generation_kwargs)
+        self.harness = HarnessFacts("lmms-eval", version("lmms-eval"), str(self.task.config.task))
 
     @cached_property
     def dataset(self) -> DatasetFacts:
@@ -142,10 +122,6 @@ class HarnessQuestions(Questions):
         images = [name for name, feature in self.docs.features.items() if isinstance(feature, datasets.Image)]
         fingerprint = fingerprint_rows(self.docs.remove_columns(images))
         return DatasetFacts(str(config.dataset_path), config.dataset_name, config.test_split, len(self), fingerprint)
-
-    @property
-    def harness(self) -> HarnessFacts:
-        return HarnessFacts("lmms-eval", version("lmms-eval"), str(self.task.config.task))
 
     def label(self, index: int) -> str:
         column = self.source.name_column
@@ -172,7 +148,10 @@ class HarnessQuestions(Questions):
             doc["image"] = self._images[row]["image"]
         for column, value in doc.items():
             if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-                doc[column] = _decode(value, f"{self.label(index)}, column {column}")
+                name = f"{self.label(index)}, column {column}"
+                doc[column] = (
+                    load_image(value["path"]) if value["bytes"] is None else decode_image(value["bytes"], name)
+                )
         try:
             images = self.task.doc_to_visual(doc)
         except (AttributeError, KeyError) as error:  # the image column of the row is empty
@@ -194,8 +173,3 @@ class HarnessQuestions(Questions):
     @cached_property
     def _image_rows(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self._images["id"])}
-
-
-def _decode(value: Mapping[str, Any], name: str) -> Image.Image:
-    """Decodes an image as `datasets` keeps it."""
-    return load_image(value["path"]) if value["bytes"] is None else decode_image(value["bytes"], name)

@@ -129,9 +129,7 @@ def draw_scores(grouped: SeriesResults, label: str, cost: Callable[[Efficiency],
     figure, grid = make_grid(len(panels), 4, *_PANEL)
     legend: dict[str, Any] = {}
     for axes, ((benchmark, protocol), results) in zip(grid, panels.items(), strict=True):
-        for model in dict.fromkeys(series.model for series in results):
-            of_model = {series: result for series, result in results.items() if series.model == model}
-            legend |= _draw_model(axes, model, of_model, colors[model], cost)
+        legend |= _draw_results(axes, results, colors, cost)
         _label(axes, benchmark, protocol, next(iter(results.values())).headline)
         if label.startswith("visual"):
             axes.set_xscale("log", base=2)
@@ -144,28 +142,27 @@ def draw_scores(grouped: SeriesResults, label: str, cost: Callable[[Efficiency],
     return figure
 
 
-def _draw_model(
-    axes: Axes, model: str, results: Mapping[Series, Result], color: str | None, cost: Callable[[Efficiency], float]
+def _draw_results(
+    axes: Axes,
+    results: Mapping[Series, Result],
+    colors: Mapping[str, str | None],
+    cost: Callable[[Efficiency], float],
 ) -> dict[str, Any]:
-    """Draws one model: fixed levels and the router's prices joined by lines, random levels as a mark.
-
-    Returns:
-        Label -> handle for the legend.
-    """
-    groups: dict[str, dict[Series, Result]] = {}
+    """Draws fixed levels and the router's prices joined by lines, random levels as a mark; label -> legend handle."""
+    groups: dict[tuple[str, str], list[Result]] = {}
     for series, result in results.items():
         name = "fixed level" if isinstance(series.granularity, int) else "router" if series.is_routed else "random"
-        groups.setdefault(name, {})[series] = result
+        groups.setdefault((series.model, name), []).append(result)
     handles = {}
-    for name, members in groups.items():
-        points = np.array([_point(result, cost) for result in members.values()])
+    for (model, name), members in groups.items():
+        points = np.array([_point(result, cost) for result in members])
         x, value, low, high = points[points[:, 0].argsort(kind="stable")].T
         handles[f"{model}, {name}"] = axes.errorbar(
             x,
             value,
             yerr=[value - low, high - value],
             fmt={"fixed level": "o-", "router": "^-", "random": "X"}[name],
-            color={"fixed level": GREY, "router": BLUE, "random": ORANGE}[name] if color is None else color,
+            color=colors[model] or {"fixed level": GREY, "router": BLUE, "random": ORANGE}[name],
             alpha=0.9 if name != "fixed level" else 0.6,
             markersize=7 if name != "fixed level" else 4.5,
             linewidth=1,

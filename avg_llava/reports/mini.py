@@ -183,6 +183,7 @@ def sections(report: Report, images: Mapping[str, bytes], level: int = 2) -> lis
     def section(title: str, *blocks: Picture | Table) -> Section:
         return Section(title, blocks, level)
 
+    facts = [rendering.Row((key, str(value))) for key, value in report["machine"].items()]
     return [
         section("Claims", _claims_table(report)),
         section(
@@ -193,7 +194,7 @@ def sections(report: Report, images: Mapping[str, bytes], level: int = 2) -> lis
         section("Question families", *pictures("families", "accuracy per question family"), _families_table(report)),
         section("Where the router sends questions", *pictures("routing", "share of levels per question family")),
         section("Training", *pictures("loss", "loss of the four stages"), _stages_table(report)),
-        section("Machine and settings", _facts_table(report["machine"])),
+        section("Machine and settings", _table(["", ""], [], facts)),
     ]
 
 
@@ -239,10 +240,6 @@ def _stages_table(report: Report) -> Table:
     texts = [[str(stage.get(key, "")) for key in columns] for stage in report["stages"]]
     rows = [rendering.Row((first,), tuple(map(Cell, others))) for first, *others in texts]
     return _table(columns[:1], columns[1:], rows)
-
-
-def _facts_table(facts: Mapping[str, Any]) -> Table:
-    return _table(["", ""], [], [rendering.Row((key, str(value))) for key, value in facts.items()])
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------

@@ -54,12 +54,11 @@ class PaperReport:
 
 
 def write_paper_report(paths: Sequence[Path], against: Sequence[Path], output: Path) -> PaperReport:
-    """Writes tables, figures and `index.html` to a folder.
+    """Writes tables, figures and `index.html` to the folder `output`.
 
     Args:
         paths: Result files of `avg-llava evaluate`, or `report.json` files of the mini world.
         against: Result files of another run for paired tests; may be empty.
-        output: The folder.
 
     Raises:
         ResultError: A file is neither, two files hold the same series of a benchmark, or `against` has nothing in
@@ -148,7 +147,7 @@ def make_tables(grouped: SeriesResults) -> list[Table]:
         tables.routing_table(grouped),
         tables.results_table(grouped) if grouped else None,
     ]
-    return [table for table in made if table is not None]
+    return list(filter(None, made))
 
 
 def _lead(num_results: int, num_reports: int) -> str:

@@ -3,11 +3,11 @@
 A measured row is one series (see `avg_llava.reports.series`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
 from avg_llava.evaluation.published import Column, in_table_units, load_published, score_columns
-from avg_llava.evaluation.results import Result, ResultError
+from avg_llava.evaluation.results import Efficiency, Result, ResultError
 from avg_llava.evaluation.statistics import NUM_RESAMPLES, Metric, UnitError, bootstrap_interval, paired_test
 from avg_llava.reports.rendering import Cell, Row, Table
 from avg_llava.reports.series import Measured, Series, SeriesResults
@@ -113,31 +113,28 @@ def other_scores_table(grouped: SeriesResults) -> Table | None:
     )
 
 
-# Key -> name and format in table 3.
-QUANTITIES = {
-    "grid_share": ("tokens per grid", "{:.1f}%"),
-    "speedup_over_llava_next": ("speed-up, LLaVA-NeXT", "{:.2f}×"),
-    "speedup_over_finest": ("speed-up, finest level", "{:.2f}×"),
-    "mean_visual_tokens": ("visual tokens", "{:.0f}"),
-    "time_to_first_token": ("first token, ms", "{:.0f}"),
-    "seconds_per_question": ("seconds", "{:.3f}"),
-    "router_share": ("router's share", "{:.1f}%"),
+QUANTITIES: dict[str, tuple[str, str, Callable[[Efficiency], float | None]]] = {
+    "grid_share": ("tokens per grid", "{:.1f}%", lambda measured: 100 * measured.grid_share),
+    "speedup_over_llava_next": (
+        "speed-up, LLaVA-NeXT",
+        "{:.2f}×",
+        lambda measured: measured.speed.speedup_over_llava_next if measured.speed else None,
+    ),
+    "speedup_over_finest": (
+        "speed-up, finest level",
+        "{:.2f}×",
+        lambda measured: measured.speed.speedup_over_finest if measured.speed else None,
+    ),
+    "mean_visual_tokens": ("visual tokens", "{:.0f}", lambda measured: measured.mean_visual_tokens),
+    "time_to_first_token": ("first token, ms", "{:.0f}", lambda measured: measured.time_to_first_token_ms.median),
+    "seconds_per_question": ("seconds", "{:.3f}", lambda measured: measured.seconds_per_question.median),
+    "router_share": (
+        "router's share",
+        "{:.1f}%",
+        lambda measured: None if measured.router_share is None else 100 * measured.router_share,
+    ),
 }
-
-
-def _quantities(result: Result) -> dict[str, float | None]:
-    """The quantities of table 3: key of `QUANTITIES` -> number, None if it was not measured."""
-    measured = result.efficiency
-    speed = measured.speed
-    return {
-        "grid_share": 100 * measured.grid_share,
-        "speedup_over_llava_next": None if speed is None else speed.speedup_over_llava_next,
-        "speedup_over_finest": None if speed is None else speed.speedup_over_finest,
-        "mean_visual_tokens": measured.mean_visual_tokens,
-        "time_to_first_token": measured.time_to_first_token_ms.median,
-        "seconds_per_question": measured.seconds_per_question.median,
-        "router_share": None if measured.router_share is None else 100 * measured.router_share,
-    }
+"""Key -> name and format in table 3, and function that reads the number; None if it was not measured."""
 
 
 def efficiency_table(grouped: SeriesResults) -> Table | None:
@@ -146,15 +143,14 @@ def efficiency_table(grouped: SeriesResults) -> Table | None:
     rows, measured = [], []
     for row in published.rows:
         assert row.key is not None
-        quantity, form = QUANTITIES[row.key]
+        quantity, form, _ = QUANTITIES[row.key]
         labels = (row.name, "router", "published", quantity)
         rows.append(Row(labels, _number_cells(row.values, form), published=True))
     for series, results in grouped.items():
         if series.is_routed:
             entries = [results.get(column.benchmark) for column in published.columns]
-            numbers = [_quantities(entry.result) if entry else {} for entry in entries]
-            for key, (quantity, form) in QUANTITIES.items():
-                values = [by_key.get(key) for by_key in numbers]
+            for quantity, form, read in QUANTITIES.values():
+                values = [read(entry.result.efficiency) if entry else None for entry in entries]
                 measured.append(Row((*series.labels, quantity), _number_cells(values, form)))
     return _paper_table(
         "3",

@@ -16,8 +16,8 @@ from avg_llava.cli import main
 from avg_llava.evaluation.answering import Setting
 from avg_llava.evaluation.evaluate import evaluate
 from avg_llava.evaluation.questions import BenchmarkError
-from avg_llava.evaluation.results import read_result
 from avg_llava.evaluation.tasks import HarnessQuestions
+from tests.reports.fixture_results import read_result
 
 
 @pytest.fixture

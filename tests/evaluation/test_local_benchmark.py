@@ -16,7 +16,7 @@ from avg_llava.evaluation.answering import Setting, open_questions
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Benchmark, LocalTask
 from avg_llava.evaluation.evaluate import evaluate
 from avg_llava.evaluation.questions import BenchmarkError, read_rows
-from avg_llava.evaluation.results import read_result
+from tests.reports.fixture_results import read_result
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "extending" / "benchmark.py"
 

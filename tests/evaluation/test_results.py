@@ -7,8 +7,8 @@ import pytest
 
 from avg_llava.evaluation import results
 from avg_llava.evaluation.benchmarks import BENCHMARKS
-from avg_llava.evaluation.results import ResultError, parse_result, read_result, write_result
-from tests.reports.fixture_results import SHAPES, make_result, write
+from avg_llava.evaluation.results import ResultError, parse_result, write_result
+from tests.reports.fixture_results import SHAPES, make_result, read_result, write
 
 
 @pytest.mark.parametrize("benchmark", SHAPES)
@@ -56,13 +56,13 @@ def test_oracle_curve_and_order_of_metrics():
         ({"metrics": {}}, "metrics is empty"),
         ({"metrics": []}, "metrics must be a mapping"),
         ({"metrics__exact_match__value": 0.9}, r"metrics.exact_match.value is 0.9, but its units give 0\.\d+"),
-        ({"metrics__exact_match__value": float("nan")}, "metrics.exact_match.value is nan"),
+        ({"metrics__exact_match__value": float("nan")}, "metrics.exact_match.value must be a finite number, got nan"),
         ({"metrics__exact_match__kind": "median"}, "metrics.exact_match.kind must be one of mean"),
         ({"metrics__exact_match__units": {"q1": "right"}}, "metrics.exact_match.units: unit 'q1' must be a finite"),
         ({"metrics__exact_match__units": {}}, "metrics.exact_match.units: there is none"),
         ({"metrics__exact_match__maximum": 0}, "metrics.exact_match.maximum must be above 0"),
         ({"metrics__exact_match__maximum": 0.1}, "is not between 0 and the maximum 0.1"),
-        ({"efficiency__token_share": float("inf")}, "efficiency.token_share is inf"),
+        ({"efficiency__token_share": float("inf")}, "efficiency.token_share must be a finite number, got inf"),
         ({"efficiency__speed__finest_seconds": None}, "efficiency.speed.finest_seconds must be a number"),
         ({"routing__levels": {"100": 1.0}}, "routing.levels: '100' is none of the model's levels"),
         ({"routing__levels": {"36": 0.3}}, "routing.levels: shares must be 0 or more and add up to 1, got 0.3"),

@@ -7,7 +7,7 @@ import pytest
 from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
 from avg_llava.evaluation.benchmarks import BENCHMARKS
-from avg_llava.evaluation.scoring import compute_metrics, score_answers
+from avg_llava.evaluation.evaluate import compute_metrics, score_answers
 from avg_llava.evaluation.tasks import HarnessQuestions
 from tests.evaluation.harness import load_task, outcome, total
 from tests.evaluation.predictions import make_predictions

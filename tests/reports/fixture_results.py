@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from avg_llava.evaluation.results import Result, parse_result, read_json
 from avg_llava.evaluation.statistics import compute_value
 
 LEVELS = (36, 72, 144, 288, 576)
@@ -160,6 +161,10 @@ def write(folder: Path, name: str, content: Any) -> Path:
     path = folder / name
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
+
+
+def read_result(path: Path) -> Result:
+    return parse_result(read_json(path), str(path))
 
 
 def write_all(folder: Path, **changes: Any) -> list[Path]:

@@ -1,6 +1,6 @@
 """MMMU, validation: accuracy of letters and of short open answers, with up to seven images per question.
 
-Where lmms-eval finds no letter in an answer it guesses one, from the seed that `avg_llava.evaluation.scoring` sets.
+Where lmms-eval finds no letter in an answer it guesses one, from the seed that `avg_llava.evaluation.evaluate` sets.
 """
 
 import ast
