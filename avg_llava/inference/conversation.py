@@ -123,8 +123,8 @@ class Conversation:
         """Levels of all images, and the router's probabilities for the new ones (None if it did not run)."""
         if features is None or not num_new:
             return self.levels, None
-        predictor, budget, probabilities = self.predictor, self.budget, None
-        values = None
+        predictor, budget = self.predictor, self.budget
+        values = probabilities = None
         if budget.granularity is None:
             logits = predictor.model.route(features, input_ids, torch.ones_like(input_ids))[-num_new:].float()
             values = level_values(logits, predictor.granularities, budget.token_cost).tolist()

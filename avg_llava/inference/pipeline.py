@@ -16,11 +16,7 @@ from avg_llava.model.processing import AvgLlavaProcessor
 
 
 class Pipeline:
-    """Answers single questions, batches and conversations.
-
-    Args:
-        model: The model, on the device on which it runs; it is set to evaluation mode.
-        processor: Its processor.
+    """Answers single questions, batches and conversations, on the device of the model, which is set to `eval`.
 
     Attributes:
         predictor: The steps beneath: encode, choose levels, answer.

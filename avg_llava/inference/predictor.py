@@ -173,11 +173,9 @@ class Predictor:
         """Answers an encoded batch at given levels; requests whose finest level is the same are generated together.
 
         Args:
-            encoded: The batch.
             granularity: Visual tokens per crop: one number, one per image, or the choice of :meth:`choose`. May be None
                 for text-only requests.
             decoding: One for all requests, or one for each.
-            streamer: Receives the tokens as they are generated.
             on_answer: Called with a request's row in the batch and its answer as soon as it ends.
         """
         num_requests = len(encoded.images_per_request)

@@ -1,5 +1,6 @@
 """Answers a file of questions into a file of answers; interrupted runs are resumed."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,11 +50,9 @@ def read_questions(path: Path, image_root: Path, budget: Budget) -> list[Questio
         DataError: The file cannot be read, or two records have the same id.
     """
     questions = [_parse(record, image_root, budget) for record in read_records(path)]
-    seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise DataError(f"{path}: two records have the id {question.id!r}; ids must be unique")
-        seen.add(question.id)
+    for identity, count in Counter(question.id for question in questions).items():
+        if count > 1:
+            raise DataError(f"{path}: two records have the id {identity!r}; ids must be unique")
     return questions
 
 
