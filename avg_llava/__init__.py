@@ -46,22 +46,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Answer": "inference.answers",
-    "AvgLlavaConfig": "model.configuration",
-    "AvgLlavaForConditionalGeneration": "model.modeling",
-    "AvgLlavaOutput": "model.modeling",
-    "AvgLlavaProcessor": "model.processing",
-    "Budget": "inference.budget",
-    "BudgetError": "inference.budget",
-    "CheckpointError": "checkpoints.weight_files",
-    "Conversation": "inference.conversation",
-    "Decoding": "inference.answers",
-    "Pipeline": "inference.pipeline",
-    "Request": "inference.answers",
-    "RouterConfig": "model.configuration",
-    "build_from_backbones": "checkpoints.loading",
-    "load": "checkpoints.loading",
-    "load_model": "checkpoints.loading",
+    "checkpoints.loading": ("build_from_backbones", "load", "load_model"),
+    "checkpoints.weight_files": ("CheckpointError",),
+    "inference.answers": ("Answer", "Decoding", "Request"),
+    "inference.budget": ("Budget", "BudgetError"),
+    "inference.conversation": ("Conversation",),
+    "inference.pipeline": ("Pipeline",),
+    "model.configuration": ("AvgLlavaConfig", "RouterConfig"),
+    "model.modeling": ("AvgLlavaForConditionalGeneration", "AvgLlavaOutput"),
+    "model.processing": ("AvgLlavaProcessor",),
 }
 
 
@@ -70,8 +63,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value = version("avg-llava")
-    elif name in _MODULES:
-        value = getattr(importlib.import_module(f"avg_llava.{_MODULES[name]}"), name)
+    elif name in __all__:
+        (module,) = (module for module, names in _MODULES.items() if name in names)
+        value = getattr(importlib.import_module(f"avg_llava.{module}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

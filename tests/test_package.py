@@ -31,8 +31,8 @@ def test_all_declarations_of_public_names_agree():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("avg_llava.")
         for alias in node.names
     }
-    assert typed == {(f"avg_llava.{module}", name) for name, module in avg_llava._MODULES.items()}
-    assert avg_llava.__all__ == sorted(avg_llava._MODULES)
+    assert typed == {(f"avg_llava.{module}", name) for module, names in avg_llava._MODULES.items() for name in names}
+    assert avg_llava.__all__ == sorted(name for _, name in typed)
 
 
 def test_every_public_name_loads():

@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import tyro
 
@@ -61,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code.
-
-    Raises:
-        SystemExit: After help, and after wrong usage with code 2.
     """
     debug = False
     try:
@@ -91,14 +87,16 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SystemExit: After help, and after wrong usage with code 2.
     """
-    words, rest = ["avg-llava"], list(arguments)
+    prog, rest = "avg-llava", list(arguments)
     node: type[Command] | Group = COMMANDS
     while isinstance(node, Group) and rest and not rest[0].startswith("-"):
-        if rest[0] not in node.commands:
-            _refuse_command(" ".join(words), rest[0], node)
-        words.append(rest[0])
-        node = node.commands[rest.pop(0)]
-    prog = " ".join(words)
+        name = rest.pop(0)
+        if name not in node.commands:
+            matches = difflib.get_close_matches(name, node.commands, n=1)
+            hint = f"did you mean {matches[0]!r}?" if matches else f"there are {', '.join(node.commands)}"
+            print(f"{prog}: unknown command {name!r}; {hint}", file=sys.stderr)
+            raise SystemExit(WRONG_USAGE)
+        prog, node = f"{prog} {name}", node.commands[name]
     try:
         if isinstance(node, Group):
             return _subcommands(node).cli(prog=prog, description=node.description, args=rest, config=_MARKERS)
@@ -120,13 +118,6 @@ def _subcommands(group: Group) -> tyro.extras.SubcommandApp:
         else:
             app.command(name=name)(node)
     return app
-
-
-def _refuse_command(prog: str, name: str, group: Group) -> NoReturn:
-    matches = difflib.get_close_matches(name, group.commands, n=1)
-    hint = f"did you mean {matches[0]!r}?" if matches else f"there are {', '.join(group.commands)}"
-    print(f"{prog}: unknown command {name!r}; {hint}", file=sys.stderr)
-    raise SystemExit(WRONG_USAGE)
 
 
 def _is_output_closed() -> bool:
@@ -151,11 +142,9 @@ def _set_up_logging(debug: bool) -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("DeepSpeed").addFilter(_is_error)  # its level is set again when it is imported
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+        logging.getLogger("DeepSpeed").addFilter(
+            lambda record: record.levelno >= logging.ERROR
+        )  # its import sets its level
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 from avg_llava.cli.options import Count, Group, Outcome, ReportingCommand, command
 
 
-@command("avg-llava bench train --stage 3 --preset proportioned --json")
+@dataclass(frozen=True, kw_only=True)
 class PresetCommand(ReportingCommand):
     """A measurement of a model made for it."""
 
@@ -16,7 +16,7 @@ class PresetCommand(ReportingCommand):
     CPU; 7b needs a GPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("avg-llava bench train --stage 3 --preset proportioned --json")
 class BenchTrain(PresetCommand):
     """Measures a training step against a plain training loop: speed, memory, and the limit set by the operations."""
 

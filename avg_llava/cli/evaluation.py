@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _granularity(text: str) -> str | int:
-    if text == "auto" or text == "random" or text == "all":
+    if text in ("auto", "random", "all"):
         return text
     if text.isdecimal():
         return int(text)
@@ -98,7 +98,7 @@ class Evaluate(ReportingCommand):
             result = evaluate(setting, self.output, self.workers, self.timed, loader)
             results.append(result)
             failures += [f"failed: {failure.error}" for failure in result.failures]
-            comparisons = compare_with_expected(result, expected) if expected else []
+            comparisons = compare_with_expected(result, expected)
             differences += [f"{name} {item.expected.metric}" for item in comparisons if not item.agrees]
             rows += _rows(result, {item.expected.metric: item for item in comparisons})
         notes = [*failures, *(f"differs from what is expected: {name}" for name in differences)]

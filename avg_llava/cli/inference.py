@@ -48,32 +48,20 @@ class Generate(ReportingCommand):
     def compute(self) -> Outcome:
         if (self.prompt is None) == (self.input is None) or (self.input is None) != (self.output is None):
             raise ValueError("give --prompt for one question, or --input and --output for a file of them")
-        if self.prompt is not None:
-            return self._answer(self.prompt)
-        assert self.input is not None
-        assert self.output is not None
-        return self._answer_file(self.input, self.output)
-
-    def _answer(self, prompt: str) -> Outcome:
         from avg_llava.inference.answers import Decoding, Request
-
-        pipeline = self.loading.load()
-        (answer,) = pipeline.generate_batch(
-            [Request(prompt, self.image)], self.answering.budget(), Decoding(self.answering.max_new_tokens)
-        )
-        return Outcome(to_json(answer, pipeline.predictor.granularities), answer.text)
-
-    def _answer_file(self, source: Path, output: Path) -> Outcome:
-        from avg_llava.inference.answers import Decoding
         from avg_llava.inference.question_files import answer_file, read_questions
 
         pipeline = self.loading.load()
-        questions = read_questions(source, self.image_root or source.parent, self.answering.budget())
-        decoding = Decoding(self.answering.max_new_tokens)
-        num_failures = answer_file(pipeline.predictor, questions, output, decoding, self.batch_size)
-        facts = {"questions": len(questions), "failures": num_failures, "output": str(output)}
-        errors = f", {num_failures} failed: see {output.with_suffix('.errors.jsonl')}" if num_failures else ""
-        text = f"answered {len(questions) - num_failures} questions in {output}{errors}"
+        budget, decoding = self.answering.budget(), Decoding(self.answering.max_new_tokens)
+        if self.input is None or self.output is None:
+            assert self.prompt is not None
+            (answer,) = pipeline.generate_batch([Request(self.prompt, self.image)], budget, decoding)
+            return Outcome(to_json(answer, pipeline.predictor.granularities), answer.text)
+        questions = read_questions(self.input, self.image_root or self.input.parent, budget)
+        num_failures = answer_file(pipeline.predictor, questions, self.output, decoding, self.batch_size)
+        facts = {"questions": len(questions), "failures": num_failures, "output": str(self.output)}
+        errors = f", {num_failures} failed: see {self.output.with_suffix('.errors.jsonl')}" if num_failures else ""
+        text = f"answered {len(questions) - num_failures} questions in {self.output}{errors}"
         return Outcome(facts, text, failed=num_failures > 0)
 
 

@@ -1,7 +1,6 @@
 """Commands of the mini world."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from tyro.conf import Positional, arg
 from avg_llava.cli.options import NUMBER, Group, NumWorkers, Outcome, ReportingCommand, command, unset
 
 
-@command("avg-llava mini data --output playground/data/mini")
+@dataclass(frozen=True, kw_only=True)
 class SeededCommand(ReportingCommand):
     """A command that writes a folder of generated files."""
 
@@ -20,7 +19,7 @@ class SeededCommand(ReportingCommand):
     """Seed of all random numbers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@command("avg-llava mini data --output playground/data/mini")
 class MiniData(SeededCommand):
     """Generates the mini world: images and questions that need different granularities."""
 
@@ -104,7 +103,7 @@ class MiniRouters(ReportingCommand):
         from avg_llava.reports.mini import table_lines
 
         rows = compare_routers(self.model, self.routers, self.data, self.answers, num_workers=self.workers)
-        report: dict[str, Any] = {"rows": [dataclasses.asdict(row) for row in rows], "claims": []}
+        report: dict[str, Any] = {"rows": [asdict(row) for row in rows], "claims": []}
         return Outcome(report, "\n".join(table_lines(report)).rstrip())
 
 

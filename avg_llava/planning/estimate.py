@@ -7,7 +7,7 @@ if these exist, and from a typical sample otherwise, which the estimate states.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,15 +216,11 @@ def _samples(
 
     The shapes are those of samples of the data if these and the tokenizer exist and none is given, else a typical one.
     """
-    given = (request.image_size, request.num_prompt_tokens, request.num_answer_tokens)
-    if given == (None, None, None) and _is_available(config):
+    requested = {field.name: getattr(request, field.name) for field in fields(SampleShape)}
+    given = {name: value for name, value in requested.items() if value is not None}
+    if not given and _is_available(config):
         return _sample_data(config, request)
-    typical = TYPICAL_SAMPLES[config.stage]
-    shape = SampleShape(
-        request.image_size or typical.image_size,
-        typical.num_prompt_tokens if request.num_prompt_tokens is None else request.num_prompt_tokens,
-        typical.num_answer_tokens if request.num_answer_tokens is None else request.num_answer_tokens,
-    )
+    shape = replace(TYPICAL_SAMPLES[config.stage], **given)
     assert shape.image_size is not None, "a typical sample has an image"
     height, width = shape.image_size
     source = (

@@ -1,7 +1,10 @@
-"""Trains one stage: `python -m avg_llava.training.run CONFIG [--key.subkey value ...]`.
+"""Trains the stage that a YAML file describes; options override values of the file.
 
-`run_stage` is the whole run: start, model, trainable parts, objective, data, trainer, training, result. The same
-command continues a run that was killed, and does nothing if the stage is complete.
+usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
+example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
+
+The same command continues a run that was killed, and does nothing if the stage is complete. To check configuration,
+weights, data and disk without training: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...]
 """
 
 import logging
@@ -47,14 +50,6 @@ from avg_llava.training.stages import STAGES, log_parts, set_trainable
 from avg_llava.training.trainer import StageTrainer, load_weights, training_arguments
 
 logger = logging.getLogger(__name__)
-
-USAGE = """\
-usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
-
-Train the stage that a YAML file describes; options override values of the file. To check configuration, weights, data
-and disk without training: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...]
-example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
-"""
 
 
 def run_stage(config: TrainConfig) -> Path:
@@ -159,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
         is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        (sys.stdout if is_help else sys.stderr).write(USAGE)
+        (sys.stdout if is_help else sys.stderr).write(str(__doc__))
         return 0 if is_help else 2
     if "--dry-run" in arguments:
         others = shlex.join(argument for argument in arguments if argument != "--dry-run")
