@@ -235,12 +235,10 @@ def _samples(
 
 def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
     """Samples per epoch, if all sources have an expected number of records."""
-    total = 0.0
-    for source in sources:
-        if source.expected is None or TOTAL not in source.expected:
-            return None
-        total += source.expected[TOTAL] * source.weight
-    return round(total)
+    expected = [
+        source.expected[TOTAL] * source.weight for source in sources if source.expected and TOTAL in source.expected
+    ]
+    return round(sum(expected)) if len(expected) == len(sources) else None
 
 
 def _is_available(config: TrainConfig) -> bool:

@@ -152,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 success, 1 failure, 2 wrong usage. With a process group, it exits the process instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
-        is_help = bool(arguments) and arguments[0] in ("-h", "--help")
+    if not arguments or arguments[0].startswith("-"):
+        is_help = arguments[:1] in (["-h"], ["--help"])
         (sys.stdout if is_help else sys.stderr).write(str(__doc__))
         return 0 if is_help else 2
     if "--dry-run" in arguments:
