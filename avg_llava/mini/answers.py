@@ -58,9 +58,8 @@ class AnsweringJob:
     Attributes:
         baseline: Checkpoint of the stage-2 model; None if only the final model answers.
         final: Checkpoint of the stage-4 model.
-        data: Folder of the mini world, with `eval.json` (the held-out questions) and `router.json`.
+        data: Folder of the mini world.
         answers: Folder of the JSON-lines files.
-        num_workers: Number of processes.
     """
 
     baseline: Path | None
@@ -68,6 +67,11 @@ class AnsweringJob:
     data: Path
     answers: Path
     num_workers: int
+
+    @property
+    def checkpoints(self) -> dict[str, Path]:
+        """Checkpoints by name of the model; the final model, whose batches take longest, is first."""
+        return {"final": self.final} | ({} if self.baseline is None else {BASELINE: self.baseline})
 
 
 def read_questions(data: Path, name: str = HELD_OUT) -> list[Item]:
@@ -122,9 +126,8 @@ def _answer_batch(predictors: Predictors, batch: tuple[str, list[Item]]) -> dict
     which, items = batch
     predictor = predictors[which]
     encoded = predictor.encode([item.request for item in items])
-    finest = predictor.granularities[-1]
     if which == BASELINE:
-        levels = {BASELINE: finest}
+        levels = {BASELINE: predictor.granularities[-1]}
     else:
         levels = {f"fixed-{granularity}": granularity for granularity in predictor.granularities}
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -150,27 +153,8 @@ def _answer_batch(predictors: Predictors, batch: tuple[str, list[Item]]) -> dict
 # ---- the folder of answers -----------------------------------------------------------------------------------------
 
 
-def _identity(job: AnsweringJob) -> dict[str, str]:
-    """Hashes of the files that the answers depend on."""
-    files = {
-        **{name: folder / "model.safetensors" for name, folder in _checkpoints(job).items()},
-        "questions": job.data / HELD_OUT,
-        "calibration": job.data / CALIBRATION,
-    }
-    for name, path in files.items():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} ({name}) is missing; run the stage that writes it first")
-    return {name: hash_file(path) for name, path in files.items()}
-
-
 def _store(answers: Path, name: str) -> JsonLines:
     return JsonLines(answers / f"{name}.jsonl")
-
-
-def _checkpoints(job: AnsweringJob) -> dict[str, Path]:
-    """Checkpoints of the models that answer, by name."""
-    folders = {BASELINE: job.baseline, "final": job.final}
-    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 def batch_by_length(items: Sequence[Item], config: AvgLlavaConfig) -> Iterator[list[Item]]:
@@ -201,24 +185,33 @@ def collect_answers(job: AnsweringJob, items: Sequence[Item], calibration: Seque
 
     Returns:
         The levels of the final model in visual tokens per crop, coarse to fine.
+
+    Raises:
+        FileNotFoundError: A file that the answers depend on is missing.
     """
-    open_folder(job.answers, _identity(job))
+    files = {
+        **{name: folder / "model.safetensors" for name, folder in job.checkpoints.items()},
+        "questions": job.data / HELD_OUT,
+        "calibration": job.data / CALIBRATION,
+    }
+    for name, path in files.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} ({name}) is missing; run the stage that writes it first")
+    open_folder(job.answers, {name: hash_file(path) for name, path in files.items()})
     config = AvgLlavaConfig.from_pretrained(job.final)
     granularities = tuple(config.granularities or ())
-    checkpoints = _checkpoints(job)
     names = {BASELINE: [BASELINE], "final": [*(f"fixed-{level}" for level in granularities), ROUTER]}
     asked = {BASELINE: items, "final": [*items, *calibration]}
-    todo: dict[str, list[Item]] = {which: [] for which in names}
-    for which in checkpoints:
-        answered = [_store(job.answers, name).read_by_id() for name in names[which]]
-        todo[which] = [item for item in asked[which] if not all(item.question.id in lines for lines in answered)]
-    total = sum(map(len, todo.values()))
-    if not total:
+    batches: list[tuple[str, list[Item]]] = []
+    for which in job.checkpoints:
+        answered = set.intersection(*(set(_store(job.answers, name).read_by_id()) for name in names[which]))
+        missing = [item for item in asked[which] if item.question.id not in answered]
+        batches += [(which, batch) for batch in batch_by_length(missing, config)]
+    if not batches:
         return granularities
 
-    # The final model answers at every level, so its batches take longest and go first.
-    batches = [(which, batch) for which in ("final", BASELINE) for batch in batch_by_length(todo[which], config)]
-    start = partial(start_worker, _answer_batch, checkpoints)
+    start = partial(start_worker, _answer_batch, job.checkpoints)
+    total = sum(len(batch) for _, batch in batches)
     with tqdm(total=total, desc="answering", unit="question", dynamic_ncols=True) as progress:
         for answered_batch in map_batches(start, batches, job.num_workers):
             for name, lines in answered_batch.items():
@@ -230,13 +223,7 @@ def collect_answers(job: AnsweringJob, items: Sequence[Item], calibration: Seque
 def read_outcomes(
     answers: Path, questions: Sequence[EvalQuestion], granularities: Sequence[int], with_baseline: bool = True
 ) -> Outcomes:
-    """Reads the collected answers as arrays.
-
-    Args:
-        answers: Folder of the answers.
-        questions: Questions, in the order of the arrays.
-        granularities: Levels, coarse to fine.
-        with_baseline: Also read the answers of LLaVA-NeXT.
+    """Reads the collected answers as arrays, in the order of the questions.
 
     Raises:
         ClaimsError: An answer is missing.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,37 +43,37 @@ CAPTION_STATEMENTS, CONVERSATION_QUESTIONS = 24, 12
 
 
 @dataclass(frozen=True)
-class VisionPhase:
-    """One phase of the tower's pretraining, with a warm-up and a decay.
+class Phase:
+    """One phase of pretraining, with a warm-up and a decay; `lr` is the peak learning rate."""
+
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class VisionPhase(Phase):
+    """One phase of the tower's pretraining.
 
     Attributes:
-        steps: Optimizer steps.
-        lr: Peak learning rate.
         empty_weight: Weight in the loss of a patch without a mark; that of a patch with a mark is 1.
         num_scenes: Scenes per step.
     """
 
-    steps: int
-    lr: float
     empty_weight: float
     num_scenes: int = 12
 
 
 @dataclass(frozen=True)
-class LanguagePhase:
-    """One phase of the language model's pretraining, with a warm-up and a decay.
+class LanguagePhase(Phase):
+    """One phase of the language model's pretraining.
 
     Attributes:
-        steps: Optimizer steps.
-        lr: Peak learning rate.
         num_scenes: Scenes per step.
         single_site: Pictures of 4x4 cells without an overview, for short sequences dense with marks.
         caption_share: Share of scenes with a caption; the others have a conversation.
         code_share: Share of scenes that are drawn until they contain a code: reading codes is learnt last.
     """
 
-    steps: int
-    lr: float
     num_scenes: int
     single_site: bool
     caption_share: float
@@ -133,11 +135,6 @@ def image_processor() -> AvgLlavaImageProcessor:
     )
 
 
-def scene_pixels(scene: Scene) -> np.ndarray:
-    """The picture of a scene as (H, W, 3) bytes."""
-    return np.array(PALETTE, dtype=np.uint8)[scene.pixels()]
-
-
 def crop_labels(scene: Scene, pinpoints: list[list[int]]) -> np.ndarray:
     """Labels (C, 64, 5) of every patch of the image processor's C crops; padding is -100."""
     canvas = select_canvas((scene.rows * scene.cell, scene.columns * scene.cell), pinpoints)
@@ -146,16 +143,15 @@ def crop_labels(scene: Scene, pinpoints: list[list[int]]) -> np.ndarray:
     top, left = (rows - scene.rows) // 2, (columns - scene.columns) // 2
     labels[top : top + scene.rows, left : left + scene.columns] = scene.labels
     tiles = labels.reshape(rows // OVERVIEW, OVERVIEW, columns // OVERVIEW, OVERVIEW, -1).swapaxes(1, 2)
-    overview = scene.overview_labels()
-    return np.concatenate([overview[None], tiles.reshape(-1, *overview.shape)]).reshape(
-        -1, OVERVIEW**2, len(LABEL_FIELDS)
-    )
+    crops = [scene.overview_labels(), *tiles.reshape(-1, OVERVIEW, OVERVIEW, len(LABEL_FIELDS))]
+    return np.stack(crops).reshape(-1, OVERVIEW**2, len(LABEL_FIELDS))
 
 
 def vision_batch(rng: random.Random, num_scenes: int, processor: AvgLlavaImageProcessor) -> tuple[Tensor, Tensor]:
     """Crops (C, 3, S, S) of fresh scenes and their labels (C, 64, 5)."""
     scenes = [draw_scene(rng) for _ in range(num_scenes)]
-    crops = [processor(scene_pixels(scene), return_tensors="pt")["pixel_values"][0] for scene in scenes]
+    pictures = [np.array(PALETTE, dtype=np.uint8)[scene.pixels()] for scene in scenes]  # (H, W, 3) each
+    crops = [processor(picture, return_tensors="pt")["pixel_values"][0] for picture in pictures]
     labels = [crop_labels(scene, processor.image_grid_pinpoints) for scene in scenes]
     return torch.cat(crops), torch.from_numpy(np.concatenate(labels))
 
@@ -188,24 +184,43 @@ def dense_loss(logits: list[Tensor], labels: Tensor, empty_weight: float) -> Ten
     return loss
 
 
-def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, list[float]]:
-    """Trains a tower on dense labels.
+def _mixed_precision() -> torch.autocast:
+    """bfloat16 autocast: a third faster on CPUs that support it."""
+    return torch.autocast("cpu", torch.bfloat16)
 
-    Returns:
-        The tower with all layers, and the loss of every step.
-    """
+
+def _train(module: nn.Module, phase: Phase, description: str, sample_loss: Callable[[], Tensor]) -> list[float]:
+    """Trains a module for one phase; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=phase.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.lr, total_steps=phase.steps, pct_start=0.05)
+    losses = []
+    progress = tqdm(range(phase.steps), desc=description, unit="step", mininterval=2.0)
+    for _ in progress:
+        loss = sample_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+def pretrain_vision(recipe: Recipe) -> tuple[CLIPVisionModel, list[float]]:
+    """Trains a tower on dense labels and returns it, with all layers, and the loss of every step."""
     torch.manual_seed(recipe.seed)
     processor, reader, losses = image_processor(), DenseReader(), []
+
+    def sample_loss(rng: random.Random, phase: VisionPhase) -> Tensor:
+        crops, labels = vision_batch(rng, phase.num_scenes, processor)
+        with _mixed_precision():
+            fields = reader(crops)
+        return dense_loss(fields, labels, phase.empty_weight)
+
     for number, phase in enumerate(recipe.vision):
         rng = random.Random(f"vision/{recipe.seed}" + (f"/{number}" if number else ""))
-        optimizer, scheduler = _optimizer(reader, phase.lr, phase.steps)
-        progress = tqdm(range(phase.steps), desc=f"vision tower, phase {number + 1}", unit="step", mininterval=2.0)
-        for _ in progress:
-            crops, labels = vision_batch(rng, phase.num_scenes, processor)
-            with _mixed_precision():
-                fields = reader(crops)
-            losses.append(_step(dense_loss(fields, labels, phase.empty_weight), reader, optimizer, scheduler))
-            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        losses += _train(reader, phase, f"vision tower, phase {number + 1}", partial(sample_loss, rng, phase))
     tower = CLIPVisionModel(vision_config())
     tower.load_state_dict(reader.tower.state_dict(), strict=False)
     scale_features(tower, FEATURE_SCALE)
@@ -320,24 +335,19 @@ def language_batch(
 
 
 def pretrain_language(recipe: Recipe) -> tuple[LlamaForCausalLM, LlamaTokenizer, list[float]]:
-    """Trains a language model on symbolic pictures.
-
-    Returns:
-        The model without the symbol embeddings, its tokenizer, and the loss of every step.
-    """
+    """Trains a language model on symbolic pictures and returns it, its tokenizer and the loss of every step."""
     torch.manual_seed(recipe.seed)
     tokenizer, losses = build_tokenizer(), []
     reader = SymbolReader(tokenizer)
+
+    def sample_loss(rng: random.Random, phase: LanguagePhase) -> Tensor:
+        batch = language_batch(rng, phase, tokenizer)
+        with _mixed_precision():
+            return reader(*batch)
+
     for number, phase in enumerate(recipe.language):
         rng = random.Random(f"language/{recipe.seed}/{number}")
-        optimizer, scheduler = _optimizer(reader, phase.lr, phase.steps)
-        progress = tqdm(range(phase.steps), desc=f"language model, phase {number + 1}", unit="step", mininterval=2.0)
-        for _ in progress:
-            batch = language_batch(rng, phase, tokenizer)
-            with _mixed_precision():
-                loss = reader(*batch)
-            losses.append(_step(loss, reader, optimizer, scheduler))
-            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        losses += _train(reader, phase, f"language model, phase {number + 1}", partial(sample_loss, rng, phase))
     return reader.model, tokenizer, losses
 
 
@@ -345,20 +355,20 @@ def pretrain(output: str | Path, recipe: Recipe | None = None) -> None:
     """Pretrains both backbones and saves them in `output`/vision and `output`/language."""
     output, recipe = Path(output), recipe or Recipe()
     tower, vision_losses = pretrain_vision(recipe)
-    save_vision(tower, output / "vision")
+    _save_vision(tower, output / "vision")
     model, tokenizer, language_losses = pretrain_language(recipe)
-    save_language(model, tokenizer, output / "language")
+    model.half().save_pretrained(output / "language")
+    tokenizer.save_pretrained(output / "language")
     log = {"vision": vision_losses, "language": language_losses}
     (output / "losses.json").write_text(json.dumps({name: [round(x, 4) for x in row] for name, row in log.items()}))
 
 
-def save_vision(tower: CLIPVisionModel, folder: Path) -> None:
+def _save_vision(tower: CLIPVisionModel, folder: Path) -> None:
     """Saves the tower in half precision and its preprocessor_config.json."""
     tower.half().save_pretrained(folder)
     statistics = image_processor().to_dict()
-    kept = {name: statistics[name] for name in ("image_mean", "image_std", "rescale_factor", "resample")}
     content = {
-        **kept,
+        **{name: statistics[name] for name in ("image_mean", "image_std", "rescale_factor", "resample")},
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "do_center_crop": True,
@@ -368,36 +378,3 @@ def save_vision(tower: CLIPVisionModel, folder: Path) -> None:
         "crop_size": {"height": CROP, "width": CROP},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def save_language(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, folder: Path) -> None:
-    """Saves the language model in half precision and its tokenizer."""
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _mixed_precision() -> torch.autocast:
-    """bfloat16 autocast: a third faster on CPUs that support it."""
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-def _optimizer(
-    module: nn.Module, lr: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    return optimizer, scheduler
-
-
-def _step(
-    loss: Tensor,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> float:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
-    scheduler.step()
-    return loss.item()

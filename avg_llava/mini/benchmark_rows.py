@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 from avg_llava.mini.glyphs import COLOURS, GROUNDS, LETTERS, SHAPES
-from avg_llava.mini.questions import NUMBERS, WORDINGS, Question, all_questions, caption, choices
+from avg_llava.mini.questions import NUMBERS, WORDINGS, Question, all_questions, answers_of_kind, caption, choices
 from avg_llava.mini.scenes import Scene, draw_scene
 from avg_llava.mini.world import NOT_ASKED, encode_png
 
@@ -29,34 +31,30 @@ class Picture:
         """The value of an image column of a Parquet file."""
         return {"bytes": encode_png(self.scene.pixels()), "path": f"{self.name}.png"}
 
-    def find_question(self, question_type: str, answer: str | None = None) -> Question | None:
-        """The first question of this type (and with this answer, if one is given), or None."""
-        found = (question for question in all_questions(self.scene) if question.question_type == question_type)
-        return next((question for question in found if answer in (None, question.answer)), None)
-
 
 class PictureSampler:
     """Samples pictures of a benchmark; the same seed gives the same pictures."""
 
     def __init__(self, seed: int, benchmark: str) -> None:
         self.rng = random.Random(f"{seed}/{benchmark}")
-        self._benchmark = benchmark
-        self._num_pictures = 0
+        self._names = (f"{benchmark}-{number:03d}" for number in count(1))
 
     def sample(self, condition: Callable[[Scene], object]) -> Picture:
         """Draws scenes until one meets the condition."""
         while True:
             scene = draw_scene(self.rng)
             if condition(scene):
-                self._num_pictures += 1
-                return Picture(f"{self._benchmark}-{self._num_pictures:03d}", scene)
+                return Picture(next(self._names), scene)
 
     def ask(self, question_type: str, answer: str | None = None) -> tuple[Picture, Question]:
         """A new picture and a question of this type about it (with this answer, if one is given)."""
-        picture = self.sample(lambda scene: Picture("", scene).find_question(question_type, answer))
-        question = picture.find_question(question_type, answer)
-        assert question is not None
-        return picture, question
+
+        def matching(scene: Scene) -> list[Question]:
+            found = [question for question in all_questions(scene) if question.question_type == question_type]
+            return [question for question in found if answer in (None, question.answer)]
+
+        picture = self.sample(matching)
+        return picture, matching(picture.scene)[0]
 
     def wording(self, question: Question) -> str:
         """One of the question's wordings."""
@@ -143,34 +141,25 @@ def mmbench(sampler: PictureSampler) -> Rows:
         pattern = wording.replace(question.key, "{key}") if question.key else wording
         for step in range(num_options):
             rotated = options[step:] + options[:step]
-            letter = "ABCD"[rotated.index(question.answer)]
-            index = 241 + number + step * ROTATION
-            english.append(_mmbench_row(index, picture, question, wording, hint, rotated, letter))
+            row = {
+                "index": 241 + number + step * ROTATION,
+                "question": wording,
+                "hint": hint,
+                "answer": "ABCD"[rotated.index(question.answer)],
+                **dict(zip("ABCD", [*rotated, "nan"], strict=False)),
+                "category": question.question_type,
+                "image": picture.parquet_value,
+                "source": "mini world",
+                "L2-category": question.family,
+                "comment": "nan",
+                "split": "dev",
+            }
+            english.append(row)
             if pattern in CHINESE:
-                translated = CHINESE[pattern].format(key=CHINESE[question.key])
-                words = [CHINESE[option] for option in rotated]
-                chinese.append(_mmbench_row(index, picture, question, translated, hint, words, letter))
-            else:
-                chinese.append(english[-1])
+                translated = {letter: CHINESE[option] for letter, option in zip("ABCD", rotated, strict=False)}
+                row = row | translated | {"question": CHINESE[pattern].format(key=CHINESE[question.key])}
+            chinese.append(row)
     return {("en", "dev"): english, ("cn", "dev"): chinese}
-
-
-def _mmbench_row(
-    index: int, picture: Picture, question: Question, wording: str, hint: str, options: list[str], letter: str
-) -> Row:
-    return {
-        "index": index,
-        "question": wording,
-        "hint": hint,
-        "answer": letter,
-        **dict(zip("ABCD", [*options, "nan"], strict=False)),
-        "category": question.question_type,
-        "image": picture.parquet_value,
-        "source": "mini world",
-        "L2-category": question.family,
-        "comment": "nan",
-        "split": "dev",
-    }
 
 
 def mmmu(sampler: PictureSampler) -> Rows:
@@ -248,8 +237,8 @@ def _other_answer(question: Question) -> str:
     """A wrong answer of the same kind, or the same digits in another format."""
     if question.question_type == "code":
         return question.answer.replace(" ", "")
-    group = next(group for group in (["yes", "no"], NUMBERS, SHAPES, list(COLOURS)) if question.answer in group)
-    return group[group.index(question.answer) - 1]
+    answers = answers_of_kind(question.answer)
+    return answers[answers.index(question.answer) - 1]
 
 
 def gqa(sampler: PictureSampler) -> Rows:
@@ -263,56 +252,55 @@ def gqa(sampler: PictureSampler) -> Rows:
         others = [q for q in all_questions(picture.scene) if q.question_type not in (*NOT_ASKED, question_type)]
         images.append({"id": picture.name, "image": picture.parquet_value})
         for question in [first, sampler.rng.choice(others)]:
-            rows.append(_gqa_row(f"{len(rows) + 1:08d}", picture, question, sampler.wording(question)))
+            number = f"{len(rows) + 1:08d}"
+            structural = "verify" if question.answer in ("yes", "no") else "query"
+            rows.append(
+                {
+                    "id": number,
+                    "imageId": picture.name,
+                    "question": sampler.wording(question),
+                    "answer": question.answer,
+                    "fullAnswer": f"{question.statement}.",
+                    "isBalanced": True,
+                    "groups": {"global": question.family, "local": question.question_type},
+                    "entailed": f"['{number}']",
+                    "equivalent": f"['{number}']",
+                    "types": {"structural": structural, "semantic": "attr", "detailed": question.question_type},
+                    "annotations": {"question": [], "answer": [], "fullAnswer": []},
+                    "semantic": [{"operation": structural, "argument": question.key, "dependencies": []}],
+                    "semanticStr": f"{structural}: {question.key}",
+                }
+            )
     return {("testdev_balanced_images", "testdev"): images, ("testdev_balanced_instructions", "testdev"): rows}
-
-
-def _gqa_row(number: str, picture: Picture, question: Question, wording: str) -> Row:
-    structural = "verify" if question.answer in ("yes", "no") else "query"
-    step = {"operation": structural, "argument": question.key, "dependencies": []}
-    return {
-        "id": number,
-        "imageId": picture.name,
-        "question": wording,
-        "answer": question.answer,
-        "fullAnswer": f"{question.statement}.",
-        "isBalanced": True,
-        "groups": {"global": question.family, "local": question.question_type},
-        "entailed": f"['{number}']",
-        "equivalent": f"['{number}']",
-        "types": {"structural": structural, "semantic": "attr", "detailed": question.question_type},
-        "annotations": {"question": [], "answer": [], "fullAnswer": []},
-        "semantic": [step],
-        "semanticStr": f"{structural}: {question.key}",
-    }
 
 
 def vizwiz(sampler: PictureSampler) -> Rows:
     """Ten annotators per question; some questions are about a frame that the picture does not contain."""
     wanted = {"writing": "yes/no", "count": "number", "shape": "other", "shape_colour": "other", "code": "number"}
     rows: list[Row] = []
+
+    def add(picture: Picture, wording: str, answers: list[str], category: str) -> None:
+        rows.append(
+            {
+                "question_id": f"VizWiz_val_{len(rows):08d}",
+                "image": picture.parquet_value,
+                "question": wording,
+                "answers": answers,
+                "category": category,
+            }
+        )
+
     for question_type, category in [*wanted.items(), ("frame_medium", "other")]:
         picture, question = sampler.ask(question_type)
         answers = _annotators(sampler, len(rows), question.answer, _other_answer(question))
-        rows.append(_vizwiz_row(len(rows), picture, sampler.wording(question), answers, category))
+        add(picture, sampler.wording(question), answers, category)
     for panel in range(len(PANELS)):
         picture, question = sampler.ask("frame_large")
         framed = [mark.colour for mark in picture.scene.marks if mark.kind == "frame"]
         missing = next(colour for colour in COLOURS if colour not in framed)
         wording = sampler.rng.choice(WORDINGS["frame"][0]).format(key=missing)
-        answers = _annotators(sampler, panel, "unanswerable", question.answer)
-        rows.append(_vizwiz_row(len(rows), picture, wording, answers, "unanswerable"))
+        add(picture, wording, _annotators(sampler, panel, "unanswerable", question.answer), "unanswerable")
     return {("default", "val"): rows}
-
-
-def _vizwiz_row(number: int, picture: Picture, wording: str, answers: list[str], category: str) -> Row:
-    return {
-        "question_id": f"VizWiz_val_{number:08d}",
-        "image": picture.parquet_value,
-        "question": wording,
-        "answers": answers,
-        "category": category,
-    }
 
 
 def textvqa(sampler: PictureSampler) -> Rows:
@@ -322,8 +310,7 @@ def textvqa(sampler: PictureSampler) -> Rows:
         picture, question = sampler.ask(question_type)
         wording = sampler.wording(question)
         height, width = picture.scene.pixels().shape
-        read = [code.digits for code in picture.scene.codes]
-        read += [mark.kind for mark in picture.scene.marks if mark.kind in LETTERS]
+        letters = [mark.kind for mark in picture.scene.marks if mark.kind in LETTERS]
         rows.append(
             {
                 "image_id": picture.name,
@@ -338,7 +325,7 @@ def textvqa(sampler: PictureSampler) -> Rows:
                 "answers": _annotators(sampler, len(rows), question.answer, _other_answer(question)),
                 "image_classes": ["Drawing"],
                 "set_name": "val",
-                "ocr_tokens": read,
+                "ocr_tokens": [*picture.scene.codes.values(), *letters],
             }
         )
     return {("default", "validation"): rows}
@@ -395,7 +382,7 @@ def docvqa(sampler: PictureSampler) -> Rows:
 
 def _statements(scene: Scene, category: str) -> Iterator[tuple[str, bool]]:
     """Yes/no questions of an MME category about a scene, each with whether the answer is yes."""
-    shapes = {mark.kind: mark.colour for mark in scene.marks if mark.kind in SHAPES}
+    shapes = {mark.kind: mark.colour for mark in scene.shapes}
     if category in ("existence", "OCR", "code_reasoning"):
         yield WORDINGS["writing"][0][category != "existence"], scene.has_writing
     if category == "existence":
@@ -412,9 +399,9 @@ def _statements(scene: Scene, category: str) -> Iterator[tuple[str, bool]]:
     if category == "commonsense_reasoning":
         yield from ((f"Is the {colour} object round?", shape in ("circle", "ring")) for shape, colour in shapes.items())
     if category in ("OCR", "code_reasoning"):
-        for code in scene.codes:
-            for digits in (code.digits, code.digits[::-1]):
-                yield f"Is the code after the {code.sign} {' '.join(digits)}?", digits == code.digits
+        for sign, code in scene.codes.items():
+            for digits in (code, code[::-1]):
+                yield f"Is the code after the {sign} {' '.join(digits)}?", digits == code
     if category == "OCR":
         for mark in scene.marks:
             if mark.kind in LETTERS:
@@ -428,10 +415,8 @@ MME_PAIRS = {
 """Pairs per category; each pair of existence, OCR and code reasoning has one question in the training wording."""
 
 
-def _true_and_false(sampler: PictureSampler, category: str) -> tuple[Picture, list[tuple[str, bool]]]:
-    picture = sampler.sample(lambda scene: {truth for _, truth in _statements(scene, category)} == {True, False})
-    first, *others = _statements(picture.scene, category)
-    return picture, [first, sampler.rng.choice([other for other in others if other[1] != first[1]])]
+def _has_both_answers(scene: Scene, category: str) -> bool:
+    return {truth for _, truth in _statements(scene, category)} == {True, False}
 
 
 def mme(sampler: PictureSampler) -> Rows:
@@ -439,8 +424,10 @@ def mme(sampler: PictureSampler) -> Rows:
     rows: list[Row] = []
     for category, num_pairs in MME_PAIRS.items():
         for number in range(1, num_pairs + 1):
-            picture, pair = _true_and_false(sampler, category)
-            for wording, truth in pair:
+            picture = sampler.sample(partial(_has_both_answers, category=category))
+            first, *others = _statements(picture.scene, category)
+            second = sampler.rng.choice([other for other in others if other[1] != first[1]])
+            for wording, truth in (first, second):
                 rows.append(
                     {
                         "question_id": f"{category}/{number:04d}.png",
@@ -451,10 +438,6 @@ def mme(sampler: PictureSampler) -> Rows:
                     }
                 )
     return {("default", "test"): rows}
-
-
-def _shapes(scene: Scene) -> list[str]:
-    return [mark.kind for mark in scene.marks if mark.kind in SHAPES]
 
 
 def pope(sampler: PictureSampler) -> Rows:
@@ -468,8 +451,8 @@ def pope(sampler: PictureSampler) -> Rows:
                 picture, question = sampler.ask("writing", answer)
                 wording = sampler.wording(question)
             else:
-                picture = sampler.sample(lambda scene: 0 < len(_shapes(scene)) < len(SHAPES))
-                drawn = _shapes(picture.scene)
+                picture = sampler.sample(lambda scene: 0 < len(scene.shapes) < len(SHAPES))
+                drawn = [mark.kind for mark in picture.scene.shapes]
                 shape = next(shape for shape in SHAPES if (shape in drawn) == (answer == "yes"))
                 wording = f"Is there a {shape} in the picture?"
             split.append(

@@ -36,10 +36,8 @@ class EvalQuestion:
     """One question of `eval.json` or `router.json`.
 
     Attributes:
-        id: The record's id.
         family: The record's `question_type`, such as `letter_small`; a family of the report.
         kind: The record's `family`, one of `KINDS`: what a question of this type needs to see.
-        answer: The gold answer.
     """
 
     id: str
@@ -53,7 +51,6 @@ class Outcomes:
     """Answers of the models to all questions, as arrays.
 
     Attributes:
-        questions: The Q questions.
         granularities: The G levels in visual tokens per crop, coarse to fine.
         correct: (Q, G) true where the final model's answer at the forced level is correct.
         tokens: (Q, G) visual tokens in the language model's input.
@@ -106,11 +103,6 @@ def choose_levels(log_probs: FloatArray, granularities: Sequence[int], token_cos
     return level_values(torch.from_numpy(log_probs), granularities, token_cost).argmax(-1).numpy()
 
 
-def one_hot(choice: NDArray[np.int64], num_levels: int) -> FloatArray:
-    """Weights (Q, G) of level indices (Q,)."""
-    return np.eye(num_levels)[choice]
-
-
 def oracle_choice(correct: BoolArray) -> NDArray[np.int64]:
     """Index (Q,) of the coarsest level with a correct answer, or of the coarsest level if no answer is correct."""
     return np.argmax(correct, axis=1)
@@ -144,7 +136,8 @@ def budgeted_mixture(level_tokens: FloatArray, mean_tokens: float) -> FloatArray
 
 
 def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float | None = None) -> Row:
-    """The row of a policy, given as weights (Q, G) that sum to 1 for each question."""
+    """The row of a policy, given as weights (Q, G), or (G,) for all questions alike, that sum to 1."""
+    weights = np.broadcast_to(weights, outcomes.correct.shape)
     correct = (weights * outcomes.correct).sum(axis=1)  # (Q,)
     tokens = (weights * outcomes.tokens).sum(axis=1)  # (Q,)
     families = np.array([question.family for question in outcomes.questions])
@@ -176,13 +169,12 @@ def _baseline_row(outcomes: Outcomes) -> Row:
     if outcomes.baseline_correct is None or outcomes.baseline_tokens is None:
         raise ClaimsError("the answers of LLaVA-NeXT are missing, so its row cannot be computed")
     num_levels = len(outcomes.granularities)
-    finest = np.full(len(outcomes.questions), num_levels - 1)
     baseline = replace(
         outcomes,
         correct=np.repeat(outcomes.baseline_correct[:, None], num_levels, axis=1),
         tokens=np.repeat(outcomes.baseline_tokens[:, None], num_levels, axis=1),
     )
-    return _row("llava-next", baseline, one_hot(finest, num_levels))
+    return _row("llava-next", baseline, np.eye(num_levels)[-1])
 
 
 def choose_token_cost(
@@ -216,17 +208,15 @@ def compute_rows(outcomes: Outcomes, token_cost: float, token_costs: Sequence[fl
     Rows of random choice are expectations over the choice, so that sampling adds no noise.
 
     Args:
-        outcomes: The answers.
         token_cost: Price at which the claims are judged; also sets the budget of `random@router-tokens`.
         token_costs: Prices of the curve.
     """
     routers = [router_row(router_name(cost), outcomes, cost) for cost in sorted({0.0, token_cost, *token_costs})]
     budget = find_row(routers, router_name(token_cost)).mean_visual_tokens
-    random = budgeted_mixture(outcomes.tokens.mean(axis=0), budget)
     return [
         _baseline_row(outcomes),
         *rows_without_router(outcomes),
-        _row("random@router-tokens", outcomes, np.tile(random, (len(outcomes.questions), 1))),
+        _row("random@router-tokens", outcomes, budgeted_mixture(outcomes.tokens.mean(axis=0), budget)),
         *routers,
         oracle_row(outcomes),
     ]
@@ -234,23 +224,21 @@ def compute_rows(outcomes: Outcomes, token_cost: float, token_costs: Sequence[fl
 
 def rows_without_router(outcomes: Outcomes) -> list[Row]:
     """The rows of the fixed levels, coarse to fine, and of uniform random choice."""
-    num_questions, num_levels = outcomes.correct.shape
-    fixed = [
-        _row(f"fixed-{granularity}", outcomes, one_hot(np.full(num_questions, index), num_levels))
-        for index, granularity in enumerate(outcomes.granularities)
-    ]
-    return [*fixed, _row("random", outcomes, np.full((num_questions, num_levels), 1 / num_levels))]
+    num_levels = len(outcomes.granularities)
+    levels = zip(outcomes.granularities, np.eye(num_levels), strict=True)
+    fixed = [_row(f"fixed-{granularity}", outcomes, weights) for granularity, weights in levels]
+    return [*fixed, _row("random", outcomes, np.full(num_levels, 1 / num_levels))]
 
 
 def router_row(name: str, outcomes: Outcomes, token_cost: float) -> Row:
     """The row of the router at a price."""
     choice = choose_levels(outcomes.router_log_probs, outcomes.granularities, token_cost)
-    return _row(name, outcomes, one_hot(choice, len(outcomes.granularities)), token_cost)
+    return _row(name, outcomes, np.eye(len(outcomes.granularities))[choice], token_cost)
 
 
 def oracle_row(outcomes: Outcomes) -> Row:
     """The row of the oracle: for each question the coarsest level with a correct answer."""
-    return _row("oracle", outcomes, one_hot(oracle_choice(outcomes.correct), len(outcomes.granularities)))
+    return _row("oracle", outcomes, np.eye(len(outcomes.granularities))[oracle_choice(outcomes.correct)])
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
@@ -266,13 +254,7 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
 
 
 def check_claims(rows: Sequence[Row], token_cost: float, num_questions: int) -> list[Claim]:
-    """The claims, each with its measurement and whether it holds.
-
-    Args:
-        rows: The rows of `compute_rows`.
-        token_cost: Price at which the router is judged.
-        num_questions: Number of held-out questions.
-    """
+    """The claims about the rows of `compute_rows`, judged at a price of the router."""
     fixed = [row for row in rows if row.name.startswith("fixed-")]
     coarsest, finest = fixed[0], fixed[-1]
     best = max(fixed, key=lambda row: (row.accuracy, -row.mean_visual_tokens))

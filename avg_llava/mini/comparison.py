@@ -5,6 +5,7 @@ a level does not depend on how the level was chosen.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,6 @@ def evaluate_claims(
 
     Args:
         runs: Folder with the checkpoints `stage1` to `stage4`; answers are kept in `<runs>/answers`.
-        data: Folder of the mini world.
-        output: Folder of the report.
         token_cost: Price, in nats per doubling of visual tokens, at which the router is judged. None chooses it on
             stage 4's training data.
         num_workers: Number of processes; None takes `default_workers`.
@@ -123,10 +122,10 @@ def read_times(runs: Path) -> dict[str, float]:
     path = runs / "times.tsv"
     if not path.is_file():
         return {}
-    times: dict[str, float] = {}
+    times: dict[str, float] = defaultdict(float)
     for line in path.read_text(encoding="utf-8").splitlines():
         name, seconds = line.split("\t")
-        times[name] = times.get(name, 0.0) + float(seconds)
+        times[name] += float(seconds)
     return times
 
 
@@ -162,8 +161,6 @@ def compare_routers(
     Args:
         model: Checkpoint that answers at all of its levels.
         routers: Checkpoints that differ from `model` only in the router, which may choose among fewer levels.
-        data: Folder of the mini world.
-        answers: Folder of the model's answers.
         num_workers: Number of processes; None takes `default_workers`.
 
     Returns:

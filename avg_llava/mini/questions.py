@@ -94,10 +94,15 @@ class Question:
         return self.question_type.rsplit("_", 1)[0]
 
 
+def answers_of_kind(answer: str) -> list[str]:
+    """All answers of the same kind as this one, such as all shapes."""
+    kinds = (["yes", "no"], NUMBERS, SHAPES, list(GROUNDS), list(COLOURS))
+    return next(kind for kind in kinds if answer in kind)
+
+
 def choices(question: Question, num_choices: int, rng: random.Random) -> list[str]:
     """The answer and other answers of its kind, shuffled; fewer than `num_choices` if the kind has fewer."""
-    answers = next(group for group in (["yes", "no"], NUMBERS, SHAPES, GROUNDS, COLOURS) if question.answer in group)
-    others = [answer for answer in answers if answer != question.answer]
+    others = [answer for answer in answers_of_kind(question.answer) if answer != question.answer]
     others = rng.sample(others, min(num_choices - 1, len(others)))
     return rng.sample([question.answer, *others], len(others) + 1)
 
@@ -134,10 +139,9 @@ def _scene_questions(scene: Scene) -> list[Question]:
 def all_questions(scene: Scene) -> list[Question]:
     """All questions about the scene, in a fixed order."""
     questions = _scene_questions(scene)
-    shapes = [mark for mark in scene.marks if mark.kind in SHAPES]
-    if shapes:
-        questions.append(Question("object", "count", "", NUMBERS[len(shapes)]))
-    for mark in shapes:
+    if scene.shapes:
+        questions.append(Question("object", "count", "", NUMBERS[len(scene.shapes)]))
+    for mark in scene.shapes:
         questions.append(Question("object", "shape", mark.colour, mark.kind))
         questions.append(Question("object", "shape_colour", mark.kind, mark.colour))
         quadrant = _quadrant(scene, mark.row, mark.column)
@@ -149,7 +153,7 @@ def all_questions(scene: Scene) -> list[Question]:
             questions.append(Question(family, f"letter_{mark.size}", mark.kind, mark.colour))
         elif mark.kind == "frame":
             questions.append(Question(family, f"frame_{mark.size}", mark.colour, mark.inside))
-    questions += [Question("fine", "code", code.sign, " ".join(code.digits)) for code in scene.codes]
+    questions += [Question("fine", "code", sign, " ".join(digits)) for sign, digits in scene.codes.items()]
     return questions
 
 

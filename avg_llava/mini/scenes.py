@@ -58,14 +58,6 @@ class Mark:
     inside: str = "none"
 
 
-@dataclass(frozen=True)
-class Code:
-    """A sign and the digits to its right, one cell each."""
-
-    sign: str
-    digits: str
-
-
 @dataclass
 class Scene:
     """One picture.
@@ -79,8 +71,8 @@ class Scene:
         share: Cells of the first ground along the split axis.
         drawing: (rows * 8, columns * 8) palette indices, the drawing at 8 pixels per cell.
         labels: (rows, columns, 5) the LABEL_FIELDS of every cell.
-        marks: All marks, those of codes included.
-        codes: The codes.
+        marks: All marks, including the signs and digits of codes.
+        codes: Sign -> the digits to its right, one cell each.
     """
 
     rows: int
@@ -92,11 +84,15 @@ class Scene:
     drawing: np.ndarray
     labels: np.ndarray
     marks: list[Mark] = field(default_factory=list)
-    codes: list[Code] = field(default_factory=list)
+    codes: dict[str, str] = field(default_factory=dict)
 
     @property
     def has_writing(self) -> bool:
         return any(mark.size == "small" for mark in self.marks)
+
+    @property
+    def shapes(self) -> list[Mark]:
+        return [mark for mark in self.marks if mark.kind in SHAPES]
 
     def pixels(self) -> np.ndarray:
         """Palette indices (rows * cell, columns * cell): the drawing, scaled to `cell` pixels per cell."""
@@ -206,7 +202,7 @@ def draw_scene(rng: random.Random, layouts: dict[tuple[int, int], int] | None = 
         for line in range(SITE):
             sign, colour = signs.pop(), rng.choice(list(COLOURS))
             digits = "".join(rng.choice(list(DIGITS)) for _ in range(SITE - 1))
-            scene.codes.append(Code(sign, digits))
+            scene.codes[sign] = digits
             for offset, kind in enumerate([sign, *digits]):
                 scene.add(Mark(kind, colour, "small", row + line, column + offset))
 
