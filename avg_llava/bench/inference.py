@@ -41,7 +41,6 @@ class Variant:
     """A way to answer a batch.
 
     Attributes:
-        name: Name in the table.
         levels: Visual tokens per crop of each image of the batch.
         routed: The router runs first.
         grouped: Images at the same level are answered together, one level after another.
@@ -197,7 +196,6 @@ def bench_inference(
     """Measures all variants and compares them.
 
     Args:
-        preset: Size of the model.
         batch_size: Number of images, each with its question, answered in one batch.
         new_tokens: Length of every answer in tokens.
         image_size: (height, width) in pixels; None is two by two crops (672x672 for CLIP-L/336).

@@ -61,15 +61,9 @@ class Reply:
 
 @dataclass
 class ClientResults:
-    """Latencies, failures and wrong answers of all clients.
+    """Latencies in seconds, failures and wrong answers of all clients, which hold the lock while they add theirs.
 
-    Attributes:
-        seconds: Latency of each complete answer.
-        first_seconds: Time to the first piece of each streamed answer.
-        failures: Number of failed requests by HTTP status or exception.
-        wrong_examples: Descriptions of the first wrong answers.
-        num_wrong: Number of wrong answers.
-        lock: Held while a client adds to the results.
+    `first_seconds` are the times to the first piece of streamed answers; `failures` counts by HTTP status or exception.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -249,7 +243,6 @@ def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dic
     Args:
         model: A checkpoint trained on the mini world.
         clients: Number of concurrent clients; each asks again as soon as it has its answer.
-        seconds: Duration.
 
     Returns:
         Numbers of answers, failures by status and wrong answers; latencies in seconds by percentile; the server's

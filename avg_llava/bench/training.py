@@ -95,8 +95,6 @@ def bench_train(
     """Measures both variants and compares them.
 
     Args:
-        stage: 1 to 4.
-        preset: Size of the model.
         repeats: Measured steps of each variant, after a warm-up; the median counts.
         stored_feedback: Stage 4 as from a feedback store: our variant holds no language model.
 
@@ -271,7 +269,7 @@ def _store_feedback(folder: Path, preset: Preset) -> None:
 
 
 def _redirect_stdout() -> None:
-    """Sends the output of libraries to standard error: the command may print JSON to standard output."""
+    """Sends libraries' output to standard error, since the command may print JSON to standard output."""
     disable_progress_bar()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
