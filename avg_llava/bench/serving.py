@@ -69,8 +69,7 @@ class ClientResults:
     seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
-    wrong_examples: list[str] = field(default_factory=list)
-    num_wrong: int = 0
+    wrong: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -217,9 +216,7 @@ def _run_client(address: str, questions: Sequence[Question], seed: int, until: f
                 results.first_seconds.append(reply.first_seconds)
             wanted = (expected.text, expected.granularity, expected.num_visual_tokens)
             if (reply.text, reply.granularity, reply.visual_tokens) != wanted:
-                results.num_wrong += 1
-                if len(results.wrong_examples) < MAX_WRONG_EXAMPLES:
-                    results.wrong_examples.append(f"{wanted} is {reply}")
+                results.wrong.append(f"{wanted} is {reply}")
     connection.close()
 
 
@@ -273,8 +270,8 @@ def bench_serve(model: str | Path, clients: int = 64, seconds: int = 120) -> dic
         "seconds": seconds,
         "questions": len(questions),
         "answered": len(results.seconds),
-        "wrong": results.num_wrong,
-        "wrong_examples": results.wrong_examples,
+        "wrong": len(results.wrong),
+        "wrong_examples": results.wrong[:MAX_WRONG_EXAMPLES],
         "failures": dict(results.failures),
         "requests_per_second": len(results.seconds) / seconds,
         "latency_seconds": _percentiles(results.seconds),

@@ -18,11 +18,6 @@ def alternate(
 ) -> dict[Name, list[Result]]:
     """Calls each variant once per round, for one warm-up round and `repeats` further rounds.
 
-    Args:
-        variants: The functions to compare, by name.
-        repeats: Rounds after the warm-up.
-        description: Label of the progress bar.
-
     Returns:
         The results of each variant in order; the first is that of the warm-up.
     """

@@ -7,7 +7,7 @@ This module only computes; `avg_llava.mini.answers` collects the answers.
 Shapes: Q questions, G levels coarse to fine.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,7 +144,7 @@ def _row(name: str, outcomes: Outcomes, weights: FloatArray, token_cost: float |
     kinds = np.array([question.kind for question in outcomes.questions])
     names = list(family_kinds(outcomes.questions))
 
-    def mean_by(groups: NDArray[np.str_], of: FloatArray, order: Iterable[str]) -> dict[str, float]:
+    def mean_by(groups: NDArray[np.str_], of: FloatArray, order: Sequence[str]) -> dict[str, float]:
         return {group: float(of[groups == group].mean()) for group in order if (groups == group).any()}
 
     def shares(of: FloatArray) -> dict[str, float]:

@@ -69,7 +69,6 @@ class Question:
         family: One of FAMILIES.
         question_type: A key of WORDINGS; with the mark's size appended for letters and frames, e.g. "letter_small".
         key: The mark, colour or side that the question is about; empty if it is about the whole scene.
-        answer: The answer.
     """
 
     family: str
@@ -163,9 +162,7 @@ def choose_questions(
     """Samples different questions: first a family, then a question type, then a question.
 
     Args:
-        scene: The scene.
         num_questions: Number of questions; fewer are returned if the scene has fewer.
-        rng: Source of randomness.
         without: Question types to exclude.
     """
     remaining = [question for question in all_questions(scene) if question.question_type not in without]

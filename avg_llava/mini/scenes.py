@@ -175,7 +175,6 @@ def draw_scene(rng: random.Random, layouts: dict[tuple[int, int], int] | None = 
     not mention it. Codes and shapes may be added.
 
     Args:
-        rng: Source of randomness.
         layouts: (rows, columns) in cells -> weight; None takes LAYOUTS.
     """
     scene = _empty(rng, layouts or LAYOUTS)

@@ -120,9 +120,8 @@ def test_the_benchmark_detects_errors():
     with running(predictor) as server:
         for sent in (swapped[1:], [broken]):
             stress._run_client(server.address, sent, 0, time.monotonic() + 0.5, results)
-    assert results.num_wrong == len(results.seconds) >= 1
+    assert len(results.wrong) == len(results.seconds) >= 1
     assert set(results.failures) == {"400"}
-    assert 1 <= len(results.wrong_examples) <= results.num_wrong
     with pytest.raises(OSError, match="refused"):
         stress.read_metrics(server.address)
     stress._run_client(server.address, swapped, 0, time.monotonic() + 0.1, results)
