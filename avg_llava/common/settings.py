@@ -249,6 +249,10 @@ def _message(cls: type, key: str, details: Any) -> str:
             known = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
             hint = _nearest(value, known.split(", ")) if isinstance(value, str) else ""
             return f"{key} must be one of {known}; got {value!r}{hint}"
+        case "greater_than":
+            return f"{key} must be above {details['ctx']['gt']:g}, got {value}"
+        case "greater_than_equal":
+            return f"{key} must be at least {details['ctx']['ge']:g}, got {value}"
         case kind:
             return f"{key} must be {_EXPECTED.get(kind, details['msg'])}, got {value!r} ({type(value).__name__})"
 

@@ -108,7 +108,7 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
     if parent is not None:
         earlier = report.attempt("earlier run", lambda: find_earlier_run(config, parent))
         if earlier is not None:
-            state = "is finished" if earlier.finished else f"would continue from step {earlier.manifest.step}"
+            state = "is finished" if earlier.manifest.finished else f"would continue from step {earlier.manifest.step}"
             report.facts.append(f"earlier run: {earlier.folder} {state}")
     accumulation = report.attempt("batch size", lambda: config.accumulation_steps(world_size()))
     deepspeed = None

@@ -72,15 +72,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
 
 
 def check_compilation(deepspeed: Mapping[str, Any] | None, use_cpu: bool) -> None:
-    """Refuses `runtime.compile` where it cannot work.
-
-    Args:
-        deepspeed: the parsed DeepSpeed file, or None.
-        use_cpu: the run computes on the CPU.
-
-    Raises:
-        ConfigError: under ZeRO-3, or without a compiler.
-    """
+    """Refuses `runtime.compile` under ZeRO-3 and without a compiler; `deepspeed` is the parsed DeepSpeed file."""
     if deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
             "runtime.compile: under ZeRO-3, where weights come and go, layers are compiled over and over; choose "
@@ -143,11 +135,7 @@ def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:
 def build_collator(
     config: TrainConfig, processor: AvgLlavaProcessor, dataset: ConversationDataset
 ) -> Collator | FeedbackCollator:
-    """The collator, which adds stored feedback if the run has a store.
-
-    Raises:
-        ConfigError: the store belongs to another model or to other data.
-    """
+    """The collator, which adds stored feedback if the run has a store."""
     collator = Collator(pad_token_id=processor.tokenizer.pad_token_id)
     if config.objective.feedback_store is None:
         return collator

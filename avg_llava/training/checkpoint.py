@@ -78,20 +78,10 @@ class StageManifest:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """An earlier run of the same stage, found in the output folder.
-
-    Attributes:
-        folder: the stage's result if the run is finished, its latest complete checkpoint otherwise.
-        manifest: of that folder.
-    """
+    """The result, or the latest complete checkpoint of an unfinished run, and its manifest."""
 
     folder: Path
     manifest: StageManifest
-
-    @property
-    def finished(self) -> bool:
-        """True if there is nothing left to train."""
-        return self.manifest.finished
 
 
 # ---- finding ------------------------------------------------------------------------------------------------------
@@ -122,8 +112,7 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
     """The finished result or the latest complete checkpoint in the output folder, if any.
 
     Args:
-        config: the configuration of the run that is about to start.
-        parent: where it starts, from `describe_start`.
+        parent: Start of the run that `config` configures, from `describe_start`.
 
     Raises:
         ConfigError: the earlier run has another configuration or another start.
@@ -131,13 +120,10 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
     if config.output.overwrite:
         return None
     output_dir = Path(config.output.dir)
-    manifest, folder = read_manifest(output_dir), output_dir
-    if manifest is None:
-        checkpoint = latest_checkpoint(output_dir)
-        if checkpoint is None:
-            return None
-        manifest, folder = read_manifest(checkpoint), checkpoint
-    assert manifest is not None, "latest_checkpoint gives folders with a manifest"
+    folder = output_dir if (output_dir / MANIFEST_NAME).is_file() else latest_checkpoint(output_dir)
+    manifest = None if folder is None else read_manifest(folder)
+    if folder is None or manifest is None:
+        return None
     # A run of an earlier version lacks newer fields, which have their defaults in it.
     changes = changed_keys(build(TrainConfig, manifest.config).to_dict(), config.to_dict())
     if manifest.parent != parent:
@@ -154,11 +140,7 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
 
 
 def describe_start(config: TrainConfig) -> dict[str, Any]:
-    """The `parent` entry of the stage's manifest: its start, or the two backbones.
-
-    Raises:
-        ConfigError: the start is not a finished run of the parent stage.
-    """
+    """The `parent` entry of the stage's manifest: its start, checked by `check_start`, or the two backbones."""
     parent_stage = STAGES[config.stage].parent
     if parent_stage is None:
         return {"vision": config.model.vision, "language": config.model.language}
@@ -167,19 +149,10 @@ def describe_start(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[str, Any]:
-    """Refuses a start that is not a finished run of the parent stage.
-
-    Args:
-        start: `model.start` of the configuration.
-        stage: the stage to train.
-        parent_stage: the stage that it starts from.
-        force: accept anything that loads.
-
-    Returns:
-        The `parent` entry of the new manifest.
+    """The `parent` entry of a new manifest.
 
     Raises:
-        ConfigError: the start is anything else, and `force` is False.
+        ConfigError: The start is not a finished run of the parent stage, and `force` is False.
     """
     manifest = read_manifest(Path(start))
     # `created` distinguishes a retrained parent from the one that an earlier run started from.
@@ -211,13 +184,12 @@ def check_same_data(manifest: StageManifest, fingerprint: str) -> None:
 
 def changed_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences of two resolved configurations, as `a.b: 1 -> 2`, without `FREE_KEYS`."""
-    changes = []
     before, after = _flatten(earlier), _flatten(now)
-    for key in sorted(before.keys() | after.keys()):
-        is_free = any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-        if not is_free and before.get(key) != after.get(key):
-            changes.append(f"{key}: {before.get(key)} -> {after.get(key)}")
-    return changes
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+    ]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -242,8 +214,7 @@ def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:
     """Approximate size of a checkpoint: weights, and the optimizer state of trained parameters.
 
     Args:
-        model: parameters may be sharded by ZeRO-3.
-        has_master_weights: the optimizer keeps a float32 copy of trained parameters, as DeepSpeed's does.
+        has_master_weights: The optimizer keeps a float32 copy of trained parameters, as DeepSpeed's does.
     """
     total = 0
     for parameter in model.parameters():
@@ -256,16 +227,7 @@ def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:
 
 @contextmanager
 def writing(folder: Path, output_dir: Path, needed: int) -> Iterator[None]:
-    """Turns failures to write a run's files into a `SaveError`.
-
-    Args:
-        folder: the folder being written.
-        output_dir: the run's folder, which holds its checkpoints.
-        needed: approximate size in bytes.
-
-    Raises:
-        SaveError: the disk is full, or the folder is not writable.
-    """
+    """Turns failures to write about `needed` bytes into `folder` of a run into a `SaveError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -314,11 +276,8 @@ def make_universal(checkpoint: Path) -> None:
     written. The other ranks wait for a marker file in the folder, which all nodes must see in order to load it anyway.
     A converted checkpoint is not converted again.
 
-    Args:
-        checkpoint: folder with DeepSpeed's `latest` and the folder that it names.
-
     Raises:
-        ConfigError: the conversion failed; the message holds DeepSpeed's last line.
+        ConfigError: The conversion failed; the message holds DeepSpeed's last line.
     """
     done = checkpoint / _UNIVERSAL_DONE
     if rank() != 0:

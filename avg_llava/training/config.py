@@ -5,13 +5,14 @@ unknown keys and returns a `TrainConfig`. Relative paths are relative to the wor
 root of the project. This module imports no torch, so that the command line can read it quickly.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_core import to_jsonable_python
 
 from avg_llava.common.settings import ConfigError, apply_overrides, build, find_entry, read_yaml, with_list_from_file
 from avg_llava.model.templates import TEMPLATES
@@ -62,7 +63,7 @@ class ModelSettings:
     router: RouterSettings | None = None
     """Stage 1: shape of the router; null: the defaults. Stage 4: a new router of this shape; null: the start's. Other
     stages: the start's."""
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     """Maximal sequence length in tokens, visual tokens included; null: the start's."""
 
 
@@ -75,7 +76,7 @@ class SourceSettings:
     """Folder that image paths are relative to and stay inside of; null: the file's own folder."""
     sampling: str | None = None
     """`all`, `first:N`, `end:N` or `random:N` (N records, or a share such as 10%); null: all."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Passes over these records per epoch; 2.3: two, and a third over 30 % of them, sampled by `seed`."""
     follow_links: bool = False
     """Accept image paths that leave the root through symbolic links."""
@@ -101,7 +102,7 @@ class DataSettings:
     """File written by `avg-llava verify-data`: records to leave out."""
     index_dir: str | None = None
     """Folder for the sources' indices, a few MB each; null: `.avg-llava-index` beside each source."""
-    num_workers: int = 4
+    num_workers: NonNegativeInt = 4
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ class ObjectiveSettings:
     """`rglf`: the stage's default objective; in stage 4 the paper's, which learns from feedback at every level.
     `gumbel` (stage 4): the instruction-tuning loss at a level sampled by a straight-through Gumbel-softmax; of the
     fields below it uses `temperature` only. Or another entry of `training.stages.OBJECTIVES`."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Temperature of the Gumbel-softmax; the lower, the closer its gradient to that of the argmax."""
     ranking: RankingVariant = "paper"
-    rank_loss_weight: float = 1.0
-    cross_entropy_weight: float = 0.1
+    rank_loss_weight: NonNegativeFloat = 1.0
+    cross_entropy_weight: NonNegativeFloat = 0.1
     feedback: Reduction = "mean"
     """Log-probability of the answer: mean over its tokens, or their sum."""
-    tie_tolerance: float = 0.0
+    tie_tolerance: NonNegativeFloat = 0.0
     """Levels within this many nats of the best count as equally good; 0 is the paper."""
     feedback_store: str | None = None
     """Folder written by `avg-llava feedback`: read feedback from it, without a language model in memory. null: compute
@@ -145,30 +146,30 @@ class LoraSettings:
 class OptimSettings:
     """AdamW with linear warm-up and decay."""
 
-    lr: float
-    global_batch_size: int
+    lr: PositiveFloat
+    global_batch_size: PositiveInt
     """Samples per optimizer step, over all processes and accumulation steps; see `max_tokens_per_batch`."""
-    micro_batch_size: int
+    micro_batch_size: PositiveInt
     """Samples per process and forward pass; the number of accumulation steps follows."""
-    max_tokens_per_batch: int | None = None
+    max_tokens_per_batch: PositiveInt | None = None
     """Fill micro-batches up to this many tokens (text, and visual tokens at the finest level, without padding) instead
     of `micro_batch_size` samples; a longer sample is a micro-batch by itself. An optimizer step has `global_batch_size`
     / `micro_batch_size` micro-batches, of any number of samples. null: `micro_batch_size` samples."""
-    vision_lr: float | None = None
+    vision_lr: PositiveFloat | None = None
     """Learning rate of the vision tower; null: `lr`."""
-    projector_lr: float | None = None
+    projector_lr: PositiveFloat | None = None
     """Learning rate of the projector; null: `lr`."""
-    lora_lr: float | None = None
+    lora_lr: PositiveFloat | None = None
     """Learning rate of LoRA adapters in any part; null: `lr`."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = 0.03
-    epochs: float = 1.0
-    max_steps: int | None = None
+    warmup_ratio: NonNegativeFloat = 0.03
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
     """Number of optimizer steps, which the schedule covers; null: `epochs` determines it."""
-    max_grad_norm: float = 0.0
+    max_grad_norm: NonNegativeFloat = 0.0
     """Clip gradients to this norm; 0: do not clip, as in the released training."""
 
 
@@ -193,11 +194,11 @@ class RuntimeSettings:
 class LoggingSettings:
     """Logging, in addition to `log_history.jsonl` in the output folder."""
 
-    every: int = 1
+    every: PositiveInt = 1
     """Optimizer steps between two lines of the log."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     run_name: str | None = None
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     """Peak of one device in the run's precision, in 10^12 operations per second, for the MFU; null: the published value
     of the GPU, or no MFU if it is not known."""
     progress_bar: bool = True
@@ -209,9 +210,9 @@ class OutputSettings:
 
     dir: str
     """Folder of the run: checkpoints while it trains, the stage's model at the end."""
-    save_every: int = 0
+    save_every: NonNegativeInt = 0
     """Optimizer steps between two checkpoints, from which a killed run continues; 0: no checkpoints."""
-    keep: int = 1
+    keep: PositiveInt = 1
     """Checkpoints to keep while training."""
     overwrite: bool = False
     """Discard an earlier run in the folder and train from the beginning."""
@@ -237,7 +238,7 @@ class TrainConfig:
         _check_model(self)
         _check_lora(self)
         _check_objective(self)
-        _check_numbers(self)
+        _check_ranges(self)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per optimizer step and process that make up the global batch size."""
@@ -253,15 +254,9 @@ class TrainConfig:
 
     def architecture(self) -> dict[str, Any]:
         """Fields of the model's configuration that stage 1 sets; those that are null keep the model's default."""
-        model = self.model
-        fields = {
-            "granularities": None if model.granularities is None else list(model.granularities),
-            "pooling_ladder": model.pooling_ladder,
-            "behavior": model.behavior,
-            "image_grid_pinpoints": model.image_grid_pinpoints and [list(pair) for pair in model.image_grid_pinpoints],
-            "router_config": None if model.router is None else dataclasses.asdict(model.router),
-            "max_sequence_length": model.max_length,
-        }
+        model = to_jsonable_python(self.model)
+        fields = {name: model[name] for name in ("granularities", "pooling_ladder", "behavior", "image_grid_pinpoints")}
+        fields |= {"router_config": model["router"], "max_sequence_length": model["max_length"]}
         return {name: value for name, value in fields.items() if value is not None}
 
     @property
@@ -278,7 +273,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, lists and scalars, as in YAML and JSON."""
-        return _plain(dataclasses.asdict(self))
+        return to_jsonable_python(self)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -353,56 +348,13 @@ def _check_objective(config: TrainConfig) -> None:
     )
 
 
-def _check_numbers(config: TrainConfig) -> None:
+def _check_ranges(config: TrainConfig) -> None:
     optim = config.optim
-    positive = {
-        "optim.lr": optim.lr,
-        "optim.vision_lr": optim.vision_lr,
-        "optim.projector_lr": optim.projector_lr,
-        "optim.lora_lr": optim.lora_lr,
-        "optim.global_batch_size": optim.global_batch_size,
-        "optim.micro_batch_size": optim.micro_batch_size,
-        "optim.max_tokens_per_batch": optim.max_tokens_per_batch,
-        "optim.epochs": optim.epochs,
-        "optim.max_steps": optim.max_steps,
-        "objective.temperature": config.objective.temperature,
-        "model.max_length": config.model.max_length,
-        "logging.every": config.logging.every,
-        "logging.peak_tflops": config.logging.peak_tflops,
-        "output.keep": config.output.keep,
-    }
-    not_negative = {
-        "optim.weight_decay": optim.weight_decay,
-        "optim.warmup_ratio": optim.warmup_ratio,
-        "optim.max_grad_norm": optim.max_grad_norm,
-        "objective.tie_tolerance": config.objective.tie_tolerance,
-        "objective.rank_loss_weight": config.objective.rank_loss_weight,
-        "objective.cross_entropy_weight": config.objective.cross_entropy_weight,
-        "data.num_workers": config.data.num_workers,
-        "output.save_every": config.output.save_every,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key} must be above 0, got {value}")
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise ConfigError(f"{key} must be at least 0, got {value}")
     if optim.warmup_ratio >= 1:
         raise ConfigError(f"optim.warmup_ratio must be below 1, a share of all steps; got {optim.warmup_ratio}")
     if len(optim.betas) != 2:
         raise ConfigError(f"optim.betas must be a list of two numbers, got {list(optim.betas)}")
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one file")
-    for index, source in enumerate(config.data.sources):
-        if not source.weight > 0:
-            raise ConfigError(f"data.sources.{index}.weight must be above 0, got {source.weight}")
     if any(len(pair) != 2 for pair in config.model.image_grid_pinpoints or ()):
         raise ConfigError("model.image_grid_pinpoints must be a list of [height, width]")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,28 +35,20 @@ from avg_llava.training.stages import OBJECTIVES, STAGES
 logger = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
-    """A sample's answer at each level: sums of its tokens' log-probabilities, and numbers of tokens."""
-
-    log_probs: list[float]
-    num_tokens: list[int]
+Answer = tuple[list[float], list[int]]
+"""A sample's answer at each level: sums of its tokens' log-probabilities, and numbers of tokens."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """State of a store after `collect`.
-
-    Attributes:
-        num_samples: Samples of the complete store.
-        num_shards: Shards of the complete store.
-        num_missing_shards: Shards that other machines have not computed yet.
-        counts: Samples in the store, by status.
-    """
+    """State of a store after `collect`; `num_samples` and `num_shards` are those of the complete store."""
 
     num_samples: int
     num_shards: int
     num_missing_shards: int
-    counts: dict[Status, int]
+    """Shards that other machines have not computed yet."""
+    counts: dict[str, int]
+    """Samples in the store, by `Status`."""
 
 
 def collect(config: TrainConfig, output: Path, num_processes: int | None = None) -> Collection:
@@ -65,7 +57,6 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
     Args:
         config: Configuration of the router training. Of objective and optimizer only `optim.micro_batch_size`, the
             samples per forward pass, is used.
-        output: Folder of the store.
         num_processes: None: one per GPU, or one per CPU core without a GPU.
 
     Raises:
@@ -78,9 +69,11 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
     config = replace(config, objective=replace(config.objective, feedback_store=None))  # feedback is computed, not read
     describe_start(config)
     store = _open_or_create(config, output)
-    todo = _shards_of_this_machine(store.missing_shards())
+    num_nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
+    todo = [shard for shard in store.missing_shards() if shard % num_nodes == node]
     if todo:
         done = store.manifest.num_samples - sum(len(store.manifest.samples_of(shard)) for shard in todo)
+        available = num_cores() if uses_cpu(config) else torch.cuda.device_count()
         with tqdm(
             total=store.manifest.num_samples,
             initial=done,
@@ -89,7 +82,7 @@ def collect(config: TrainConfig, output: Path, num_processes: int | None = None)
             dynamic_ncols=True,
             disable=not config.logging.progress_bar,
         ) as progress:
-            _compute(config, store, todo, num_processes or _default_processes(config), progress)
+            _compute(config, store, todo, num_processes or available, progress)
     num_missing = len(store.missing_shards())
     if not num_missing:
         for leftover in output.glob(".*.new"):  # from processes that were killed while writing
@@ -110,15 +103,6 @@ def _open_or_create(config: TrainConfig, output: Path) -> FeedbackStore:
         return FeedbackStore.create(output, expected)
     store.check(expected, to_continue=True)
     return store
-
-
-def _shards_of_this_machine(shards: list[int]) -> list[int]:
-    num_nodes, node = int(os.environ.get("NNODES", "1")), int(os.environ.get("NODE_RANK", "0"))
-    return [shard for shard in shards if shard % num_nodes == node]
-
-
-def _default_processes(config: TrainConfig) -> int:
-    return num_cores() if uses_cpu(config) else torch.cuda.device_count()
 
 
 def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_processes: int, progress: tqdm) -> None:
@@ -148,13 +132,7 @@ def _start_worker(number: int, config: TrainConfig, folder: Path) -> "ShardColle
 
 
 class ShardCollector:
-    """Loads the model and computes shards of a store.
-
-    Args:
-        config: The stage-4 configuration.
-        store: The store to write to.
-        device: The device to compute on.
-    """
+    """Loads the model and computes shards of a store."""
 
     def __init__(self, config: TrainConfig, store: FeedbackStore, device: torch.device):
         self.config = config
@@ -216,7 +194,7 @@ class ShardCollector:
                 f"out of GPU memory with {len(scored)} samples at a time; lower optim.micro_batch_size "
                 f"{self.config.optim.micro_batch_size} and run again, finished shards are kept"
             ) from error
-        found = map(Answer, answers.log_probs.tolist(), answers.num_tokens.tolist())
+        found = zip(answers.log_probs.tolist(), answers.num_tokens.tolist(), strict=True)
         return [next(found) if is_scored else None for is_scored in takes_part]
 
     def _row(self, item: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
@@ -234,15 +212,13 @@ class ShardCollector:
         }
         if answer is None or row["status"] != "compared":
             return row
-        if not all(math.isfinite(value) for value in answer.log_probs):
+        (log_probs, _), levels = answer, self.store.manifest.levels
+        if not all(map(math.isfinite, log_probs)):
             raise FeedbackError(
-                f"the log-probability of the answer of {self.dataset.sample(index).name} is {answer.log_probs} under "
-                f"the levels {self.store.manifest.levels}; look at this sample, or use runtime.precision bf16 or fp32"
+                f"the log-probability of the answer of {self.dataset.sample(index).name} is {log_probs} under the "
+                f"levels {levels}; look at this sample, or use runtime.precision bf16 or fp32"
             )
-        return row | {
-            f"log_prob_{level}": value
-            for level, value in zip(self.store.manifest.levels, answer.log_probs, strict=True)
-        }
+        return row | {f"log_prob_{level}": value for level, value in zip(levels, log_probs, strict=True)}
 
 
 def _status(item: dict[str, Any], answer: Answer | None) -> Status:
@@ -250,9 +226,9 @@ def _status(item: dict[str, Any], answer: Answer | None) -> Status:
         return "unreadable"
     if not item["pixel_values"]:
         return "no image"
-    if answer is None or not any(answer.num_tokens):
+    if answer is None or not any(answer[1]):
         return "no supervised tokens"
-    return "compared" if len(set(answer.num_tokens)) == 1 else "cut off"
+    return "compared" if len(set(answer[1])) == 1 else "cut off"
 
 
 def _num_supervised(item: dict[str, Any]) -> int:

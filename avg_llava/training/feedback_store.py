@@ -8,13 +8,16 @@ that a store serves any selection and order of its samples.
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -98,14 +101,18 @@ _MUST_MATCH_TO_CONTINUE = {
 
 
 def describe(start: str, dataset: ConversationDataset, precision: str) -> FeedbackManifest:
-    """The manifest of a model's feedback on a data set.
+    """The manifest of the feedback of a model (a folder or hub id) on a data set built with its processor.
 
-    Args:
-        start: Folder or hub id of the model.
-        dataset: The data set, built with the model's processor and configuration.
-        precision: `runtime.precision`.
+    Raises:
+        ConfigError: Two sources have the same content and different images, which could not be distinguished.
     """
-    _refuse_ambiguous_files(dataset)
+    roots: dict[str, str] = {}
+    for file in dataset.files:
+        if roots.setdefault(file.sha256, file.image_root) != file.image_root:
+            raise ConfigError(
+                f"{file.path} is given with two image roots, {roots[file.sha256]} and {file.image_root}, or has a "
+                "twin: feedback knows a record by its file's content. Give one of the two files other ids"
+            )
     origins = dataset.origins[dataset.unique()].tolist()
     tensors = list_weights(resolve_folder(start))
     return FeedbackManifest(
@@ -124,12 +131,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
 
 
 class FeedbackStore:
-    """A folder with feedback.
-
-    Args:
-        folder: The folder.
-        manifest: Contents of its `store.json`.
-    """
+    """A folder with feedback."""
 
     def __init__(self, folder: Path, manifest: FeedbackManifest):
         self.folder = folder
@@ -162,10 +164,9 @@ class FeedbackStore:
         return cls(folder, manifest)
 
     def check(self, expected: FeedbackManifest, to_continue: bool = False) -> None:
-        """Refuses a store of another model or of other data.
+        """Refuses a store of another model or of other data than the expected manifest.
 
         Args:
-            expected: The manifest of the feedback that is needed.
             to_continue: Feedback will be added to the store, not only read from it.
 
         Raises:
@@ -178,8 +179,10 @@ class FeedbackStore:
                 if list(theirs) == list(ours):
                     continue
                 theirs, ours = ", ".join(theirs.values()), ", ".join(ours.values())
-            elif theirs == ours or (key == "levels" and not to_continue and _serves(theirs, ours)):
+            elif theirs == ours:
                 continue
+            elif key == "levels" and not to_continue and set(ours) <= set(theirs) and ours[-1] == theirs[-1]:
+                continue  # some of the levels, and the same finest one, at which samples are truncated
             differences.append(message.format(theirs=theirs, ours=ours))
         if differences:
             raise ConfigError(
@@ -221,14 +224,11 @@ class FeedbackStore:
             ]
         )
 
-    def count(self) -> dict[Status, int]:
+    def count(self) -> dict[str, int]:
         """Numbers of samples in existing shards, by status."""
-        counts: dict[Status, int] = {}
-        for shard in range(self.manifest.num_shards):
-            if self.shard_path(shard).is_file():
-                for status in self._read(shard, ["status"]).column("status").to_pylist():
-                    counts[status] = counts.get(status, 0) + 1
-        return counts
+        existing = filter(lambda shard: self.shard_path(shard).is_file(), range(self.manifest.num_shards))
+        statuses = (self._read(shard, ["status"]).column("status").to_pylist() for shard in existing)
+        return dict(Counter(chain.from_iterable(statuses)))
 
     def answers(self, dataset: ConversationDataset) -> tuple[Tensor, Tensor]:
         """The feedback on the samples of a data set, in its order.
@@ -267,10 +267,8 @@ class FeedbackStore:
         origins = dataset.origins
         wanted = _key(of_sources[origins[:, 0]], origins[:, 1])
         stored = _key(table.column("file").to_numpy(), table.column("position").to_numpy())
-        order = np.argsort(stored, kind="stable")
-        indices = np.minimum(np.searchsorted(stored, wanted, sorter=order), len(stored) - 1)
-        rows: np.ndarray = order[indices]
-        absent = np.nonzero(stored[rows] != wanted)[0]
+        rows: np.ndarray = pc.index_in(pa.array(wanted), value_set=pa.array(stored)).fill_null(-1).to_numpy()
+        absent = np.nonzero(rows < 0)[0]
         if len(absent):
             raise ConfigError(
                 f"the feedback in {self.folder} lacks {len(absent)} of {len(dataset)} samples, the first of them "
@@ -299,17 +297,13 @@ class FeedbackStore:
 
 @dataclass(frozen=True)
 class FeedbackCollator:
-    """Adds stored feedback to the batches of a collator.
-
-    Attributes:
-        collator: Builds batches with `index`, the samples' indices in the data set.
-        log_probs: (samples, G), see `FeedbackStore.answers`.
-        num_tokens: (samples,).
-    """
+    """Adds stored feedback to the batches of a collator."""
 
     collator: Collator
     log_probs: Tensor
+    """(samples, G), see `FeedbackStore.answers`."""
     num_tokens: Tensor
+    """(samples,)"""
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch, with `answer_log_probs` (B, G) and `num_answer_tokens` (B,)."""
@@ -318,26 +312,10 @@ class FeedbackCollator:
         return {**batch, "answer_log_probs": self.log_probs[index], "num_answer_tokens": self.num_tokens[index]}
 
 
-def _serves(stored: list[int], wanted: list[int]) -> bool:
-    """True if the stored levels include the wanted ones, with the same finest level, at which samples are truncated."""
-    return set(wanted) <= set(stored) and wanted[-1] == stored[-1]
-
-
 def _key(files: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One int64 per record: the file's index above 40 bits of position."""
     keys: np.ndarray = files.astype(np.int64) << 40 | positions.astype(np.int64)
     return keys
-
-
-def _refuse_ambiguous_files(dataset: ConversationDataset) -> None:
-    """Refuses two sources with the same content and different images, which could not be distinguished."""
-    roots: dict[str, str] = {}
-    for file in dataset.files:
-        if roots.setdefault(file.sha256, file.image_root) != file.image_root:
-            raise ConfigError(
-                f"{file.path} is given with two image roots, {roots[file.sha256]} and {file.image_root}, or has a "
-                "twin: feedback knows a record by its file's content. Give one of the two files other ids"
-            )
 
 
 def _relevant_fields(config: AvgLlavaConfig) -> dict[str, Any]:

@@ -68,14 +68,11 @@ def step_flops(
     reference: bool = False,
     adapters: Mapping[Part, AdapterShape] | None = None,
 ) -> StepFlops:
-    """Operations of a forward and backward pass over a micro-batch.
+    """Operations of a forward and backward pass over a micro-batch of a model with a Llama-like language model.
 
     Args:
-        trains: parts that are trained.
-        passes: passes of the objective; with `sampled`, all levels are assumed equally probable.
-        samples: the micro-batch.
-        config: of a model with a Llama-like language model.
-        reference: count the reference loop (`bench/`), which encodes images anew for every level and for the router,
+        passes: With `sampled`, all levels are assumed equally probable.
+        reference: Count the reference loop (`bench/`), which encodes images anew for every level and for the router,
             pads all samples to the longest, computes attention under a mask and logits of every token.
         adapters: LoRA adapters, by part.
     """
@@ -101,20 +98,18 @@ def step_flops(
         head += head_flops(sum(lengths) if reference else answers, config)
     if passes.sampled:
         language, head = language / len(levels), head / len(levels)
+
+    def adapter_flops(part: Part, tokens: float) -> float:
+        return 3 * 2.0 * tokens * adapters[part].parameters if part in adapters else 0.0
+
     used = config.num_vision_layers / config.vision_config.num_hidden_layers
     vision_tokens = encodings * crops * (config.num_patches_per_side**2 + 1) * used
     return StepFlops(
-        vision=vision_factor * encodings * vision_flops(crops, config)
-        + _adapter_flops(vision_tokens, adapters.get("vision")),
-        language=language_factor * language + _adapter_flops(adapted_tokens, adapters.get("llm")),
+        vision=vision_factor * encodings * vision_flops(crops, config) + adapter_flops("vision", vision_tokens),
+        language=language_factor * language + adapter_flops("llm", adapted_tokens),
         head=language_factor * head,
         router=(3 if "router" in trains else 1) * router_flops(crops, config) if passes.router else 0.0,
     )
-
-
-def _adapter_flops(tokens: float, shape: AdapterShape | None) -> float:
-    """Forward and backward pass of tokens through the adapters of a part."""
-    return 0.0 if shape is None else 3 * 2.0 * tokens * shape.parameters
 
 
 def sequence_lengths(passes: Passes, samples: Sequence[SampleShape], config: AvgLlavaConfig) -> list[int]:
@@ -132,9 +127,7 @@ def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) 
     """Forward pass of C crops through vision tower and projector.
 
     Args:
-        crops: C.
-        config: the model.
-        whole_tower: count the layers after the one whose features are used, too.
+        whole_tower: Count the layers after the one whose features are used, too.
     """
     vision, width = config.vision_config, config.text_config.hidden_size
     patches, vision_width = config.num_patches_per_side**2, vision.hidden_size
@@ -151,8 +144,7 @@ def language_flops(lengths: Sequence[int], config: AvgLlavaConfig, masked: bool 
 
     Args:
         lengths: T of each sequence.
-        config: the model.
-        masked: attention computes all pairs of tokens and masks half of them, as under a padding mask.
+        masked: Attention computes all pairs of tokens and masks half of them, as under a padding mask.
     """
     text = config.text_config
     head_width = text.hidden_size // text.num_attention_heads

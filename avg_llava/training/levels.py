@@ -74,9 +74,6 @@ def total_log_prob(
     """Sum of the answers' log-probabilities over samples and levels, to be differentiated once.
 
     Args:
-        model: the model.
-        features: its encoding of the micro-batch's images.
-        texts: the micro-batch.
         levels: G granularities, coarse to fine.
 
     Returns:
@@ -143,10 +140,9 @@ class _Packing:
     """The sequences of a micro-batch and their distribution over rows.
 
     Attributes:
-        levels: the G levels.
         sequences: (level, sample) of each of the U sequences.
         indices: (B, G) sequence of each sample at each level.
-        rows: sequences of each row, as indices.
+        rows: Sequences of each row, as indices.
     """
 
     levels: list[int]
@@ -177,14 +173,7 @@ def _pack_sequences(
 
 
 def _fill_rows(lengths: list[int]) -> list[list[int]]:
-    """First-fit decreasing: sequences, longest first, each in the first row with room; rows are as long as the longest.
-
-    Args:
-        lengths: tokens of each sequence.
-
-    Returns:
-        Indices of the sequences of each row.
-    """
+    """Sequences of each row by first-fit decreasing, from their lengths in tokens; a row is as long as the longest."""
     rows: list[list[int]] = []
     room: list[int] = []
     for sequence in sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence]):

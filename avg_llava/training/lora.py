@@ -27,15 +27,10 @@ _BASE, _ADAPTER, _PEFT_PREFIX = ".base_layer.", ".default.", "base_model.model."
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
-    """Adds adapters to the linear layers that the settings name; the model's outputs do not change yet.
-
-    Args:
-        model: the whole model.
-        settings: layers, and shape of the adapters.
-        seed: seed of the adapters' initial values.
+    """Adds adapters, initialized from `seed`, to linear layers of the whole model, whose outputs do not change yet.
 
     Raises:
-        ConfigError: the language model has no such layer.
+        ConfigError: The language model has no layer that the settings name.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes a second to import
 
@@ -76,7 +71,6 @@ class AdapterShape(NamedTuple):
     """Sizes of the adapters of a part, summed over its layers.
 
     Attributes:
-        parameters: Number of parameters.
         inputs: Input features of the adapted layers.
         ranks: Features between the two matrices.
     """
@@ -103,8 +97,7 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
     """State dict of the equivalent model without adapters.
 
     Args:
-        weights: state dict of the model with adapters; whole tensors, as gathered by ZeRO-3.
-        settings: settings of the adapters.
+        weights: State dict of the model with adapters; whole tensors, as gathered by ZeRO-3.
 
     Returns:
         Merged weights in the dtypes of the adapted ones, summed in float32 and rounded once, in host memory; all other
@@ -127,10 +120,8 @@ def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Te
     """Writes the adapters in peft's format, for `PeftModel.from_pretrained(model, folder / "adapter")`.
 
     Args:
-        folder: folder of the checkpoint.
-        model: the model with adapters.
-        weights: its state dict, whole tensors.
-        start: path of the base model, for peft's configuration.
+        weights: State dict of the model, whole tensors.
+        start: Path of the base model, for peft's configuration.
     """
     target = folder / ADAPTER_FOLDER
     target.mkdir(parents=True, exist_ok=True)
@@ -152,9 +143,8 @@ def unmerge(model: nn.Module, merged: Mapping[str, Tensor], folder: Path) -> dic
     checkpoint's merged weights would round them.
 
     Args:
-        model: the model with adapters, loaded from the start.
-        merged: weights of the checkpoint, with the adapters merged.
-        folder: folder of the checkpoint.
+        merged: Weights of the checkpoint, with the adapters merged.
+        folder: Folder of the checkpoint.
     """
     adapters = load_file(folder / ADAPTER_FOLDER / _WEIGHTS_NAME)
     weights = {}

@@ -19,7 +19,7 @@ def answer_log_prob(log_probs: Tensor, num_tokens: Tensor, reduction: Reduction 
 
     Args:
         log_probs: (...) sums over the answer's tokens.
-        num_tokens: (...) numbers of tokens.
+        num_tokens: (...).
         reduction: `mean` over the tokens (the released code's feedback), or their `sum` (the paper's equation as
             written).
 
@@ -49,7 +49,6 @@ def ranking_loss(router_logits: Tensor, log_probs: Tensor, variant: RankingVaria
     Args:
         router_logits: (B, G) in level order.
         log_probs: (B, G) in level order; no gradient flows into it.
-        variant: `paper` or `released`.
 
     Returns:
         A scalar, float32 or wider. For an empty batch, 0 with a gradient to `router_logits`.

@@ -9,9 +9,10 @@ Shapes: B samples, K images with a chosen level, S sources, G levels coarse to f
 import logging
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,11 +51,8 @@ class Record(NamedTuple):
         metrics: Weighted sum and weight of each metric of the objective.
         choices: (S, G) counts of chosen levels for the images of each source; empty if nothing is chosen.
         squares: Sum of squared gradients of each part at the last step, over this process's shard.
-        samples: Number of samples.
         tokens: Text and visual tokens through the language model.
-        flops: Floating-point operations.
-        seconds: Wall time.
-        waited: Seconds of it spent waiting for batches.
+        waited: Seconds spent waiting for batches.
         memory: Peak in bytes since the process started.
     """
 
@@ -70,15 +68,7 @@ class Record(NamedTuple):
 
 
 class Monitor:
-    """Collects the measurements of one process.
-
-    Args:
-        config: the run's configuration.
-        model_config: the model's configuration.
-        adapters: LoRA adapters, by part.
-        dataset: maps samples to their sources.
-        device: the device that the run computes on.
-    """
+    """Collects the measurements of one process; the data set maps samples to their sources."""
 
     def __init__(
         self,
@@ -127,12 +117,7 @@ class Monitor:
                 self._image_sizes.append(batch["image_sizes"])
 
     def add(self, outputs: ObjectiveOutput, indices: Sequence[int]) -> None:
-        """Records metrics and chosen levels of a micro-batch.
-
-        Args:
-            outputs: output of the objective.
-            indices: (B,) indices of its samples in the data set.
-        """
+        """Records metrics and chosen levels of a micro-batch, whose samples have `indices` (B,) in the data set."""
         num_items = outputs["num_items"]
         for name, value in outputs["metrics"].items():
             total, weight = self._metrics.get(name, (torch.zeros_like(value), 0))
@@ -206,19 +191,17 @@ class Monitor:
 
         Both are unknown, hence empty and 0, if the objective samples levels.
         """
-        passes = self.config.passes
+        passes, trains = self.config.passes, STAGES[self.config.stage].trains
         if passes.sampled:
             return [], 0.0
-        trains = STAGES[self.config.stage].trains
         flops = step_flops(trains, passes, shapes, self.model_config, adapters=self.adapters)
         return sequence_lengths(passes, shapes, self.model_config), flops.total
 
     def line(self, records: Sequence[Record], grad_norm: float | None) -> dict[str, float]:
-        """One line of the log.
+        """One line of the log, from one record of each process.
 
         Args:
-            records: one of each process.
-            grad_norm: norm of the whole gradient at the last step, before clipping.
+            grad_norm: Norm of the whole gradient at the last step, before clipping.
         """
         seconds = max(record.seconds for record in records)
         tokens, flops = sum(record.tokens for record in records), sum(record.flops for record in records)
@@ -278,10 +261,10 @@ def _norms_by_part(records: Sequence[Record], grad_norm: float | None) -> dict[s
 
     The share is the same for sharded (ZeRO) and for replicated gradients, before and after clipping.
     """
-    squares: dict[str, float] = {}
+    squares: dict[str, float] = defaultdict(float)
     for record in records:
         for part, square in record.squares.items():
-            squares[part] = squares.get(part, 0.0) + square
+            squares[part] += square
     total = sum(squares.values())
     if grad_norm is None or not 0 < total < float("inf"):
         return {}
@@ -324,17 +307,10 @@ class RunFiles(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Appends a line."""
         if state.is_world_process_zero:
-            self.log.append([{**(logs or {}), "step": state.global_step}])
+            self.log.append(state.log_history[-1:])
 
 
 class ProgressBar(ProgressCallback):
@@ -388,19 +364,17 @@ class CollapseAlarm(TrainerCallback):
         if len(self._lines) < COLLAPSE_LINES:
             return
         means = {name: sum(line[name] for line in self._lines) / COLLAPSE_LINES for name in shares}
-        most = max(means, key=lambda name: means[name])
-        was_collapsed, self._is_collapsed = self._is_collapsed, means[most] >= COLLAPSE_SHARE
-        if self._is_collapsed and not was_collapsed:
-            logger.warning("%s", self._message(most.removeprefix("share_"), means[most], state.global_step))
-
-    def _message(self, level: str, share: float, step: int) -> str:
+        most, share = max(means.items(), key=itemgetter(1))
+        was_collapsed, self._is_collapsed = self._is_collapsed, share >= COLLAPSE_SHARE
+        if was_collapsed or not self._is_collapsed:
+            return
         agreement = sum(line["router_agreement"] for line in self._lines) / COLLAPSE_LINES
         best = "" if math.isnan(agreement) else f", which the language model's feedback prefers for {agreement:.0%}"
-        return (
-            f"step {step}: the router has collapsed: level {level} for {share:.1%} of the images of the last "
-            f"{COLLAPSE_LINES} lines of the log{best}. If that is not what the data ask for, start again with a lower "
-            "optim.lr or a larger optim.global_batch_size, objective.tie_tolerance 0, or the data that need other "
-            "levels in a larger share"
+        logger.warning(
+            f"step {state.global_step}: the router has collapsed: level {most.removeprefix('share_')} for {share:.1%} "
+            f"of the images of the last {COLLAPSE_LINES} lines of the log{best}. If that is not what the data ask for, "
+            "start again with a lower optim.lr or a larger optim.global_batch_size, objective.tie_tolerance 0, or the "
+            "data that need other levels in a larger share"
         )
 
 

@@ -10,7 +10,7 @@ Shapes: B samples, L positions, N images of the batch in order of samples, P cro
 images that take part in the router's loss.
 """
 
-import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import NotRequired, TypedDict
@@ -157,13 +157,8 @@ class RouterObjective(Objective):
         """Loss of one micro-batch, from stored feedback if the batch has any.
 
         Args:
-            input_ids: (B, L).
-            attention_mask: (B, L).
-            labels: (B, L).
-            pixel_values: (N, P, 3, S, S) or None.
-            image_sizes: (N, 2) or None.
-            answer_log_probs: (B, G) sums over the answers' tokens, or None.
-            num_answer_tokens: (B,) tokens of each answer, 0 for a sample that takes no part; or None.
+            answer_log_probs: (B, G) sums over the answers' tokens.
+            num_answer_tokens: (B,) tokens of each answer, 0 for a sample that takes no part.
         """
         features, texts = self.encode(pixel_values, image_sizes), TextBatch(input_ids, attention_mask, labels)
         if answer_log_probs is None or num_answer_tokens is None:
@@ -191,13 +186,7 @@ class RouterObjective(Objective):
             metrics |= routing_metrics(item_logits.detach().float(), chosen, self.config.granularities)
             metrics["router_agreement"] = (chosen == best_level(item_log_probs)).float().mean()
             metrics["router_regret"] = regret.mean()
-        return {
-            "loss": loss,
-            "metrics": metrics,
-            "num_items": len(items),
-            "chosen": chosen,
-            "owners": owners[items],
-        }
+        return {"loss": loss, "metrics": metrics, "num_items": len(items), "chosen": chosen, "owners": owners[items]}
 
     def num_items(self, input_ids: Tensor, labels: Tensor) -> int:
         """Images of samples with supervised tokens; `loss` may exclude some of them."""
@@ -205,11 +194,7 @@ class RouterObjective(Objective):
         return int(num_images[num_supervised(labels) > 0].sum())
 
     def feedback(self, answers: AnswerLogProbs) -> tuple[Tensor, Tensor]:
-        """The router's targets, from the answers' log-probabilities at every level.
-
-        Returns:
-            Log-probabilities of the answers (B, G), and (B,) bool, True where they can be compared across levels.
-        """
+        """The router's targets (B, G), and (B,) bool, True where they can be compared across levels."""
         num_tokens = answers.num_tokens
         comparable = (num_tokens > 0).all(dim=1) & (num_tokens == num_tokens[:, :1]).all(dim=1)
         log_probs = answer_log_prob(answers.log_probs, num_tokens, self.settings.feedback)
@@ -289,8 +274,7 @@ def objective_class(name: str) -> type[Objective]:
     """The class that implements an entry of `OBJECTIVES`."""
     implementation = OBJECTIVES[name].implementation
     if isinstance(implementation, str):
-        module, _, attribute = implementation.partition(":")
-        implementation = getattr(importlib.import_module(module), attribute)
+        implementation = pkgutil.resolve_name(implementation)
     assert isinstance(implementation, type), f"{name} names no class"
     assert issubclass(implementation, Objective), f"{name} is not an Objective"
     return implementation

@@ -55,22 +55,19 @@ logger = logging.getLogger(__name__)
 def run_stage(config: TrainConfig) -> Path:
     """Trains a stage from its start or from its latest checkpoint, unless it is complete.
 
-    Args:
-        config: the run's configuration.
-
     Returns:
         The folder with the stage's result, `output.dir`.
 
     Raises:
-        ConfigError: the configuration, the start or an earlier run in the output folder does not fit.
-        ValueError: a sample or a checkpoint cannot be used; the message names it.
+        ConfigError: The configuration, the start or an earlier run in the output folder does not fit.
+        ValueError: A sample or a checkpoint cannot be used; the message names it.
     """
     # Start, and an earlier run of the same stage.
     stage = STAGES[config.stage]
     output_dir = Path(config.output.dir)
     parent = describe_start(config)
     earlier = find_earlier_run(config, parent)
-    if earlier is not None and earlier.finished:
+    if earlier is not None and earlier.manifest.finished:
         check_same_data(earlier.manifest, finished_dataset(config).fingerprint())
         logger.info("stage %d is already complete in %s; nothing to do", stage.number, output_dir)
         return output_dir

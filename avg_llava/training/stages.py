@@ -6,6 +6,7 @@ checked without it.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -62,7 +63,6 @@ class ObjectiveSpec:
 
     Attributes:
         implementation: The subclass of `Objective`, or its import path as `module:name`.
-        passes: Its passes.
         learns_from_feedback: It takes the answers' log-probabilities at all levels, which a feedback store can provide.
         stages: Stages in which `objective.method` may select it instead of the stage's default.
     """
@@ -146,16 +146,9 @@ def is_adapter(parameter_name: str) -> bool:
 
 
 def set_trainable(model: "nn.Module", stage: Stage) -> dict[Part, PartCount]:
-    """Sets `requires_grad` for exactly the stage's parts.
+    """Sets `requires_grad` for exactly the stage's parts of a model that is not sharded, and counts the parameters.
 
     In a part with adapters, only the adapters are trained.
-
-    Args:
-        model: the whole model, not yet sharded.
-        stage: the row of the table.
-
-    Returns:
-        Parameter counts of every part.
     """
     adapted = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
@@ -175,12 +168,12 @@ def log_parts(stage: Stage, counts: Mapping[Part, PartCount]) -> None:
 
 def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
     """Numbers of parameters of every part, in the order of `Part`."""
-    totals = dict.fromkeys(get_args(Part), 0)
-    trainable = dict.fromkeys(get_args(Part), 0)
+    totals: Counter[Part] = Counter()
+    trainable: Counter[Part] = Counter()
     for name, parameter in model.named_parameters():
         totals[part_of(name)] += parameter.numel()
-        trainable[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
-    return {part: PartCount(totals[part], trainable[part]) for part in totals}
+        trainable[part_of(name)] += parameter.numel() * parameter.requires_grad
+    return {part: PartCount(totals[part], trainable[part]) for part in get_args(Part)}
 
 
 def trainable_parameters(model: "nn.Module") -> "Iterator[tuple[Part, str, nn.Parameter]]":

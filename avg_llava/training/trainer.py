@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,13 @@ class StageTrainer(Trainer):
     """Trains one stage's objective and writes its checkpoints and result.
 
     Args:
-        objective: model and loss, with `requires_grad` set.
-        config: the run's configuration, saved with every checkpoint.
-        arguments: from `training_arguments`.
-        dataset: the samples.
-        collator: turns samples into micro-batches with the arguments of `Objective.forward` and `index`.
-        sampler: the micro-batches; its `set_epoch` is called at the start of every epoch.
-        processor: saved with the model.
-        manifest: the run's manifest; `finished` and `step` are set when it is written.
+        objective: Model and loss, with `requires_grad` set.
+        config: Saved with every checkpoint.
+        arguments: From `training_arguments`.
+        collator: Turns samples into micro-batches with the arguments of `Objective.forward` and `index`.
+        sampler: The micro-batches; its `set_epoch` is called at the start of every epoch.
+        processor: Saved with the model.
+        manifest: Its `finished` and `step` are set when it is written.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -93,12 +93,12 @@ class StageTrainer(Trainer):
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
         """Trains as transformers does, and marks a failed run as failed in the trackers."""
+        failed = True
         try:
             result = super().train(*arguments, **settings)
-        except BaseException:
-            finish_trackers(self.config.logging.trackers, failed=True)
-            raise
-        finish_trackers(self.config.logging.trackers, failed=False)
+            failed = False
+        finally:
+            finish_trackers(self.config.logging.trackers, failed)
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -221,28 +221,26 @@ class StageTrainer(Trainer):
         The manifest is written after the files of all ranks, and older checkpoints are removed after the manifest, so
         that there is a complete checkpoint at any time.
         """
-        output_dir = Path(self.args.output_dir)
-        folder = output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        folder = Path(self.args.output_dir, f"{CHECKPOINT_PREFIX}{self.state.global_step}")
         with self.monitor.paused():
             with self._writing(folder):
                 super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                with self._writing(folder):
-                    self._write_manifest(folder, finished=False)
-                remove_checkpoints(output_dir, keep=self.config.output.keep)
-            self.accelerator.wait_for_everyone()
+            self._complete(folder, finished=False)
 
     def save_stage(self) -> None:
         """Writes the stage's result, and removes all checkpoints."""
-        output_dir = Path(self.args.output_dir)
-        with self._writing(output_dir):
+        folder = Path(self.args.output_dir)
+        with self._writing(folder):
             self.save_model()
+        self._complete(folder, finished=True)
+
+    def _complete(self, folder: Path, finished: bool) -> None:
+        """Writes the manifest of a folder that all ranks have written, then removes checkpoints."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            with self._writing(output_dir):
-                self._write_manifest(output_dir, finished=True)
-            remove_checkpoints(output_dir, keep=0)
+            with self._writing(folder):
+                write_manifest(folder, replace(self.manifest, finished=finished, step=self.state.global_step))
+            remove_checkpoints(Path(self.args.output_dir), keep=0 if finished else self.config.output.keep)
         self.accelerator.wait_for_everyone()
 
     def discard_earlier_run(self) -> None:
@@ -262,22 +260,11 @@ class StageTrainer(Trainer):
         needed = checkpoint_bytes(self.model, has_master_weights=self.is_deepspeed_enabled)
         return writing(folder, Path(self.args.output_dir), needed)
 
-    def _write_manifest(self, folder: Path, finished: bool) -> None:
-        fields = {**vars(self.manifest), "finished": finished, "step": self.state.global_step}
-        write_manifest(folder, StageManifest(**fields))
-
 
 def training_arguments(
     config: TrainConfig, deepspeed: dict[str, Any] | None, world_size: int, use_cpu: bool
 ) -> TrainingArguments:
-    """Arguments of transformers' Trainer.
-
-    Args:
-        config: the run's configuration.
-        deepspeed: the parsed DeepSpeed file, or None.
-        world_size: number of processes.
-        use_cpu: compute on the CPU even where there is a GPU.
-    """
+    """Arguments of transformers' Trainer; `deepspeed` is the parsed DeepSpeed file."""
     optim, output, runtime = config.optim, config.output, config.runtime
     # DeepSpeed would cast all parameters and inputs to the run's precision. A trained router stays float32, and the
     # frozen parts have that precision already.
@@ -340,13 +327,6 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str
 
     Weight decay applies to matrices, not to vectors (norm weights, biases, the newline embedding, the router's norm).
     Groups are in the order of the model's parameters, so that all ranks and resumed runs build the same groups.
-
-    Args:
-        model: the whole model, with `requires_grad` set.
-        settings: learning rates and weight decay.
-
-    Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for part, parameter_name, parameter in trainable_parameters(model):
