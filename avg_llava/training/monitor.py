@@ -328,16 +328,10 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Shows loss and learning rate."""
-        if self.training_bar is not None and logs and "loss" in logs:
+        logs = state.log_history[-1]
+        if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
 
 
@@ -348,19 +342,13 @@ class CollapseAlarm(TrainerCallback):
         self._lines: deque[dict[str, float]] = deque(maxlen=COLLAPSE_LINES)
         self._is_collapsed = False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Checks the shares of the levels over the last lines."""
-        shares = {name: value for name, value in (logs or {}).items() if name.startswith("share_") and "/" not in name}
+        line = state.log_history[-1]
+        shares = [name for name in line if name.startswith("share_") and "/" not in name]
         if not state.is_world_process_zero or not shares:
             return
-        self._lines.append({"router_agreement": float("nan"), **(logs or {})})
+        self._lines.append({"router_agreement": float("nan"), **line})
         if len(self._lines) < COLLAPSE_LINES:
             return
         means = {name: sum(line[name] for line in self._lines) / COLLAPSE_LINES for name in shares}

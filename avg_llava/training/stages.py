@@ -7,7 +7,7 @@ checked without it.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -174,10 +174,3 @@ def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
         totals[part_of(name)] += parameter.numel()
         trainable[part_of(name)] += parameter.numel() * parameter.requires_grad
     return {part: PartCount(totals[part], trainable[part]) for part in get_args(Part)}
-
-
-def trainable_parameters(model: "nn.Module") -> "Iterator[tuple[Part, str, nn.Parameter]]":
-    """Yields (part, name, parameter) of every parameter that requires gradients."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield part_of(name), name, parameter

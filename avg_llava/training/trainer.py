@@ -40,7 +40,7 @@ from avg_llava.training.config import OptimSettings, TrainConfig
 from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
 from avg_llava.training.monitor import LOG_NAME, CollapseAlarm, Monitor, ProgressBar, RunFiles, finish_trackers
 from avg_llava.training.objectives import Objective
-from avg_llava.training.stages import STAGES, Part, is_adapter, trainable_parameters
+from avg_llava.training.stages import STAGES, is_adapter, part_of
 
 CONFIG_NAME = "train_config.yaml"
 TENSORBOARD_FOLDER, TRACKIO_FOLDER = "tensorboard", "trackio"
@@ -315,33 +315,28 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
 
 
-def learning_rate(part: Part, settings: OptimSettings, adapter: bool = False) -> float:
-    """Peak learning rate of a part or of its adapters; `lr` where the settings name no other."""
-    rates = {"vision": settings.vision_lr, "projector": settings.projector_lr}
-    rate = settings.lora_lr if adapter else rates.get(part)
-    return settings.lr if rate is None else rate
-
-
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
     """Optimizer groups: per part, one with and one without weight decay.
 
     Weight decay applies to matrices, not to vectors (norm weights, biases, the newline embedding, the router's norm).
     Groups are in the order of the model's parameters, so that all ranks and resumed runs build the same groups.
     """
+    rates = {"vision": settings.vision_lr, "projector": settings.projector_lr}
     groups: dict[str, dict[str, Any]] = {}
-    for part, parameter_name, parameter in trainable_parameters(model):
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(parameter_name)
         decays = settings.weight_decay > 0 and parameter.dim() > 1
         name = f"{part}/decay" if decays else part
-        group = groups.setdefault(
-            name,
-            {
-                "params": [],
-                "lr": learning_rate(part, settings, is_adapter(parameter_name)),
-                "weight_decay": settings.weight_decay if decays else 0.0,
-                "name": name,
-            },
-        )
-        group["params"].append(parameter)
+        rate = settings.lora_lr if is_adapter(parameter_name) else rates.get(part)
+        group = {
+            "params": [],
+            "lr": settings.lr if rate is None else rate,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "name": name,
+        }
+        groups.setdefault(name, group)["params"].append(parameter)
     if not groups:
         raise ValueError("the model has no parameter that requires gradients: call set_trainable first")
     return list(groups.values())

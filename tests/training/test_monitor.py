@@ -262,9 +262,9 @@ class TestCollapse:
         def log(share: float, times: int, rank_zero: bool = True) -> list[str]:
             caplog.clear()
             for _ in range(times):
-                state = TrainerState(is_world_process_zero=rank_zero, global_step=7)
-                logs = {"share_36": share, "share_72": 1 - share, "share_72/one source": 1.0}
-                alarm.on_log(None, state, TrainerControl(), logs)
+                line = {"share_36": share, "share_72": 1 - share, "share_72/one source": 1.0}
+                state = TrainerState(is_world_process_zero=rank_zero, global_step=7, log_history=[line])
+                alarm.on_log(None, state, TrainerControl())
             return [record.getMessage() for record in caplog.records]
 
         assert log(1.0, COLLAPSE_LINES - 1) == []
