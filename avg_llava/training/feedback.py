@@ -154,8 +154,7 @@ class ShardCollector:
             for item, answer in zip(items, self._answers(items), strict=True):
                 rows[item["index"]] = self._row(item, answer)
             advance(len(items))
-        columns = {name: [rows[index].get(name) for index in indices] for name in self.store.schema().names}
-        self.store.write_shard(shard, columns)
+        self.store.write_shard(shard, [rows[index] for index in indices])
         return shard
 
     def _loader(self, indices: list[int]) -> DataLoader:

@@ -198,9 +198,9 @@ class FeedbackStore:
         """Shards that are missing or damaged."""
         return [shard for shard in range(self.manifest.num_shards) if not self._is_whole(shard)]
 
-    def write_shard(self, shard: int, columns: Mapping[str, list[Any]]) -> None:
-        """Writes a shard with the columns of `schema` atomically."""
-        table = pa.table(dict(columns), schema=self.schema())
+    def write_shard(self, shard: int, rows: list[dict[str, Any]]) -> None:
+        """Writes rows with the columns of `schema`, absent ones null, as a shard, atomically."""
+        table = pa.Table.from_pylist(rows, schema=self.schema())
         assert len(table) == len(self.manifest.samples_of(shard))
         with atomic_write(self.shard_path(shard), concurrent=True) as temporary:
             pq.write_table(table, temporary, compression="zstd")

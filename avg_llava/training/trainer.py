@@ -216,11 +216,7 @@ class StageTrainer(Trainer):
         load_weights(self.model.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, and removes older ones.
-
-        The manifest is written after the files of all ranks, and older checkpoints are removed after the manifest, so
-        that there is a complete checkpoint at any time.
-        """
+        """Writes a checkpoint, and removes older ones."""
         folder = Path(self.args.output_dir, f"{CHECKPOINT_PREFIX}{self.state.global_step}")
         with self.monitor.paused():
             with self._writing(folder):
@@ -235,7 +231,7 @@ class StageTrainer(Trainer):
         self._complete(folder, finished=True)
 
     def _complete(self, folder: Path, finished: bool) -> None:
-        """Writes the manifest of a folder that all ranks have written, then removes checkpoints."""
+        """Writes the manifest after the files of all ranks, then removes older checkpoints: one is always complete."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with self._writing(folder):
