@@ -109,7 +109,7 @@ def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_p
     num_processes = min(num_processes, len(shards))
     threads = torch.get_num_threads()
     try:
-        for shard in run_in_workers(_start_worker, (config, store.folder), shards, num_processes, progress.update):
+        for shard in run_in_workers(ShardCollector, (config, store.folder), shards, num_processes, progress.update):
             logger.debug("wrote shard %d", shard)
     except BrokenProcessPool as error:
         raise FeedbackError(
@@ -123,24 +123,19 @@ def _compute(config: TrainConfig, store: FeedbackStore, shards: list[int], num_p
 # ---- in a worker --------------------------------------------------------------------------------------------------
 
 
-def _start_worker(number: int, config: TrainConfig, folder: Path) -> "ShardCollector":
-    disable_progress_bar()
-    torch.set_num_threads(1)  # the number of threads affects the order of sums, and so the last digits
-    torch.set_float32_matmul_precision("high" if config.runtime.tf32 else "highest")
-    device = torch.device("cpu") if uses_cpu(config) else torch.device("cuda", number % torch.cuda.device_count())
-    return ShardCollector(config, FeedbackStore.open(folder), device)
-
-
 class ShardCollector:
-    """Loads the model and computes shards of a store."""
+    """Loads the model in the worker of a number, and computes shards of the store in a folder."""
 
-    def __init__(self, config: TrainConfig, store: FeedbackStore, device: torch.device):
+    def __init__(self, number: int, config: TrainConfig, folder: Path):
+        disable_progress_bar()
+        torch.set_num_threads(1)  # the number of threads affects the order of sums, and so the last digits
+        torch.set_float32_matmul_precision("high" if config.runtime.tf32 else "highest")
         self.config = config
-        self.store = store
-        self.device = device
+        self.store = FeedbackStore.open(folder)
+        self.device = torch.device("cpu" if uses_cpu(config) else f"cuda:{number % torch.cuda.device_count()}")
         model, processor = build_model(config)
         use_packed_attention(model)
-        self.model = model.to(device).eval()
+        self.model = model.to(self.device).eval()
         self.dataset = build_dataset(config, processor, model.config)
         self.unique = self.dataset.unique()
         self.lengths = self.dataset.modality_lengths

@@ -153,8 +153,12 @@ class Monitor:
 
     def take(self) -> Record:
         """The measurements since the last call."""
-        shapes = self._shapes()
-        lengths, flops = self._work(shapes)
+        passes, trains = self.config.passes, STAGES[self.config.stage].trains
+        lengths, flops = [], 0.0  # unknown if the objective samples levels
+        if not passes.sampled:
+            shapes = self._shapes()
+            lengths = sequence_lengths(passes, shapes, self.model_config)
+            flops = step_flops(trains, passes, shapes, self.model_config, adapters=self.adapters).total
         metrics = _to_host({name: total for name, (total, _) in self._metrics.items()})
         squares = _to_host(self._squares)
         choices = [] if self._choices is None else self._choices.tolist()
@@ -185,17 +189,6 @@ class Monitor:
             image_sizes = [tuple(next(sizes)) for _ in range(num_images)]
             shapes += shapes_of(image_sizes, num_tokens - num_images - num_answer, num_answer)
         return shapes
-
-    def _work(self, shapes: list[SampleShape]) -> tuple[list[int], float]:
-        """Lengths of all sequences through the language model, and operations of all passes.
-
-        Both are unknown, hence empty and 0, if the objective samples levels.
-        """
-        passes, trains = self.config.passes, STAGES[self.config.stage].trains
-        if passes.sampled:
-            return [], 0.0
-        flops = step_flops(trains, passes, shapes, self.model_config, adapters=self.adapters)
-        return sequence_lengths(passes, shapes, self.model_config), flops.total
 
     def line(self, records: Sequence[Record], grad_norm: float | None) -> dict[str, float]:
         """One line of the log, from one record of each process.

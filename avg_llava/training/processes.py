@@ -80,7 +80,8 @@ def prepare_deepspeed(use_cpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        with socket.create_server(("127.0.0.1", 0)) as probe:  # a free port
+            os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
 
 
 def leave(code: int) -> NoReturn:
@@ -95,9 +96,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
