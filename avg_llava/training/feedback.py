@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,8 +35,11 @@ from avg_llava.training.stages import OBJECTIVES, STAGES
 logger = logging.getLogger(__name__)
 
 
-Answer = tuple[list[float], list[int]]
-"""A sample's answer at each level: sums of its tokens' log-probabilities, and numbers of tokens."""
+class Answer(NamedTuple):
+    """A sample's answer at each level: sums of its tokens' log-probabilities, and numbers of tokens."""
+
+    log_probs: list[float]
+    num_tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class ShardCollector:
                 f"out of GPU memory with {len(scored)} samples at a time; lower optim.micro_batch_size "
                 f"{self.config.optim.micro_batch_size} and run again, finished shards are kept"
             ) from error
-        found = zip(answers.log_probs.tolist(), answers.num_tokens.tolist(), strict=True)
+        found = map(Answer, answers.log_probs.tolist(), answers.num_tokens.tolist())
         return [next(found) if is_scored else None for is_scored in takes_part]
 
     def _row(self, item: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
@@ -206,7 +209,7 @@ class ShardCollector:
         }
         if answer is None or row["status"] != "compared":
             return row
-        (log_probs, _), levels = answer, self.store.manifest.levels
+        log_probs, levels = answer.log_probs, self.store.manifest.levels
         if not all(map(math.isfinite, log_probs)):
             raise FeedbackError(
                 f"the log-probability of the answer of {self.dataset.sample(index).name} is {log_probs} under the "
@@ -220,9 +223,9 @@ def _status(item: dict[str, Any], answer: Answer | None) -> Status:
         return "unreadable"
     if not item["pixel_values"]:
         return "no image"
-    if answer is None or not any(answer[1]):
+    if answer is None or not any(answer.num_tokens):
         return "no supervised tokens"
-    return "compared" if len(set(answer[1])) == 1 else "cut off"
+    return "compared" if len(set(answer.num_tokens)) == 1 else "cut off"
 
 
 def _num_supervised(item: dict[str, Any]) -> int:
