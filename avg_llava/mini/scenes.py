@@ -148,24 +148,17 @@ def _empty(rng: random.Random, layouts: dict[tuple[int, int], int]) -> Scene:
     shares = [share for share in range(1, length) if 2 * share != length]
     if not shares:
         split = "none"
-    scene = Scene(
-        rows=rows,
-        columns=columns,
-        cell=cell,
-        grounds=[first] if split == "none" else [first, second],
-        split=split,
-        share=rng.choice(shares) * SITE if shares else 0,
-        drawing=np.full((rows * MASTER_CELL, columns * MASTER_CELL), PALETTE_INDEX[first], dtype=np.uint8),
-        labels=np.zeros((rows, columns, len(LABEL_FIELDS)), dtype=np.int64),
-    )
-    scene.labels[..., 0] = GROUND_NAMES.index(first)
-    part = {"columns": np.s_[:, scene.share :], "rows": np.s_[scene.share :, :]}.get(split)
-    if part is not None:
-        scene.labels[(*part, 0)] = GROUND_NAMES.index(second)
-        pixel = scene.share * MASTER_CELL
-        pixels = np.s_[:, pixel:] if split == "columns" else np.s_[pixel:, :]
-        scene.drawing[pixels] = PALETTE_INDEX[second]
-    return scene
+    share = rng.choice(shares) * SITE if shares else 0
+    labels = np.zeros((rows, columns, len(LABEL_FIELDS)), dtype=np.int64)
+    labels[..., 0] = GROUND_NAMES.index(first)
+    if split == "columns":
+        labels[:, share:, 0] = GROUND_NAMES.index(second)
+    elif split == "rows":
+        labels[share:, :, 0] = GROUND_NAMES.index(second)
+    colours = np.array([PALETTE_INDEX[name] for name in GROUND_NAMES], dtype=np.uint8)[labels[..., 0]]
+    drawing = colours.repeat(MASTER_CELL, axis=0).repeat(MASTER_CELL, axis=1)
+    grounds = [first] if split == "none" else [first, second]
+    return Scene(rows, columns, cell, grounds, split, share, drawing, labels)
 
 
 def draw_scene(rng: random.Random, layouts: dict[tuple[int, int], int] | None = None) -> Scene:

@@ -15,16 +15,6 @@ BOUNDARY = "▁"
 MAX_LENGTH = 2048
 
 
-def _words() -> tuple[list[str], list[str]]:
-    """Words that follow a space, and words that (also) start a text."""
-    questions = [wording for wordings, _ in WORDINGS.values() for wording in wordings]
-    texts = [VICUNA_SYSTEM, "USER ASSISTANT", *questions, *(statement for _, statement in WORDINGS.values())]
-    texts += [*COLOURS, *GROUNDS, *SHAPES, *SIGNS, *NUMBERS, *LETTERS, *DIGITS, "top bottom left right yes no"]
-    words = re.findall("[A-Za-z0-9]+", " ".join(texts).replace("{key}", " ").replace("{answer}", " "))
-    opening = ["USER", *(question.split()[0] for question in questions)]
-    return sorted(set(words)), sorted(set(opening))
-
-
 def build_tokenizer() -> LlamaTokenizer:
     """Builds the tokenizer: Llama's special tokens, byte fallback, ASCII characters, and words with their prefixes.
 
@@ -32,11 +22,15 @@ def build_tokenizer() -> LlamaTokenizer:
     unknown word its longest known prefix and single characters. Merges of words after a space have priority over merges
     of words at the start of a text, which would otherwise also apply in the middle of a word.
     """
-    words, opening = _words()
+    questions = [wording for wordings, _ in WORDINGS.values() for wording in wordings]
+    texts = [VICUNA_SYSTEM, "USER ASSISTANT", *questions, *(statement for _, statement in WORDINGS.values())]
+    texts += [*COLOURS, *GROUNDS, *SHAPES, *SIGNS, *NUMBERS, *LETTERS, *DIGITS, "top bottom left right yes no"]
+    words = re.findall("[A-Za-z0-9]+", " ".join(texts).replace("{key}", " ").replace("{answer}", " "))
+    opening = {"USER", *(question.split()[0] for question in questions)}  # words that may start a text
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), BOUNDARY]
     vocabulary += [char for char in string.printable if char.isprintable() and char != " "]
     merges: dict[tuple[str, str], None] = {}
-    for first, group in ((BOUNDARY, words), ("", opening)):
+    for first, group in ((BOUNDARY, sorted(set(words))), ("", sorted(opening))):
         for length in range(1, 1 + max(map(len, words))):
             for word in group:
                 start, char = first + word[: length - 1], word[length - 1 : length]
