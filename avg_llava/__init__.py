@@ -8,6 +8,7 @@ that defines a class registers it with transformers' `Auto*` classes. Code that 
 
 import importlib
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 # On import, by peft and by transformers' Trainer, bitsandbytes warns that it lacks an optional CPU kernel.
@@ -56,6 +57,8 @@ _MODULES = {
     "model.modeling": ("AvgLlavaForConditionalGeneration", "AvgLlavaOutput"),
     "model.processing": ("AvgLlavaProcessor",),
 }
+_IMPORTING = threading.RLock()
+"""Held while a name is imported: transformers' own lazy imports fail in several threads at once."""
 
 
 def __getattr__(name: str) -> Any:
@@ -65,7 +68,8 @@ def __getattr__(name: str) -> Any:
         value = version("avg-llava")
     elif name in __all__:
         (module,) = (module for module, names in _MODULES.items() if name in names)
-        value = getattr(importlib.import_module(f"avg_llava.{module}"), name)
+        with _IMPORTING:
+            value = getattr(importlib.import_module(f"avg_llava.{module}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

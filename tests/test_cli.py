@@ -203,6 +203,13 @@ def test_options_are_read():
     assert (command.results, command.against) == ((Path("a"), Path("b")), (Path("c"), Path("d")))
 
 
+def test_a_prompt_may_begin_with_a_dash():
+    for prompt in ("-what is it?", "--model or not?", "- a, b", "-5 degrees?", "-is a=b?"):
+        command = cli.parse(["generate", "--model", "dir", "--prompt", prompt, "--json"])
+        assert isinstance(command, Generate)
+        assert (command.prompt, command.json) == (prompt, True)
+
+
 def test_further_options_of_training_go_to_the_configuration():
     overrides = ["--optim.lr", "1e-3", "--output.overwrite", "--optim.betas", "[0.9,0.95]", "--seed=-1"]
     command = cli.parse(["train", "--debug", "c.yaml", *overrides, "--dry-run"])

@@ -43,6 +43,21 @@ def test_every_public_name_loads():
         avg_llava.laod  # noqa: B018
 
 
+def test_public_names_load_in_several_threads_at_once():
+    code = """
+import threading, avg_llava
+barrier, loaded = threading.Barrier(len(avg_llava.__all__)), []
+def load(name):
+    barrier.wait()
+    loaded.append(getattr(avg_llava, name).__name__)
+threads = [threading.Thread(target=load, args=(name,)) for name in avg_llava.__all__]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(*sorted(loaded))
+"""
+    assert run_python(code) == " ".join(avg_llava.__all__)
+
+
 def test_version_is_that_of_the_installed_package():
     assert avg_llava.__version__ == importlib.metadata.version("avg-llava")
 

@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         SystemExit: After help, and after wrong usage with code 2.
     """
-    prog, rest = "avg-llava", list(arguments)
+    prog, rest = "avg-llava", _attach_sentences(arguments)
     node: type[Command] | Group = COMMANDS
     while isinstance(node, Group) and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
@@ -108,6 +108,17 @@ def parse(arguments: Sequence[str]) -> Command:
         if stop.code == 0:  # after help
             print(node.epilog(), flush=True)
         raise
+
+
+def _attach_sentences(arguments: Sequence[str]) -> list[str]:
+    """Joins `--option` and a sentence that begins with a dash, such as a prompt, which tyro takes for an option."""
+    words: list[str] = []
+    for word in arguments:
+        if word.startswith("-") and " " in word.partition("=")[0] and words and words[-1].startswith("--"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _subcommands(group: Group) -> tyro.extras.SubcommandApp:

@@ -147,16 +147,20 @@ def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: `1e-3` is a number, and 2.0 is a whole one."""
+    """Reads scalars as YAML 1.2 does: `1e-3` is a number, 2.0 is a whole one, and a date is text."""
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         value = self.construct_yaml_float(node)
         return int(value) if value.is_integer() else value
 
+    def construct_date(self, node: yaml.ScalarNode) -> str:
+        return self.construct_yaml_str(node)
+
 
 _FLOAT = "tag:yaml.org,2002:float"
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 _Loader.add_constructor(_FLOAT, _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_date)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -176,12 +180,13 @@ def _read_file(path: Path) -> Any:
 
 
 def _override_value(key: str, text: str, expected: Any) -> Any:
+    choices = _choices(expected)
+    if str in choices:
+        return None if type(None) in choices and text.strip() in ("null", "~", "") else text
     try:
-        value = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: cannot read the value {text!r} ({error})") from error
-    choices = _choices(expected)
-    return text if str in choices and not (value is None and type(None) in choices) else value
 
 
 def _merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

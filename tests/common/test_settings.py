@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from avg_llava.common.settings import ConfigError, apply_overrides, build, describe
+from avg_llava.common.settings import ConfigError, apply_overrides, build, describe, read_yaml
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Settings:
         ("--name=a=b", "name", "a=b"),
         ("--title null", "title", None),
         ("--title true", "title", "true"),
+        ("--title [draft", "title", "[draft"),
+        ("--title #1", "title", "#1"),
+        ("--name runs: @home", "name", "runs: @home"),
         ("--switch", "switch", True),
         ("--switch false", "switch", False),
         ("--choice 2", "choice", 2),
@@ -86,6 +89,12 @@ def test_overrides_are_read_by_type(override, name, value):
     settings = build(Settings, apply_overrides({"part": None}, override.split(" ", 1), Settings))
     found = getattr(settings, name)
     assert (found, type(found)) == (value, type(value))
+
+
+def test_a_date_in_a_file_is_text(tmp_path):
+    (tmp_path / "settings.yaml").write_text("name: 2024-01-31\ntitle: 2024-01-31 10:00:00\n")
+    settings = build(Settings, read_yaml(tmp_path / "settings.yaml"))
+    assert (settings.name, settings.title) == ("2024-01-31", "2024-01-31 10:00:00")
 
 
 @pytest.mark.parametrize(
