@@ -45,6 +45,7 @@ COMMANDS = Group(
         "bench": BENCH,
     },
     "\nshell completion (bash, zsh or fish):\n"
+    "  mkdir -p ~/.local/share/bash-completion/completions\n"
     "  avg-llava --tyro-write-completion bash ~/.local/share/bash-completion/completions/avg-llava",
 )
 # Switches have no --no-... twin, and the word None means itself.

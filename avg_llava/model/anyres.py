@@ -1,8 +1,8 @@
 """Anyres geometry: the canvas that an image is fitted to, its crops, and the tokens that remain after unpadding.
 
 Sizes are (height, width) in pixels. The crops of an image are one overview and the tiles of its canvas. At a level with
-R x K tokens per crop, a canvas of (rows, columns) tiles is a map of rows*R x columns*K tokens. Unpadding keeps a window
-of the map, and one newline token follows every row of the window. Pure functions.
+R x K tokens per crop, a canvas of (rows, columns) tiles is a map of (`rows * R`, `columns * K`) tokens. Unpadding keeps
+a window of the map, and one newline token follows every row of the window. Pure functions.
 """
 
 import math

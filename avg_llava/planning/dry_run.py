@@ -1,6 +1,6 @@
 """The dry run: finds all problems of a training run at once, before it starts.
 
-usage: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...] [--force-start]
+usage: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value | --force-start] ...
 example: python -m avg_llava.planning.dry_run configs/mini/stage1.yaml --output.dir runs/try
 
 Reads the configuration, compares names and shapes of the start's weights with the model's on the meta device, decodes

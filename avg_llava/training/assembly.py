@@ -28,6 +28,7 @@ from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import find_router
+from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.lora import add_adapters
@@ -68,6 +69,9 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         model.set_attn_implementation({"text_config": config.runtime.attention})
     if config.lora is not None:
         add_adapters(model, config.lora, config.seed)
+    template = TEMPLATES[config.data.template]
+    if not template.is_for_captions:
+        processor.chat_template = template.jinja  # saved with the model: prompts are as in training
     return model, processor
 
 

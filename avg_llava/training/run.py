@@ -1,10 +1,10 @@
 """Trains the stage that a YAML file describes; options override values of the file.
 
-usage: python -m avg_llava.training.run CONFIG [--key.subkey value ...] [--force-start]
+usage: python -m avg_llava.training.run CONFIG [--key.subkey value | --force-start] ...
 example: python -m avg_llava.training.run configs/mini/stage1.yaml --optim.lr 1e-3 --output.dir runs/try
 
 The same command continues a run that was killed, and does nothing if the stage is complete. To check configuration,
-weights, data and disk without training: python -m avg_llava.planning.dry_run CONFIG [--key.subkey value ...]
+weights, data and disk without training: python -m avg_llava.planning.dry_run CONFIG ...
 """
 
 import logging

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,16 @@ def test_the_example_is_evaluated_and_reported(example, checkpoint, tmp_path, ca
     tables = capsys.readouterr().out
     assert "| model | level chosen by | protocol | Colours |" in tables
     assert "| Colours |" in tables
+
+
+def test_a_command_of_a_script_knows_the_example_in_all_its_processes(checkpoint, tmp_path):
+    """The script of docs/extending.md."""
+    (script,) = re.findall(r"```python\n(.*?)```", (EXAMPLE.parents[2] / "extending.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "own.py").write_text(script)
+    shutil.copy(EXAMPLE, tmp_path)
+    options = ["--benchmark", "colours", "--model", checkpoint, "--output", tmp_path / "results", "--timed", "0"]
+    subprocess.run([sys.executable, "own.py", "evaluate", *options, "--workers", "2"], cwd=tmp_path, check=True)
+    assert json.loads((tmp_path / "results" / "colours.json").read_text())["complete"]
 
 
 def test_a_right_answer_scores_one(example):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
 from avg_llava import load
+from avg_llava.model.templates import TEMPLATES, ConversationTemplate
 from avg_llava.training import assembly, run
 from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
@@ -140,6 +141,18 @@ def test_result_is_loaded_with_its_processor(stages):
     model, processor = load(stages / "stage4")
     assert processor.image_token_id == model.config.image_token_id
     assert model.config.router_config.num_text_tokens == 6
+
+
+def test_a_result_is_prompted_with_the_template_of_its_training(stages, world, tmp_path, monkeypatch):
+    _, processor = load(stages / "stage1")  # trained on captions, whose template asks no questions
+    assert processor.chat_template == TEMPLATES["vicuna_v1"].jinja
+    own = (
+        "{%- for message in messages -%}{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}{%- endfor -%}"
+    )
+    monkeypatch.setitem(TEMPLATES, "own", ConversationTemplate(own))
+    overrides = ("--data.template", "own", "--optim.max_steps", "1", "--output.dir", str(tmp_path / "own"))
+    _, processor = load(run.run_stage(_config(2, stages, world, overrides)))
+    assert processor.apply_chat_template([{"role": "user", "content": "What?"}]) == "What?"
 
 
 def test_a_finished_stage_is_left_alone(stages, world, caplog):

@@ -1,7 +1,7 @@
 """The ChatML conversation format: every turn stands between `<|im_start|>` with its role and the tokenizer's EOS.
 
-Once this file is imported, `data.template: chatml` selects it for training, and
-`AvgLlavaProcessor(..., chat_template=TEMPLATES["chatml"].jinja)` for prompts.
+Once this file is imported, `data.template: chatml` selects it for training, and the trained model's processor uses it
+for prompts. Any other processor uses it after `processor.chat_template = TEMPLATES["chatml"].jinja`.
 """
 
 from avg_llava.model.templates import CONTENT_AS_TEXT, TEMPLATES, ConversationTemplate
