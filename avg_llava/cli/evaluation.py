@@ -38,7 +38,7 @@ class Evaluate(ReportingCommand):
     """Scores a model on a benchmark; run again, an interrupted evaluation continues."""
 
     benchmark: Annotated[str, arg(metavar="NAME")]
-    """One of the paper's twelve benchmarks, or all."""
+    """Name of a benchmark (docs/evaluation.md lists them), or all."""
     model: Path
     """Checkpoint folder."""
     output: Path = Path("runs/eval")
