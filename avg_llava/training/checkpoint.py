@@ -67,7 +67,7 @@ class StageManifest:
     step: int
     """Optimizer steps taken."""
     parent: dict[str, Any]
-    """Where the run started: `path`, `stage` and `created` of the start, or the two backbones."""
+    """Start of the run: `path`, `stage` and `created` of its checkpoint, or the two backbones."""
     data_fingerprint: str
     config: dict[str, Any]
     """The resolved configuration."""
