@@ -6,7 +6,7 @@ root of the project. This module imports no torch, so that the command line can 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,6 +234,10 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        for section in fields(self):  # for configurations that are built in Python, not by `load_config`
+            value = getattr(self, section.name)
+            if is_dataclass(value):
+                build(type(value), to_jsonable_python(value), section.name)
         find_entry(TEMPLATES, self.data.template, "data.template")
         _check_model(self)
         _check_lora(self)

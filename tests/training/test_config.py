@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,12 @@ class TestMixture:
             mixture.write_text(content)
             with pytest.raises(ConfigError, match=message):
                 load_config(path)
+
+
+def test_a_configuration_built_in_python_is_checked(write):
+    config = load_config(write())
+    with pytest.raises(ConfigError, match=r"optim\.lr must be above 0, got -1"):
+        replace(config, optim=replace(config.optim, lr=-1.0))
+    source = replace(config.data.sources[0], weight=0.0)
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.weight must be above 0"):
+        replace(config, data=replace(config.data, sources=(source,)))
