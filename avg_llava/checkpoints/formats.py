@@ -5,29 +5,16 @@ To support another layout, write a function that describes it as a :class:`Check
 """
 
 import ast
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.weight_files import (
-    StoredTensor,
-    list_tensors,
-    read_config,
-    read_tensors,
-    resolve_folder,
-    weight_files,
-)
+from avg_llava.checkpoints.backbones import VISION_KEYS, vision_part
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource, rename_keys
+from avg_llava.checkpoints.weight_files import StoredTensor, list_tensors, read_config, resolve_folder, weight_files
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
-
-TensorT = TypeVar("TensorT")
-
-Renaming = list[tuple[str, str | None]]
-"""(pattern, replacement) of keys to this package's names; the first match wins, None drops the key."""
 
 ORIGINAL_KEYS: Renaming = [
     (r"^.*rotary_emb\.inv_freq$", None),
@@ -39,22 +26,11 @@ ORIGINAL_KEYS: Renaming = [
     (r"^model\.", "model.language_model."),
     (r"^lm_head\.", "lm_head."),
 ]
-VISION_KEYS: Renaming = [
-    (r"^.*\.position_ids$", None),
-    (r"^(text_model\.|text_projection|visual_projection|logit_scale).*$", None),
-    (r"^(?:vision_model\.)?", "model.vision_tower."),
-]
-LANGUAGE_KEYS: Renaming = [
-    (r"^.*rotary_emb\.inv_freq$", None),
-    (r"^model\.", "model.language_model."),
-    (r"^lm_head\.", "lm_head."),
-]
 # `save_pretrained` maps some of this package's names to older ones.
 SAVED_KEYS: Renaming = [
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", r"model.\1"),
 ]
-ROUTER_KEYS = "model.router."
 
 # Towers that original-format checkpoints name without shipping their configuration.
 KNOWN_TOWERS = {
@@ -68,39 +44,6 @@ KNOWN_TOWERS = {
         "projection_dim": 768,
     }
 }
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Weights in a folder (perhaps below `relative_to`) or hub repository, and the renaming of their keys."""
-
-    path: str | Path
-    renaming: Renaming
-    relative_to: Path | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint whose weights are not read yet.
-
-    Attributes:
-        name: Path or hub id, for messages.
-        native_folder: Folder that transformers' `from_pretrained` can read; None if keys have to be renamed first.
-        fresh: Key prefixes of parts that may be missing and are then initialised.
-    """
-
-    name: str
-    config: AvgLlavaConfig
-    sources: tuple[WeightSource, ...]
-    native_folder: Path | None = None
-    fresh: tuple[str, ...] = ()
-
-    def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] = read_tensors) -> dict[str, Tensor]:
-        """All weights under this package's names; `read` gives the tensors of a folder."""
-        tensors: dict[str, Tensor] = {}
-        for source in self.sources:
-            tensors |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
-        return tensors
 
 
 def detect_layout(raw_config: Mapping[str, Any], folder: Path) -> str:
@@ -154,29 +97,6 @@ LAYOUTS: dict[str, Callable[[str, Path, Mapping[str, Any], Behavior | None], Che
 }
 
 
-def join_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> Checkpoint:
-    """A CLIP tower and a causal LM in transformers' format; arguments as for `build_from_backbones`."""
-    return Checkpoint(
-        f"{vision_path} + {language_path}",
-        config_from_backbones(vision_path, language_path, **config_fields),
-        (WeightSource(vision_path, VISION_KEYS), WeightSource(language_path, LANGUAGE_KEYS)),
-        fresh=(ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline"),
-    )
-
-
-def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
-    """Configuration of a model of two backbones; arguments as for `build_from_backbones`."""
-    vision_config = AutoConfig.from_pretrained(resolve_folder(vision_path))
-    text_config = AutoConfig.from_pretrained(resolve_folder(language_path))
-    return AvgLlavaConfig(
-        vision_config=_vision_part(vision_config),
-        text_config=text_config,
-        image_token_index=text_config.vocab_size,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        **config_fields,
-    )
-
-
 def _config_from_original(
     raw: Mapping[str, Any], folder: Path, behavior: Behavior | None, has_router: bool
 ) -> AvgLlavaConfig:
@@ -212,28 +132,9 @@ def _config_from_original(
 def _tower_config(name: str, folder: Path) -> PreTrainedConfig:
     if name in KNOWN_TOWERS and not (folder / name).is_dir():
         return CLIPVisionConfig(**KNOWN_TOWERS[name])
-    return _vision_part(AutoConfig.from_pretrained(resolve_folder(name, folder)))
-
-
-def _vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision tower's configuration, from that of a tower or of a whole CLIP model."""
-    return config.vision_config if "vision_config" in config.sub_configs else config
+    return vision_part(AutoConfig.from_pretrained(resolve_folder(name, folder)))
 
 
 def list_weights(folder: Path) -> dict[str, StoredTensor]:
     """Positions in the files of the weights of a checkpoint of this package, under its names in memory."""
     return rename_keys(list_tensors(weight_files(folder)), SAVED_KEYS)
-
-
-def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:
-    """Renames keys by the first pattern that matches; keys that match none stay as they are."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        for pattern, replacement in renaming:
-            if re.search(pattern, key):
-                if replacement is not None:
-                    renamed[re.sub(pattern, replacement, key, count=1)] = tensor
-                break
-        else:
-            renamed[key] = tensor
-    return renamed

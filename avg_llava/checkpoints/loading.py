@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from avg_llava.checkpoints.formats import Checkpoint, join_backbones, open_checkpoint
+from avg_llava.checkpoints.backbones import join_backbones
+from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior

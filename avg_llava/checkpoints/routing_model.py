@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, SAVED_KEYS, open_checkpoint, rename_keys
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, rename_keys
+from avg_llava.checkpoints.formats import SAVED_KEYS, open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
 from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, read_tensors, resolve_folder
 from avg_llava.common.files import atomic_write

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
+from avg_llava.checkpoints.formats import list_weights
 from avg_llava.checkpoints.weight_files import fingerprint
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts

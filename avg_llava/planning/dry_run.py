@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, join_backbones, open_checkpoint
+from avg_llava.checkpoints.backbones import join_backbones
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
 from avg_llava.checkpoints.weight_files import list_tensors, weight_files
 from avg_llava.data.collator import Collator

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.formats import KNOWN_TOWERS, config_from_backbones
+from avg_llava.checkpoints.backbones import config_from_backbones
+from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.checkpoints.loading import load_model_config
 from avg_llava.checkpoints.routing_model import RoutingModel
 from avg_llava.common.settings import ConfigError, read_yaml

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from avg_llava.checkpoints.formats import config_from_backbones
+from avg_llava.checkpoints.backbones import config_from_backbones
 from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import resolve_folder

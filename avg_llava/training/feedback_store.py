@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
+from avg_llava.checkpoints.formats import list_weights
 from avg_llava.checkpoints.weight_files import fingerprint, resolve_folder
 from avg_llava.common.files import atomic_write, hash_json, write_json
 from avg_llava.common.settings import ConfigError

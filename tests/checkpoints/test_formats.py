@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from avg_llava import AvgLlavaConfig
-from avg_llava.checkpoints.formats import LAYOUTS, ROUTER_KEYS, detect_layout, open_checkpoint, rename_keys
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, rename_keys
+from avg_llava.checkpoints.formats import LAYOUTS, detect_layout, open_checkpoint
 from avg_llava.checkpoints.weight_files import list_tensors, weight_files
 from tests.parity.golden import GOLDEN
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from avg_llava import load_model
-from avg_llava.checkpoints.formats import ROUTER_KEYS, list_weights
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
+from avg_llava.checkpoints.formats import list_weights
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, read_tensors, weight_files
 from tests.tiny import images, pad, prompt, tiny_model

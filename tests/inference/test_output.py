@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from avg_llava.checkpoints.formats import ROUTER_KEYS, rename_keys
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, rename_keys
 
 MINI = Path(__file__).resolve().parents[2] / "avg_llava" / "mini" / "checkpoint"
 QUESTION = ("--prompt", "what color is the background?", "--max-new-tokens", "2")
