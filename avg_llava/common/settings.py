@@ -5,7 +5,6 @@ the dotted path of the key: an unknown key with the nearest known one, a value o
 """
 
 import dataclasses
-import difflib
 import re
 import textwrap
 import types
@@ -19,8 +18,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from avg_llava.common.registry import ConfigError, suggest
+
 ConfigT = TypeVar("ConfigT")
-EntryT = TypeVar("EntryT")
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -32,10 +32,6 @@ _EXPECTED = {
     "tuple_type": "a list",
 }
 """Names for users, by pydantic's type of error."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and says what to do."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -119,17 +115,6 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> Co
             key = ".".join(filter(None, [prefix, *_locate(cls, details["loc"])[0]]))
             messages.setdefault(key, []).append(_message(cls, key, details))
         raise ConfigError("; ".join("; or ".join(alternatives) for alternatives in messages.values())) from error
-
-
-def find_entry(registry: Mapping[str, EntryT], name: str, field: str) -> EntryT:
-    """The entry of a registry of named implementations that a configuration field chooses.
-
-    Raises:
-        ConfigError: No such entry; the message lists the known names and suggests the nearest.
-    """
-    if name not in registry:
-        raise ConfigError(f"{field} must be one of {', '.join(registry)}; got {name!r}{_nearest(name, registry)}")
-    return registry[name]
 
 
 def describe(cls: type, width: int, prefix: str = "") -> Iterator[str]:
@@ -246,13 +231,13 @@ def _message(cls: type, key: str, details: Any) -> str:
             return f"{key} is missing: it has no default"
         case "unexpected_keyword_argument":
             known_keys = _field_names(_locate(cls, path[:-1])[1])
-            return f"unknown key {key}" + (_nearest(path[-1], known_keys) or f"; known: {', '.join(known_keys)}")
+            return f"unknown key {key}" + (suggest(path[-1], known_keys) or f"; known: {', '.join(known_keys)}")
         case "dataclass_type":
             names = ", ".join(_field_names(_locate(cls, path)[1]))
             return f"{key} must be a mapping of {names}, got {value!r} ({type(value).__name__})"
         case "literal_error":
             known = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-            hint = _nearest(value, known.split(", ")) if isinstance(value, str) else ""
+            hint = suggest(value, known.split(", ")) if isinstance(value, str) else ""
             return f"{key} must be one of {known}; got {value!r}{hint}"
         case "greater_than":
             return f"{key} must be above {details['ctx']['gt']:g}, got {value}"
@@ -264,11 +249,6 @@ def _message(cls: type, key: str, details: Any) -> str:
 
 def _field_names(expected: Any) -> list[str]:
     return [field.name for choice in _choices(expected) if _is_section(choice) for field in dataclasses.fields(choice)]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" - did you mean {matches[0]!r}?" if matches else ""
 
 
 def _type_name(expected: Any) -> str:

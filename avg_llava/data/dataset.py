@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avg_llava.common.files import hash_json
-from avg_llava.common.settings import find_entry
+from avg_llava.common.registry import find_entry
 from avg_llava.data.encoding import encode_conversation
 from avg_llava.data.index import RecordIndex, open_index
 from avg_llava.data.records import DataError, Sample

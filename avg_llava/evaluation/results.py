@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import FiniteFloat
 
 from avg_llava.common.files import write_json
-from avg_llava.common.settings import ConfigError, build, find_entry
+from avg_llava.common.registry import find_entry
+from avg_llava.common.settings import ConfigError, build
 from avg_llava.evaluation.benchmarks import BENCHMARKS, Protocol
 from avg_llava.evaluation.statistics import Metric, UnitError, compute_value
 

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from avg_llava.common.settings import find_entry
+from avg_llava.common.registry import find_entry
 from avg_llava.model.router import ROUTERS, find_router
 from avg_llava.model.scaler import LADDERS, Ladder
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
 from transformers.image_utils import SizeDict, make_flat_list_of_images
@@ -145,7 +144,7 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
             fitted = np.zeros((*canvas, 3), np.uint8)
             fitted[window.top : window.bottom, window.left : window.right] = resized
             rows, columns = canvas[0] // side, canvas[1] // side
-            tiles = rearrange(fitted, "(r h) (k w) c -> r k h w c", r=rows, k=columns)
+            tiles = fitted.reshape(rows, side, columns, side, 3).swapaxes(1, 2)  # (rows, columns, S, S, 3)
             cut = crops[1 : 1 + rows * columns].reshape(rows, columns, 3, side, side)
             for channel, table in enumerate(levels[..., 0]):
                 crops[0, channel] = table.take(overview[..., channel])

@@ -10,9 +10,13 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numba
 import numpy as np
 from PIL import Image
+
+try:
+    import numba
+except ModuleNotFoundError:  # of a published model that is used without this package: Pillow computes the same pixels
+    numba = None
 
 PRECISION = 22
 """Fractional bits of the weights; of 32 bits, 8 are for the pixel and 2 for sums that exceed its range."""
@@ -20,7 +24,8 @@ ROWS = 64
 """Rows that are transposed together; the fastest number on an x86-64 machine."""
 
 # Numba caches compiled code beside this file if the folder is writable.
-_compiled = numba.njit(cache=os.access(os.path.dirname(__file__), os.W_OK), nogil=True)
+_options = {"cache": os.access(os.path.dirname(__file__), os.W_OK), "nogil": True}
+_compiled = numba.njit(**_options) if numba else lambda function: function
 
 
 def resize(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
@@ -39,7 +44,7 @@ def resize(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) 
     Returns:
         A (height, width, 3) uint8 array for each size.
     """
-    if resample != Image.Resampling.BICUBIC:
+    if resample != Image.Resampling.BICUBIC or numba is None:
         return [_by_pillow(image, size, resample) for size in sizes]
     width_first = [size for size in sizes if not _height_comes_first(image, size)]
     narrowed = dict(zip(width_first, _to_widths(image, [width for _, width in width_first]), strict=True))

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from avg_llava.common.settings import find_entry
+from avg_llava.common.registry import find_entry
 
 FLOAT32 = 4  # bytes
 

@@ -14,7 +14,8 @@ import yaml
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_core import to_jsonable_python
 
-from avg_llava.common.settings import ConfigError, apply_overrides, build, find_entry, read_yaml, with_list_from_file
+from avg_llava.common.registry import find_entry
+from avg_llava.common.settings import ConfigError, apply_overrides, build, read_yaml, with_list_from_file
 from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.stages import OBJECTIVES, STAGES, Passes
 

@@ -95,3 +95,13 @@ def test_compiled_code_equals_python(monkeypatch):
     for name in ("_transpose", "_sum_columns", "_sum_rows"):
         monkeypatch.setattr(resampling, name, getattr(resampling, name).py_func)
     assert np.array_equal(resize(image, [size], BICUBIC)[0], compiled)
+
+
+def test_without_numba(monkeypatch):
+    """A published model runs without it, on the same pixels."""
+    sizes = [(30, 30), (190, 20), (400, 7)]
+    compiled = resize(picture(60, 200), sizes, BICUBIC)
+    monkeypatch.setattr(resampling, "numba", None)
+    monkeypatch.delattr(resampling, "_sum_rows")
+    for found, expected in zip(resize(picture(60, 200), sizes, BICUBIC), compiled, strict=True):
+        assert np.array_equal(found, expected)
