@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from avg_llava.checkpoints.weight_files import read_tensors, resolve_folder
+from avg_llava.checkpoints.weight_files import StoredTensor, read_tensors, resolve_folder, stored_tensors
 from avg_llava.model.configuration import AvgLlavaConfig
 
 TensorT = TypeVar("TensorT")
@@ -46,10 +46,17 @@ class Checkpoint:
 
     def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] = read_tensors) -> dict[str, Tensor]:
         """All weights under this package's names; `read` gives the tensors of a folder."""
-        tensors: dict[str, Tensor] = {}
+        return self._merge(read)
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """All weights under this package's names, not read yet."""
+        return self._merge(stored_tensors)
+
+    def _merge(self, read: Callable[[Path], Mapping[str, TensorT]]) -> dict[str, TensorT]:
+        merged: dict[str, TensorT] = {}
         for source in self.sources:
-            tensors |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
-        return tensors
+            merged |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
+        return merged
 
 
 def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:

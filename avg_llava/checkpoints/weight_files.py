@@ -1,43 +1,57 @@
-"""Files of a checkpoint folder: its `config.json`, and safetensors files read whole or as ranges of bytes.
+"""Files of a checkpoint folder: `config.json` and weights, safetensors or pickled, single or sharded by an index.
 
-A safetensors file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), and the
-data. Listing and fingerprinting read no tensor into memory.
+Files are checked and listed without taking memory for their tensors, and code in them is never run.
 """
 
 import json
 import os
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from avg_llava.checkpoints.pickled_files import pickled_tensors
+from avg_llava.checkpoints.stored_tensor import CheckpointError as CheckpointError
+from avg_llava.checkpoints.stored_tensor import StoredTensor as StoredTensor
 from avg_llava.common.files import hash_chunks, hash_json
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_FILE_NAMES = ("model.safetensors", "weights.safetensors")
+# Of several ways in which a folder holds weights, the first is read.
+WEIGHT_NAMES = (
+    INDEX_NAME,
+    "model.safetensors",
+    "weights.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
-_CHUNK = 16 * 1024 * 1024  # bytes read at a time
-
-
-class CheckpointError(ValueError):
-    """Files or weights of a checkpoint are missing, unexpected or damaged; the message lists all problems."""
-
-
-class StoredTensor(NamedTuple):
-    """Position of a tensor in a file, with its shape and the format's name of its data type."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
+_DTYPES = {  # by safetensors' names
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
@@ -57,71 +71,123 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{file} must hold a JSON object")
+        raise CheckpointError(f"{file} must hold a JSON object")
     return raw
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those in its index, or a single one.
+    """The files that hold a checkpoint's weights: those in its index, or a single one; safetensors if there are both.
 
     Raises:
-        CheckpointError: There is none, or a file in the index is missing. Pickled files are not read.
+        CheckpointError: There is none, or the index is damaged or names files that are missing or not in the folder.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [name for name in SINGLE_FILE_NAMES if (folder / name).is_file()][:1]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        wanted = ", ".join(missing) or " or ".join((INDEX_NAME, *SINGLE_FILE_NAMES))
+    found = next((name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if found is None:
         raise CheckpointError(
-            f"{folder}: no {wanted}. Only safetensors files are read; convert pickled .bin files first, on a machine "
-            "where you trust them"
+            f"{folder} holds no weights, neither {', '.join(WEIGHT_NAMES[:-1])} nor {WEIGHT_NAMES[-1]}"
         )
+    if not found.endswith(".json"):
+        return [folder / found]
+    names = sorted(set(read_index(folder / found).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {', '.join(missing)} of {found} missing; the download may be incomplete")
     return [folder / name for name in names]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, mapped from the files into memory."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); it may be cut short") from error
+def read_index(file: Path) -> dict[str, str]:
+    """The file of every tensor, from an index of shards.
+
+    Raises:
+        CheckpointError: The index is damaged, or names other things than files beside it.
+    """
+    names = _read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{file} has no weight_map from tensors to files")
+    for tensor, name in names.items():
+        # What is no plain name of a file could lead out of the folder.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pt)", name):
+            raise CheckpointError(
+                f"{file}: tensor {tensor} is said to be in {name!r}, which is no file name of weights"
+            )
+    return names
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder, by name, not read yet.
+
+    Raises:
+        CheckpointError: Files are missing or damaged, or do not hold what their index promises.
+    """
+    files = weight_files(folder)
+    tensors = list_tensors(files)
+    index = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), folder)
+    if index.suffix == ".json":
+        for name, file in read_index(index).items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise CheckpointError(f"{folder / file} lacks the tensor {name}, which {index.name} promises")
     return tensors
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, mapped from the files into memory."""
+    return {name: tensor.read() for name, tensor in stored_tensors(folder).items()}
+
+
 def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Positions of all tensors in some files.
+    """The tensors of some files, by name.
 
     Raises:
-        CheckpointError: A file is cut short or not in the format.
+        CheckpointError: A file is damaged, in another format or asks for code, or two files hold the same tensor.
     """
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         with file.open("rb") as stream:
-            try:
-                (header_length,) = struct.unpack("<Q", stream.read(8))
-                entries = json.loads(stream.read(min(header_length, os.fstat(stream.fileno()).st_size)))
-                entries.pop("__metadata__", None)
-                data_start = 8 + header_length
-                for name, entry in entries.items():
-                    begin, end = entry["data_offsets"]
-                    tensors[name] = StoredTensor(
-                        file, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin
-                    )
-                complete = data_start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{file} is not a safetensors file ({error})") from error
-            if os.fstat(stream.fileno()).st_size != complete:
-                raise CheckpointError(f"{file} is cut short: its header promises {complete} bytes")
+            head = stream.read(len(_LFS_POINTER))
+        if not head:
+            raise CheckpointError(f"{file} is empty; the download may be incomplete")
+        if head == _LFS_POINTER:
+            raise CheckpointError(f"{file} is a pointer of git-lfs, not weights: run `git lfs pull` in its repository")
+        found = _safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
+        for name in found.keys() & tensors.keys():
+            raise CheckpointError(f"{file} and {tensors[name].file.name} both hold the tensor {name}")
+        tensors |= found
+    return tensors
+
+
+def _safetensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file; the library checks types, shapes and positions and the size of the file."""
+    try:
+        opened = safe_open(file, framework="pt")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+    except (SafetensorError, ValueError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({reason}); it may be damaged or cut short"
+        ) from error
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} is of type {entry['dtype']}, which is not supported")
+        tensors[name] = StoredTensor(
+            file,
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            partial(opened.get_tensor, name),
+        )
     return tensors
 
 
@@ -129,20 +195,14 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     """SHA-256 of names, types, shapes and bytes of tensors, independent of how they are split into files."""
     names = sorted(tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(hash_chunks, (_chunks(tensors[name]) for name in names)))
+        digests = list(pool.map(_hash, (tensors[name] for name in names)))
     parts = [
-        [name, tensors[name].dtype, tensors[name].shape, digest] for name, digest in zip(names, digests, strict=True)
+        [name, _DTYPE_NAMES.get(tensors[name].dtype, str(tensors[name].dtype)), tensors[name].shape, digest]
+        for name, digest in zip(names, digests, strict=True)
     ]
     return hash_json(parts)
 
 
-def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
-    remaining = tensor.num_bytes
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        while remaining:
-            chunk = stream.read(min(remaining, _CHUNK))
-            if not chunk:
-                raise CheckpointError(f"{tensor.file} became shorter while it was read")
-            remaining -= len(chunk)
-            yield chunk
+def _hash(tensor: StoredTensor) -> str:
+    """SHA-256 of the tensor's bytes."""
+    return hash_chunks(chunk.view(torch.uint8).numpy().data for chunk in tensor.chunks())

@@ -50,8 +50,8 @@ def hash_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def hash_chunks(chunks: Iterable[bytes]) -> str:
-    """SHA-256 of the concatenation of chunks."""
+def hash_chunks(chunks: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of the concatenation of chunks of bytes."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)

@@ -212,10 +212,10 @@ def test_folders_that_are_no_models(tmp_path, original):
         load_model(tmp_path)
     weights = (original / "model.safetensors").read_bytes()
     (original / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         load_model(original)
-    (original / "model.safetensors").rename(original / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="Only safetensors files are read"):
+    (original / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
         load_model(original)
 
 

@@ -1,8 +1,9 @@
-"""Safetensors files read as ranges of bytes, compared with the library; and the model without language model."""
+"""Files of weights compared with the libraries that write them; and the model without language model."""
 
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from avg_llava import load_model
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
 from avg_llava.checkpoints.formats import list_weights
 from avg_llava.checkpoints.routing_model import load_routing_model
-from avg_llava.checkpoints.weight_files import CheckpointError, fingerprint, list_tensors, read_tensors, weight_files
+from avg_llava.checkpoints.weight_files import (
+    CheckpointError,
+    fingerprint,
+    list_tensors,
+    read_tensors,
+    stored_tensors,
+    weight_files,
+)
 from tests.tiny import images, pad, prompt, tiny_model
 
 
@@ -42,7 +50,7 @@ def test_split_files_are_merged_by_the_library(tensors, tmp_path):
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(found[name], tensor)
     for stored in list_tensors([tmp_path / "all.safetensors"]).values():
-        assert stored.start % 8 == 0 or stored.dtype != "F64", "aligned to its type"
+        assert stored.start % 8 == 0 or stored.dtype != torch.float64, "aligned to its type"
 
 
 def test_merging_maps_the_source_into_memory(tmp_path):
@@ -69,9 +77,9 @@ def test_the_fingerprint_is_of_the_tensors(tensors, tmp_path):
     """It depends on every bit of the tensors, and not on how they are split into files."""
     save_file(tensors, tmp_path / "one.safetensors")
     for name, tensor in tensors.items():
-        save_file({name: tensor}, tmp_path / f"{len(name)}{name[0]}.part")
+        save_file({name: tensor}, tmp_path / f"{len(name)}{name[0]}.part.safetensors")
     one = fingerprint(list_tensors([tmp_path / "one.safetensors"]))
-    assert fingerprint(list_tensors(tmp_path.glob("*.part"))) == one
+    assert fingerprint(list_tensors(tmp_path.glob("*.part.safetensors"))) == one
     prints = {one}
     for change in (
         {"half": tensors["half"].view(torch.float16)},
@@ -89,26 +97,92 @@ def test_damaged_files_are_named(tensors, tmp_path):
     save_file(tensors, path)
     content = path.read_bytes()
     for damaged, message in [
-        (content[:-1], "cut short"),
-        (content[:20], "not a safetensors file"),
-        (b"", "not a safetensors file"),
-        (b"\xff" * 64, "not a safetensors file"),
+        (content[:-1], r"not a whole safetensors file \(incomplete metadata, file not fully covered\)"),
+        (content[:20], "not a whole safetensors file"),
+        (b"", "empty"),
+        (b"\xff" * 64, r"not a whole safetensors file \(header too large\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
     ]:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=rf"model\.safetensors is {message}"):
             list_tensors([path])
 
 
+class Hostile:
+    def __reduce__(self):
+        return exec, ("open('ran', 'w')",)
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
+def test_pickled_files_hold_the_same_tensors(tensors, tmp_path, archive, monkeypatch):
+    """Mapped or streamed, from an archive or a file of old, also transposed, shared and inside a training state."""
+    monkeypatch.chdir(tmp_path)
+    base = torch.randn(6, 8)
+    tensors |= {"base": base, "transposed": base.t(), "part": base[2:4], "parameter": torch.nn.Parameter(base + 1)}
+    path = tmp_path / "pytorch_model.bin"
+    for content in (tensors, {"epoch": 3, "state_dict": tensors, "optimizer": [{"state": torch.ones(3)}]}):
+        torch.save(content, path, _use_new_zipfile_serialization=archive)
+        stored = stored_tensors(tmp_path)
+        assert stored.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            found = stored[name]
+            assert (found.dtype, found.shape) == (tensor.dtype, tuple(tensor.shape))
+            assert torch.equal(found.read(), tensor), name
+            streamed = b"".join(chunk.view(torch.uint8).numpy().tobytes() for chunk in found.chunks())
+            assert streamed == tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, "model.safetensors")
+    assert fingerprint(stored_tensors(tmp_path)) == fingerprint(stored), "safetensors come first"
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(2), "code": Hostile()}, path, _use_new_zipfile_serialization=archive)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin asks for the global __builtin__\.exec"):
+        stored_tensors(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"weight": torch.ones(1).expand(10**12)}, path, _use_new_zipfile_serialization=archive)
+    with pytest.raises(CheckpointError, match=r"tensor weight of shape .* repeats its bytes"):
+        stored_tensors(tmp_path)
+
+
+def test_an_archive_whose_records_differ_from_its_pickle_is_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(8.0), "b": torch.arange(4.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    key = next(name for name in records if name.endswith("/data/0"))
+    for changed, compression, message in [
+        ({key: bytes(16)}, zipfile.ZIP_STORED, "a storage of .* bytes is described where it holds 16"),
+        ({f"{key}1": bytes(16)}, zipfile.ZIP_STORED, "describes 2 storages and holds 3"),
+        ({}, zipfile.ZIP_DEFLATED, "is compressed"),
+    ]:
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in (records | changed).items():
+                archive.writestr(name, content)
+        with pytest.raises(CheckpointError, match=message):
+            list_tensors([path])
+
+
+def _write_index(folder, **files):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
 def test_files_of_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json or model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no weights, neither model\.safetensors\.index\.json"):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-1.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"no model-2\.safetensors\."):
+    _write_index(tmp_path, a="model-1.safetensors", b="model-2.safetensors", c="model-1.safetensors")
+    save_file({"a": torch.ones(1), "c": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors of .* missing"):
         weight_files(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match="both hold the tensor a"):
+        stored_tensors(tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors lacks the tensor b, which"):
+        stored_tensors(tmp_path)
+    for name in ("../outside.safetensors", "/etc/passwd", "a/b.bin", "model.json", "", None, 3):
+        _write_index(tmp_path, a=name)
+        with pytest.raises(CheckpointError, match=r"tensor a is said to be in .*, which is no file name of weights"):
+            weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,0 +1,59 @@
+"""A tensor in a file: mapped into memory, or streamed through a small buffer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CHUNK = 16 * 1024 * 1024  # bytes read at a time
+
+
+class CheckpointError(ValueError):
+    """Files or weights of a checkpoint are missing, unexpected or damaged; the message lists all problems."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a file whose header was checked.
+
+    Attributes:
+        start: Position of the tensor's bytes in the file; None if they do not lie there in order.
+        read: Maps the tensor from the file: it takes memory of its own only where it is written to.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int | None
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The tensor's elements in order, as vectors; a vector is valid until the next one is asked for.
+
+        Raises:
+            CheckpointError: The file became shorter.
+        """
+        if self.start is None:
+            yield from self.read().reshape(-1).split(_CHUNK // self.dtype.itemsize)
+            return
+        remaining = self.num_bytes
+        buffer = memoryview(bytearray(min(remaining, _CHUNK)))
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.start)
+            while remaining:
+                part = buffer[: min(remaining, _CHUNK)]
+                filled = 0
+                while filled < len(part):
+                    count = stream.readinto(part[filled:])
+                    if not count:
+                        raise CheckpointError(f"{self.file} became shorter while it was read")
+                    filled += count
+                remaining -= len(part)
+                yield torch.frombuffer(part, dtype=self.dtype)
