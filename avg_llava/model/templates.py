@@ -3,6 +3,7 @@
 This module imports neither torch nor transformers, so that a configuration can be checked without them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -17,15 +18,16 @@ class ConversationTemplate:
         jinja: Chat template in transformers' dialect of Jinja. It gets `messages`, each with a `role` ("system", "user"
             or "assistant") and a `content`, which is a text or a list of parts (`{"type": "image"}` and `{"type":
             "text", "text": ...}`; :data:`CONTENT_AS_TEXT` turns both into a text), further `add_generation_prompt` and
-            the tokenizer's special tokens, as `eos_token`. Images become :data:`IMAGE_PLACEHOLDER`. A BOS token is
-            added by the processor, not by the template. Text inside `{% generation %}` is supervised in training.
+            the tokenizer's special tokens, as `eos_token`. Images become :data:`IMAGE_PLACEHOLDER`. The processor adds
+            a BOS token if the text does not begin with it. Text inside `{% generation %}` is supervised in training:
+            an answer and the token that ends it. None: the chat template of the model's folder.
         is_for_captions: A conversation has one question with an image and one answer.
         answer_separator: Text between a question and its answer by which the released code finds answers. Conversations
             in which it cannot find them are not supervised, as there. None: answers are found by `{% generation %}`
             alone.
     """
 
-    jinja: str
+    jinja: str | None
     is_for_captions: bool = False
     answer_separator: str | None = None
 
@@ -47,6 +49,14 @@ CONTENT_AS_TEXT = """\
   {%- endif -%}
 """
 """Sets `content` to the text of `message`, inside a loop over messages."""
+
+IMAGE_FIRST = """\
+    {%- set pieces = content.split('<image>') -%}
+    {%- if pieces | length == 2 -%}
+      {%- set content = ('<image>\\n' + (pieces | join).strip()).strip() -%}
+    {%- endif -%}
+"""
+"""Moves the only image of `content` before its text, as in the training data of LLaVA."""
 
 # Images and caption alone: the question is dropped, and a newline, not EOS, ends the caption.
 PLAIN = (
@@ -83,10 +93,9 @@ else messages[0]['content'] | map(attribute='text') | join -%}
     + CONTENT_AS_TEXT
     + """\
   {%- if message['role'] == 'user' -%}
-    {%- set pieces = content.split('<image>') -%}
-    {%- if pieces | length == 2 -%}
-      {%- set content = ('<image>\\n' + (pieces | join).strip()).strip() -%}
-    {%- endif -%}
+"""
+    + IMAGE_FIRST
+    + """\
     {{- 'USER: ' + content + ' ' if content else 'USER:' -}}
   {%- elif message['role'] == 'assistant' -%}
     {{- 'ASSISTANT:' -}}
@@ -101,8 +110,212 @@ else messages[0]['content'] | map(attribute='text') | join -%}
 """
 )
 
+
+
+def _with_headers(
+    header: str,
+    end: str,
+    separator: str,
+    *,
+    assistant: str = "assistant",
+    system: str | None = None,
+    bos: bool = False,
+    checks: str = "",
+    strips: bool = False,
+    moves_image: bool = False,
+    closing: str = "",
+) -> str:
+    """A template whose turns are a header, the text, `end` and `separator`.
+
+    Args:
+        header: Contains `{role}`.
+        assistant: The role of the model in headers.
+        system: The system message of conversations without one.
+        bos: The text begins with the BOS token.
+        checks: Jinja that refuses conversations.
+        strips: White space around texts is removed.
+        moves_image: The only image of a turn is moved before its text.
+        closing: Jinja at the end of a text that is no prompt.
+    """
+    start, stop = (text.replace("\n", "\\n") for text in header.split("{role}"))
+    separator = separator.replace("\n", "\\n")
+    lines = ["{{- bos_token -}}"] if bos else []
+    lines += [checks] if checks else []
+    if system is not None:
+        lines.append(
+            f"""\
+{{%- if messages[0]['role'] != 'system' -%}}
+  {{{{- '{start}system{stop}{system}{end}{separator}' -}}}}
+{{%- endif -%}}"""
+        )
+    lines += ["{%- for message in messages -%}", CONTENT_AS_TEXT.rstrip("\n")]
+    if strips:
+        lines.append("  {%- set content = content.strip() -%}")
+    if moves_image:
+        lines.append("  {%- if message['role'] == 'user' -%}\n" + IMAGE_FIRST + "  {%- endif -%}")
+    lines.append(
+        f"""\
+  {{%- if message['role'] == 'assistant' -%}}
+    {{{{- '{start}{assistant}{stop}' -}}}}
+    {{%- generation -%}}{{{{- content + '{end}' -}}}}{{%- endgeneration -%}}
+  {{%- else -%}}
+    {{{{- '{start}' + message['role'] + '{stop}' + content + '{end}' -}}}}
+  {{%- endif -%}}
+  {{{{- '{separator}' -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- '{start}{assistant}{stop}' -}}}}{closing}{{%- endif -%}}
+"""
+    )
+    return "\n".join(lines)
+
+
+ALTERNATION = """\
+{%- for message in turns -%}
+  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{- raise_exception('the roles must alternate: user, assistant, user, ...') -}}
+  {%- endif -%}
+{%- endfor -%}"""
+"""Refuses `turns` whose roles do not alternate."""
+
+NO_SYSTEM = (
+    """\
+{%- if messages[0]['role'] == 'system' -%}
+  {{- raise_exception('these models have no system message: put its text into the first question') -}}
+{%- endif -%}
+{%- set turns = messages -%}
+"""
+    + ALTERNATION
+)
+
+LLAVA_LLAMA_3_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+def _with_instructions(first: str, question: str, answer: str, moves_image: bool, bos: bool) -> str:
+    """A template of Mistral's kind: `first` joins a system message and the first question."""
+    lines = ["{{- bos_token -}}"] if bos else []
+    lines += [
+        f"""\
+{{%- set opening = namespace(text='') -%}}
+{{%- set turns = messages -%}}
+{{%- if messages[0]['role'] == 'system' -%}}
+  {{%- set message = messages[0] -%}}
+{CONTENT_AS_TEXT.rstrip()}
+  {{%- set opening.text = {first} -%}}
+  {{%- set turns = messages[1:] -%}}
+{{%- endif -%}}""",
+        ALTERNATION,
+        "{%- for message in turns -%}",
+        CONTENT_AS_TEXT.rstrip("\n"),
+        "  {%- if message['role'] == 'user' -%}",
+    ]
+    lines += [IMAGE_FIRST.rstrip("\n")] if moves_image else []
+    lines.append(
+        f"""\
+    {{%- if loop.first -%}}{{%- set content = opening.text + content -%}}{{%- endif -%}}
+    {{{{- {question} -}}}}
+  {{%- else -%}}
+    {{%- generation -%}}{{{{- {answer} -}}}}{{%- endgeneration -%}}
+  {{%- endif -%}}
+{{%- endfor -%}}
+"""
+    )
+    return "\n".join(lines)
+
+
 TEMPLATES: dict[str, ConversationTemplate] = {
     "plain": ConversationTemplate(PLAIN, is_for_captions=True),
     "vicuna_v1": ConversationTemplate(VICUNA, answer_separator=" ASSISTANT: "),
+    "llama_3": ConversationTemplate(
+        _with_headers("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", bos=True, strips=True)
+    ),
+    "llava_llama_3": ConversationTemplate(
+        _with_headers(
+            "<|start_header_id|>{role}<|end_header_id|>\n\n",
+            "<|eot_id|>",
+            "",
+            bos=True,
+            strips=True,
+            moves_image=True,
+            system=LLAVA_LLAMA_3_SYSTEM,
+        )
+    ),
+    "mistral": ConversationTemplate(
+        _with_instructions(
+            r"content + '\n\n'", "' [INST] ' + content + ' [/INST]'", "' ' + content + eos_token", False, True
+        )
+    ),
+    "mistral_instruct": ConversationTemplate(
+        _with_instructions(
+            r"'<<SYS>>\n' + content + '\n<</SYS>>\n\n'",
+            "'[INST] ' + content + ' [/INST]'",
+            "' ' + content + ' ' + eos_token",
+            True,
+            False,
+        )
+    ),
+    "chatml": ConversationTemplate(
+        _with_headers("<|im_start|>{role}\n", "<|im_end|>", "\n", system="You are a helpful assistant.")
+    ),
+    "chatml_direct": ConversationTemplate(
+        _with_headers("<|im_start|>{role}\n", "<|im_end|>", "", system="Answer the questions.", moves_image=True)
+    ),
+    "gemma": ConversationTemplate(
+        _with_headers(
+            "<start_of_turn>{role}\n",
+            "<end_of_turn>",
+            "\n",
+            assistant="model",
+            bos=True,
+            checks=NO_SYSTEM,
+            strips=True,
+        )
+    ),
+    "phi_3": ConversationTemplate(
+        _with_headers("<|{role}|>\n", "<|end|>", "\n", closing="{%- else -%}{{- eos_token -}}")
+    ),
+    "tokenizer": ConversationTemplate(None),
 }
-"""Conversation templates by name, the value of `data.template`."""
+"""Conversation templates by name, the value of `data.template`.
+
+`mistral_instruct`, `chatml_direct` and `llava_llama_3` are what LLaVA's models of these families were trained with.
+"""
+
+FAMILIES = {
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "phi3": "phi_3",
+    "qwen2": "chatml",
+    "qwen2_moe": "chatml",
+    "qwen3": "chatml",
+    "qwen3_moe": "chatml",
+}
+"""Templates by `model_type` of the language model. Models of type `llama` are told apart by `LLAMA_FAMILIES`."""
+
+LLAMA_FAMILIES = {"<|eot_id|>": "llama_3", "<|im_end|>": "chatml_direct"}
+"""Templates of models of Llama's architecture by a token that only their tokenizers have; others are Vicuna's."""
+
+LLAVA_FAMILIES = {"llama_3": "llava_llama_3", "mistral": "mistral_instruct"}
+"""What LLaVA trained models of these templates with instead."""
+
+
+def template_of_family(text_type: str, tokens: Collection[str], of_llava: bool) -> str | None:
+    """The entry of `TEMPLATES` that a language model was trained with, by its family; None if that is not known.
+
+    Args:
+        text_type: `model_type` of the language model's configuration.
+        tokens: At least the special tokens of its tokenizer.
+        of_llava: The language model is that of a LLaVA model.
+    """
+    if text_type == "llama":
+        template = next((name for token, name in LLAMA_FAMILIES.items() if token in tokens), "vicuna_v1")
+    elif text_type in FAMILIES:
+        template = FAMILIES[text_type]
+    else:
+        return None
+    return LLAVA_FAMILIES.get(template, template) if of_llava else template
