@@ -13,6 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from avg_llava.checkpoints.backbones import VISION_KEYS, vision_part
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource, rename_keys
+from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import StoredTensor, list_tensors, read_config, resolve_folder, weight_files
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
 
@@ -86,8 +87,12 @@ def _transformers(name: str, folder: Path, raw_config: Mapping[str, Any], behavi
     fields = {key: value for key, value in raw_config.items() if key not in ("model_type", "architectures")}
     if behavior is not None:
         fields["behavior"] = behavior
-    fresh = () if raw_config["model_type"] == AvgLlavaConfig.model_type else (ROUTER_KEYS,)
-    return Checkpoint(name, AvgLlavaConfig(**fields), (WeightSource(folder, []),), native_folder=folder, fresh=fresh)
+    config = AvgLlavaConfig(**fields)
+    is_ours = raw_config["model_type"] == AvgLlavaConfig.model_type
+    if not is_ours:
+        config.template = template_of_llava(folder, config.text_config.model_type, has_own=True)
+    fresh = () if is_ours else (ROUTER_KEYS,)
+    return Checkpoint(name, config, (WeightSource(folder, []),), native_folder=folder, fresh=fresh)
 
 
 LAYOUTS: dict[str, Callable[[str, Path, Mapping[str, Any], Behavior | None], Checkpoint]] = {
@@ -126,6 +131,7 @@ def _config_from_original(
         behavior=behavior or ("released" if has_router else "paper"),
         router_config=RouterConfig(**router),
         max_sequence_length=raw.get("tokenizer_model_max_length") or text_config.max_position_embeddings,
+        template=template_of_llava(folder, text_type, has_own=False),
     )
 
 

@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from avg_llava.common.registry import find_entry
 from avg_llava.model.router import ROUTERS, find_router
 from avg_llava.model.scaler import LADDERS, Ladder
+from avg_llava.model.templates import TEMPLATES
 
 Behavior = Literal["paper", "released"]
 
@@ -66,6 +67,8 @@ class AvgLlavaConfig(LlavaNextConfig):
         router_config: A :class:`RouterConfig` or its fields.
         max_sequence_length: Longest sequence in tokens, visual tokens included. Training sequences are truncated to
             it; a longer prompt at inference is refused.
+        template: A key of :data:`avg_llava.model.templates.TEMPLATES`: the conversation template that the model was
+            trained with. None: none so far, or not known.
     """
 
     model_type = "avg_llava"
@@ -81,6 +84,7 @@ class AvgLlavaConfig(LlavaNextConfig):
     behavior: Behavior = "paper"
     router_config: Any = None
     max_sequence_length: int = 4096
+    template: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         pinpoints = self.image_grid_pinpoints
@@ -98,6 +102,8 @@ class AvgLlavaConfig(LlavaNextConfig):
         self.granularities = list(self.granularities) or self.ladder.granularities[-NUM_GRANULARITIES:]
         self._check_vision()
         self._check_granularities()
+        if self.template is not None:
+            find_entry(TEMPLATES, self.template, "template")
         find_router(self).check_config(self)
 
     @property

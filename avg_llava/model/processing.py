@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
 from transformers.image_utils import SizeDict, make_flat_list_of_images
@@ -19,9 +20,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PROCESSOR_NAME
 
 from avg_llava.model.anyres import image_window, select_canvas
+from avg_llava.model.chat_templates import adapt, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.resampling import resize
-from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES
+from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family
 
 
 class TokenizedText(NamedTuple):
@@ -34,7 +36,7 @@ class TokenizedText(NamedTuple):
 def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> TokenizedText:
     """Tokenises `text`, with `image_token_id` for every `<image>`.
 
-    The pieces between placeholders are tokenised separately, with a single BOS at the start if the tokenizer has one.
+    The pieces between placeholders are tokenised separately, with a single BOS at the start if the tokenizer adds one.
     The ids are those of LLaVA's `tokenizer_image_token`, with a word-boundary token before a newline after an image.
 
     Raises:
@@ -47,7 +49,7 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
         )
     prefix = tokenizer("").input_ids  # [BOS] or empty; further tokens would end the text
     input_ids, starts, cursor = [], [], 0
-    if prefix and prefix[0] == tokenizer.bos_token_id:
+    if prefix and prefix[0] == tokenizer.bos_token_id and not text.startswith(str(tokenizer.bos_token)):
         input_ids.append(prefix[0])
         starts.append(0)
     for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
@@ -162,7 +164,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         image_processor: An :class:`AvgLlavaImageProcessor`.
         tokenizer: Tokenizer of the language model, with character offsets.
         image_token_id: `config.image_token_id` of the model.
-        chat_template: Jinja source; None: that of `TEMPLATES["vicuna_v1"]`.
+        chat_template: Jinja source; None: messages cannot be rendered.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         image_token_id: int,
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATES["vicuna_v1"].jinja)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = image_token_id
         if tokenizer.pad_token is None:
@@ -232,6 +234,22 @@ class AvgLlavaProcessor(ProcessorMixin):
             data.update(self.image_processor(flat_images, return_tensors="pt"))
         return BatchFeature(data)
 
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Renders messages as a prompt; arguments as in transformers.
+
+        Raises:
+            ValueError: There is no chat template, or it refuses the messages.
+        """
+        if chat_template is None and self.chat_template is None:
+            raise ValueError(
+                "this model brings no usable chat template along, and its family is not known; choose one of "
+                f"{', '.join(TEMPLATES)} with --template, or with data.template for training"
+            )
+        try:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
         """Saves the processor for `from_pretrained`; arguments as in transformers."""
         if hasattr(self.tokenizer, "legacy"):
@@ -257,7 +275,8 @@ class AvgLlavaProcessor(ProcessorMixin):
             vision_path: Folder or hub id with the tower's `preprocessor_config.json`, from which mean, deviation,
                 filter and scale are taken. None, or a local folder without that file: those of CLIP.
             language_path: Folder or hub id of the tokenizer.
-            config: Configuration of the model: crop size, pinpoints and placeholder id.
+            config: Configuration of the model: crop size, pinpoints, placeholder id and conversation template. Without
+                a template, the chat template is the tokenizer's own, else by the language model's family.
         """
         crop = config.vision_config.image_size
         image_processor = AvgLlavaImageProcessor(
@@ -267,7 +286,8 @@ class AvgLlavaProcessor(ProcessorMixin):
             **_tower_statistics(vision_path),
         )
         tokenizer = AutoTokenizer.from_pretrained(language_path, trust_remote_code=False)
-        return cls(image_processor, tokenizer, config.image_token_id)
+        chat_template = _chat_template(language_path, tokenizer, config)
+        return cls(image_processor, tokenizer, config.image_token_id, chat_template)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: AvgLlavaConfig) -> "AvgLlavaProcessor":
@@ -299,6 +319,18 @@ def _matched_images(images: Any, prompts: Sequence[str]) -> list[Any]:
             "write one placeholder per image"
         )
     return given
+
+
+def _chat_template(path: str | Path, tokenizer: PreTrainedTokenizerBase, config: AvgLlavaConfig) -> str | None:
+    """The chat template of a tokenizer's folder; None if it brings none along and its family is not known."""
+    if config.template in (None, "tokenizer"):
+        own = read_chat_template(path, tokenizer)
+        if own is not None or config.template is not None:
+            return None if own is None else adapt(own, tokenizer.special_tokens_map)
+    name = config.template or template_of_family(
+        config.text_config.model_type, tokenizer.added_tokens_encoder, of_llava=False
+    )
+    return None if name is None else TEMPLATES[name].jinja
 
 
 def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:

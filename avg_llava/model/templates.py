@@ -111,7 +111,6 @@ else messages[0]['content'] | map(attribute='text') | join -%}
 )
 
 
-
 def _with_headers(
     header: str,
     end: str,

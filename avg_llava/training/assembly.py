@@ -70,8 +70,9 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     if config.lora is not None:
         add_adapters(model, config.lora, config.seed)
     template = TEMPLATES[config.data.template]
-    if not template.is_for_captions:
-        processor.chat_template = template.jinja  # saved with the model: prompts are as in training
+    if not template.is_for_captions:  # saved with the model: prompts are as in training
+        model.config.template = config.data.template
+        processor.chat_template = template.jinja or processor.chat_template
     return model, processor
 
 

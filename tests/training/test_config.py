@@ -80,7 +80,7 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path, write):
         (["--optim.lr", "fast"], "optim.lr must be a number, got 'fast'"),
         (["--optim.lr", "true"], "optim.lr must be a number"),
         (["--optim.micro_batch_size", "1.5"], "optim.micro_batch_size must be a whole number"),
-        (["--data.template", "vicuna"], "one of plain, vicuna_v1; got 'vicuna' - did you mean 'vicuna_v1'"),
+        (["--data.template", "vicuna"], "phi_3, tokenizer; got 'vicuna' - did you mean 'vicuna_v1'"),
         (["--stage", "5"], "stage must be one of 1, 2, 3, 4"),
         (["--output.overwrite", "1"], "output.overwrite must be true or false"),
         (["--data.sources", "x.yaml"], "data.sources: x.yaml does not exist; name a YAML file that holds a list"),

@@ -1,0 +1,94 @@
+"""Conversation templates: families, and the chat templates that folders bring along."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from avg_llava import AvgLlavaConfig
+from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.loading import load_model_config
+from avg_llava.model.chat_templates import adapt
+from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.templates import TEMPLATES, template_of_family
+from tests.parity.golden import GOLDEN
+from tests.tiny import bpe_tokenizer, tiny_config, write_backbones
+
+CHECKPOINTS = GOLDEN.parent / "checkpoints"
+QUESTION = [{"role": "user", "content": "<image>\nWhat?"}]
+
+
+@pytest.mark.parametrize(
+    ("text_type", "tokens", "language", "llava"),
+    [
+        ("llama", ["</s>"], "vicuna_v1", "vicuna_v1"),
+        ("llama", ["<|eot_id|>", "<|begin_of_text|>"], "llama_3", "llava_llama_3"),
+        ("llama", ["<|im_start|>", "<|im_end|>"], "chatml_direct", "chatml_direct"),
+        ("mistral", ["</s>"], "mistral", "mistral_instruct"),
+        ("mixtral", ["</s>"], "mistral", "mistral_instruct"),
+        ("qwen2", ["<|im_end|>"], "chatml", "chatml"),
+        ("qwen3", ["<|im_end|>"], "chatml", "chatml"),
+        ("gemma2", ["<end_of_turn>"], "gemma", "gemma"),
+        ("phi3", ["<|end|>"], "phi_3", "phi_3"),
+        ("gpt_neox", ["<|endoftext|>"], None, None),
+    ],
+)
+def test_families(text_type, tokens, language, llava):
+    assert template_of_family(text_type, tokens, of_llava=False) == language
+    assert template_of_family(text_type, tokens, of_llava=True) == llava
+
+
+def test_the_configuration_names_the_template(tmp_path):
+    config = tiny_config(template="llama_3")
+    config.save_pretrained(tmp_path)
+    assert AvgLlavaConfig.from_pretrained(tmp_path).template == "llama_3"
+    assert tiny_config().template is None
+    with pytest.raises(ValueError, match=r"template must be one of plain, vicuna_v1, .*got 'llama3'.*llama_3"):
+        tiny_config(template="llama3")
+
+
+def test_published_folders(tmp_path):
+    """Original folders were trained with LLaVA's conversations, transformers' bring a chat template along."""
+    assert open_checkpoint(GOLDEN / "checkpoint").config.template == "vicuna_v1"
+    config = load_model_config(CHECKPOINTS / "hf45_vicuna")
+    assert config.template == "tokenizer"
+    processor = AvgLlavaProcessor.from_checkpoint(CHECKPOINTS / "hf45_vicuna", config)
+    reference = json.loads((CHECKPOINTS / "hf45_vicuna.ref.json").read_text())[0]["template"]
+    parts = [{"type": "image"}, {"type": "text", "text": "What is shown in this image?"}]
+    for content in (parts, "<image>\nWhat is shown in this image?"):
+        messages = [{"role": "user", "content": content}]
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == reference
+    processor.save_pretrained(tmp_path)
+    assert AvgLlavaProcessor.from_checkpoint(tmp_path, config).chat_template == processor.chat_template
+
+
+def test_backbones(tmp_path):
+    """The tokenizer's own template, else the family's; a model of an unknown family cannot be prompted."""
+    write_backbones(tmp_path)
+    config = tiny_config()
+    assert AvgLlavaProcessor.from_backbones(None, tmp_path / "language", config).chat_template == (
+        TEMPLATES["vicuna_v1"].jinja
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "own")
+    processor = AvgLlavaProcessor.from_backbones(None, tmp_path / "own", config)
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    assert processor.apply_chat_template([{"role": "user", "content": content}]) == "[user]a<image>\nb"
+    config.template = "chatml"  # the model's, which the tokenizer's does not override
+    assert AvgLlavaProcessor.from_backbones(None, tmp_path / "own", config).chat_template == TEMPLATES["chatml"].jinja
+
+    unknown = tiny_config()
+    unknown.text_config.model_type = "gpt_neox"
+    processor = AvgLlavaProcessor.from_backbones(None, tmp_path / "language", unknown)
+    with pytest.raises(ValueError, match=r"choose one of plain, vicuna_v1, .* with --template"):
+        processor.apply_chat_template(QUESTION)
+
+
+def test_templates_that_write_no_placeholder_are_not_adapted():
+    special = bpe_tokenizer().special_tokens_map
+    assert (
+        adapt("{% for m in messages %}{% for p in m.content %}<img>{{ p.text }}{% endfor %}{% endfor %}", special)
+        is None
+    )
+    assert adapt("{{ raise_exception('no') }}", special) is None
