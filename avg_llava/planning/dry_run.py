@@ -37,7 +37,7 @@ from avg_llava.model.images import load_image
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.planning.meta_model import find_model_config, meta_model
-from avg_llava.training.assembly import build_dataset, check_compilation, load_processor
+from avg_llava.training.assembly import build_dataset, check_compilation, check_quantization, load_processor
 from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
@@ -117,6 +117,7 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
     if config.runtime.deepspeed is not None:
         file = config.runtime.deepspeed
         deepspeed = report.attempt("DeepSpeed", lambda: read_deepspeed_file(file))
+    report.attempt("quantization", lambda: check_quantization(deepspeed, config))
     if config.runtime.compile:
         report.attempt("compilation", lambda: check_compilation(deepspeed, uses_cpu(config)))
     found = report.attempt("model", lambda: load_processor(config))

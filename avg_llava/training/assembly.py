@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from avg_llava.checkpoints.backbones import config_from_backbones
 from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config
+from avg_llava.checkpoints.quantization import check_available, freeze_in_4bit
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.common.settings import ConfigError
@@ -32,8 +33,8 @@ from avg_llava.model.templates import TEMPLATES
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.lora import add_adapters
-from avg_llava.training.processes import rank, world_size
-from avg_llava.training.stages import STAGES
+from avg_llava.training.processes import device_of, rank, world_size
+from avg_llava.training.stages import STAGES, set_trainable
 
 
 def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
@@ -43,8 +44,10 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     where DeepSpeed takes its shard.
     """
     dtype = torch.float32
-    if config.runtime.deepspeed is not None:
-        # DeepSpeed keeps float32 master weights; without it, the model itself holds float32 weights for autocast.
+    quantizes = config.lora is not None and config.lora.quantization is not None
+    if config.runtime.deepspeed is not None or quantizes:
+        # DeepSpeed keeps float32 master weights; without it, the model itself holds float32 weights for autocast, or
+        # those that are trained with a quantised language model.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
     settings = config.model
     if STAGES[config.stage].parent is not None:
@@ -68,12 +71,33 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     if config.runtime.attention is not None:
         model.set_attn_implementation({"text_config": config.runtime.attention})
     if config.lora is not None:
+        if quantizes:
+            freeze_in_4bit(model, dtype, device_of(config))
         add_adapters(model, config.lora, config.seed)
+        if quantizes and config.runtime.deepspeed is None:
+            set_trainable(model, STAGES[config.stage])
+            for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+                parameter.data = parameter.data.float()
     template = TEMPLATES[config.data.template]
     if not template.is_for_captions:  # saved with the model: prompts are as in training
         model.config.template = config.data.template
         processor.chat_template = template.jinja or processor.chat_template
     return model, processor
+
+
+def check_quantization(deepspeed: Mapping[str, Any] | None, config: TrainConfig) -> None:
+    """Refuses `lora.quantization` under ZeRO-3 and without bitsandbytes; `deepspeed` is the parsed DeepSpeed file."""
+    if config.lora is None or config.lora.quantization is None:
+        return
+    if deepspeed is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"lora.quantization: ZeRO-3 ({config.runtime.deepspeed}) cannot shard 4-bit weights; set runtime.deepspeed "
+            "to null (one process) or to configs/deepspeed/zero2.json, or lora.quantization to null"
+        )
+    try:
+        check_available(config.lora.quantization, device_of(config))
+    except ValueError as error:
+        raise ConfigError(f"lora.quantization: {error}") from error
 
 
 def check_compilation(deepspeed: Mapping[str, Any] | None, use_cpu: bool) -> None:

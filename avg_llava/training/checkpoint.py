@@ -27,7 +27,7 @@ from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError, build
 from avg_llava.training.config import TrainConfig
 from avg_llava.training.processes import rank
-from avg_llava.training.stages import STAGES
+from avg_llava.training.stages import STAGES, num_weights
 
 logger = logging.getLogger(__name__)
 
@@ -218,10 +218,11 @@ def checkpoint_bytes(model: nn.Module, has_master_weights: bool) -> int:
     """
     total = 0
     for parameter in model.parameters():
-        per_element = parameter.element_size()
+        state = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which is saved as the start has it
+        per_element = (parameter if state is None else state).dtype.itemsize
         if parameter.requires_grad:
             per_element += MOMENT_BYTES + MASTER_WEIGHT_BYTES * has_master_weights
-        total += per_element * getattr(parameter, "ds_numel", parameter.numel())
+        total += per_element * num_weights(parameter)
     return total
 
 

@@ -141,6 +141,9 @@ class LoraSettings:
     """Linear layers of the language model by the last part of their names, such as `q_proj`; null: all but the head."""
     vision: bool = False
     """Also train adapters in all linear layers of the vision tower instead of its weights."""
+    quantization: Literal["4bit"] | None = None
+    """`4bit` (QLoRA): keep the frozen blocks of the language model in NF4. The adapters are trained on the dequantised
+    weights, and merged into the start's own ones. Not under ZeRO-3; needs bitsandbytes. null: the start's weights."""
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,32 @@
 Projector, newline and router have no adapters: a stage trains or freezes them whole. peft wraps every adapted layer, so
 that `...q_proj.weight` becomes `...q_proj.base_layer.weight`, `...q_proj.lora_A.default.weight` and `lora_B`. These
 names exist only in the training process: checkpoints and results are whole models with the adapters merged into their
-weights, and are loaded like any other. The adapters are saved next to them in `adapter/`, in peft's format; a run
-continues from these and from the stage's start, without rounding.
+weights, and are loaded like any other. The adapters are saved next to them in `adapter/`, in peft's format, with the
+parts that are trained whole; a run continues from these and from the stage's start, without rounding.
+
+With `lora.quantization` (QLoRA) the adapters are trained on 4-bit weights, but merged into those that the start's files
+hold: the result is a model in full precision, which differs from the trained one by the error of quantisation.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from avg_llava.checkpoints.checkpoint import rename_keys
+from avg_llava.checkpoints.formats import SAVED_KEYS, open_checkpoint
+from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.common.settings import ConfigError
 from avg_llava.training.config import LoraSettings
 from avg_llava.training.stages import Part, is_adapter, part_of
 
 ADAPTER_FOLDER = "adapter"
-_WEIGHTS_NAME = "adapter_model.safetensors"
+_WEIGHTS_NAME, _OTHERS_NAME = "adapter_model.safetensors", "other_parts.safetensors"
 # Name parts of adapted weights, of adapters, and prefix in peft's files.
 _BASE, _ADAPTER, _PEFT_PREFIX = ".base_layer.", ".default.", "base_model.model."
 
@@ -116,8 +123,44 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
     return merged
 
 
+def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """State dict with the weights of a start's files in place of the frozen ones, which are quantised or rounded.
+
+    Args:
+        model: The model in training.
+        weights: Its state dict, without quantised weights.
+        start: Folder or hub id of the checkpoint that it was loaded from.
+
+    Returns:
+        Frozen weights mapped from the files, and trained ones rounded to the data types of the files. Parts that the
+        start does not have stay as they are.
+
+    Raises:
+        CheckpointError: The files lack a quantised weight.
+    """
+    stored = rename_keys(open_checkpoint(start).tensors(), SAVED_KEYS)
+    whole = dict(weights)
+    for name, parameter in model.named_parameters():
+        original = stored.get(name.replace(_BASE, "."))
+        if original is not None:
+            whole[name] = weights[name].to(original.dtype) if parameter.requires_grad else original
+        elif name not in weights:
+            raise CheckpointError(f"{start} no longer holds {name.replace(_BASE, '.')}, which the adapters belong to")
+    return whole
+
+
+def without_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model on the meta device as its start is, without adapters and quantised layers, to save `weights` with."""
+    with torch.device("meta"):
+        whole = type(model)(model.config).to(weights["model.language_model.embed_tokens.weight"].dtype)
+    whole.generation_config = model.generation_config
+    return whole
+
+
 def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], start: str) -> None:
     """Writes the adapters in peft's format, for `PeftModel.from_pretrained(model, folder / "adapter")`.
+
+    All weights of parts without adapters are written to a file of their own.
 
     Args:
         weights: State dict of the model, whole tensors.
@@ -134,25 +177,34 @@ def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Te
         if is_adapter(name)
     }
     save_file(adapters, target / _WEIGHTS_NAME, metadata={"format": "pt"})
+    adapted = _adapted_parts(weights)
+    others = {name: tensor.contiguous() for name, tensor in weights.items() if part_of(name) not in adapted}
+    save_file(others, target / _OTHERS_NAME, metadata={"format": "pt"})
 
 
-def unmerge(model: nn.Module, merged: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """State dict of a model with adapters, from a checkpoint of it.
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Loads what `save_adapters` wrote to the folder of a checkpoint into a model that was loaded from the start.
 
-    The adapted weights are those of `model`, which was loaded from the stage's start: subtracting the adapters from the
-    checkpoint's merged weights would round them.
-
-    Args:
-        merged: Weights of the checkpoint, with the adapters merged.
-        folder: Folder of the checkpoint.
+    Raises:
+        CheckpointError: A file or a weight is missing.
     """
-    adapters = load_file(folder / ADAPTER_FOLDER / _WEIGHTS_NAME)
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if is_adapter(name):
-            weights[name] = adapters[_PEFT_PREFIX + name.replace(_ADAPTER, ".")]
-        elif name.endswith(f"{_BASE}weight"):
-            weights[name] = tensor
-        else:
-            weights[name] = merged[name.replace(_BASE, ".")]
-    return weights
+    target = folder / ADAPTER_FOLDER
+    missing = [str(target / name) for name in (_WEIGHTS_NAME, _OTHERS_NAME) if not (target / name).is_file()]
+    if missing:
+        raise CheckpointError(f"no {' and no '.join(missing)}; pass --output.overwrite to train from the beginning")
+    saved = load_file(target / _OTHERS_NAME)
+    for name, tensor in load_file(target / _WEIGHTS_NAME).items():
+        saved[name.removeprefix(_PEFT_PREFIX).replace(".weight", f"{_ADAPTER}weight")] = tensor
+    names = model.state_dict().keys()
+    adapted = _adapted_parts(names)
+    wanted = {name for name in names if is_adapter(name) or part_of(name) not in adapted}
+    if wanted != saved.keys():
+        different = ", ".join(sorted(wanted ^ saved.keys())[:3])
+        raise CheckpointError(
+            f"{target} does not hold the trained weights of this run (missing or unknown: {different})"
+        )
+    model.load_state_dict(saved, strict=False)
+
+
+def _adapted_parts(names: Iterable[str]) -> set[Part]:
+    return {part_of(name) for name in names if is_adapter(name)}

@@ -32,6 +32,11 @@ def uses_cpu(config: TrainConfig) -> bool:
     return config.runtime.device == "cpu" or not torch.cuda.is_available()
 
 
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cpu") if uses_cpu(config) else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def set_up_logging() -> None:
     """Logs from level INFO on rank 0, and from WARNING on other ranks; silences libraries."""
     level = logging.INFO if rank() == 0 else logging.WARNING

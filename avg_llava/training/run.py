@@ -24,6 +24,7 @@ from avg_llava.training.assembly import (
     build_model,
     build_sampler,
     check_compilation,
+    check_quantization,
     compile_layers,
     finished_dataset,
 )
@@ -78,6 +79,7 @@ def run_stage(config: TrainConfig) -> Path:
     if config.runtime.deepspeed is not None:
         deepspeed = read_deepspeed_file(config.runtime.deepspeed)
         prepare_deepspeed(use_cpu)
+    check_quantization(deepspeed, config)
     if config.runtime.compile:
         check_compilation(deepspeed, use_cpu)
     set_seed(config.seed)

@@ -6,6 +6,7 @@ checked without it.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,11 +167,17 @@ def log_parts(stage: Stage, counts: Mapping[Part, PartCount]) -> None:
         logger.info("  %-9s %-6s %15s%s parameters", part, verb, f"{count.trainable or count.total:,}", of_total)
 
 
+def num_weights(parameter: "nn.Parameter") -> int:
+    """Weights that a parameter stands for, which ZeRO-3 may have sharded or bitsandbytes packed in pairs."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", parameter.numel()) if state is None else math.prod(state.shape)
+
+
 def count_parameters(model: "nn.Module") -> dict[Part, PartCount]:
     """Numbers of parameters of every part, in the order of `Part`."""
     totals: Counter[Part] = Counter()
     trainable: Counter[Part] = Counter()
     for name, parameter in model.named_parameters():
-        totals[part_of(name)] += parameter.numel()
-        trainable[part_of(name)] += parameter.numel() * parameter.requires_grad
+        totals[part_of(name)] += num_weights(parameter)
+        trainable[part_of(name)] += num_weights(parameter) * parameter.requires_grad
     return {part: PartCount(totals[part], trainable[part]) for part in get_args(Part)}

@@ -37,7 +37,14 @@ from avg_llava.training.checkpoint import (
     writing,
 )
 from avg_llava.training.config import OptimSettings, TrainConfig
-from avg_llava.training.lora import adapter_shapes, merge_adapters, save_adapters, unmerge
+from avg_llava.training.lora import (
+    adapter_shapes,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+    with_start_weights,
+    without_adapters,
+)
 from avg_llava.training.monitor import LOG_NAME, CollapseAlarm, Monitor, ProgressBar, RunFiles, finish_trackers
 from avg_llava.training.objectives import Objective
 from avg_llava.training.stages import STAGES, is_adapter, part_of
@@ -204,10 +211,15 @@ class StageTrainer(Trainer):
         if state_dict is None:
             state_dict = self.model.state_dict()
         weights = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-        if self.config.lora is not None:
-            save_adapters(folder, self.model.model, weights, str(self.config.model.start))
-            weights = merge_adapters(weights, self.config.lora)
-        self.model.model.save_pretrained(folder, state_dict=weights)
+        model, lora = self.model.model, self.config.lora
+        if lora is not None:
+            start = str(self.config.model.start)
+            save_adapters(folder, model, weights, start)
+            if lora.quantization is not None:
+                weights = with_start_weights(model, weights, start)
+                model = without_adapters(model, weights)
+            weights = merge_adapters(weights, lora)
+        model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         (folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
 
@@ -304,11 +316,12 @@ def training_arguments(
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Loads the weights of a checkpoint into a model or a `RoutingModel`, and adapters into a model that has some."""
+    if any(is_adapter(name) for name, _ in model.named_parameters()):
+        load_adapters(model, folder)
+        return
     load_weights_of = load_routing_model if isinstance(model, RoutingModel) else load_model
     # The router has the widest dtype: narrower weights survive the round trip unchanged.
-    weights = load_weights_of(str(folder), dtype=model.model.router.dtype).state_dict()
-    has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
-    model.load_state_dict(unmerge(model, weights, folder) if has_adapters else weights)
+    model.load_state_dict(load_weights_of(str(folder), dtype=model.model.router.dtype).state_dict())
 
 
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
