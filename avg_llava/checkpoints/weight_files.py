@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from avg_llava.checkpoints.hub import download
 from avg_llava.checkpoints.pickled_files import pickled_tensors
 from avg_llava.checkpoints.stored_tensor import CheckpointError as CheckpointError
 from avg_llava.checkpoints.stored_tensor import StoredTensor as StoredTensor
@@ -55,15 +55,23 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
-    """The local folder of a checkpoint, looked up in `relative_to` first; a hub repository is downloaded."""
+    """The local folder of a checkpoint, looked up in `relative_to` first; a hub repository is downloaded.
+
+    Args:
+        path: A folder, or `owner/name` or `owner/name@revision` on the hub.
+        relative_to: Folder to look in first.
+
+    Raises:
+        ValueError: There is no such folder or repository.
+    """
     path_below = [] if relative_to is None else [relative_to / path]
     for candidate in (*path_below, Path(path).expanduser()):
         if candidate.is_dir():
             return candidate
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(f"{path}: no such folder, and not a hub id of the form owner/name")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    return Path(snapshot_download(str(path), allow_patterns=patterns))
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(path))
+    if match is None:
+        raise ValueError(f"{path}: no such folder, and not a hub id of the form owner/name or owner/name@revision")
+    return download(match[1], match[2], WEIGHT_NAMES, read_index)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
         model = build_from_backbones(settings.vision, settings.language, dtype=dtype, **config.architecture())
-        processor = AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model.config)
+        processor = AvgLlavaProcessor.from_backbones(settings.vision, resolve_folder(settings.language), model.config)
     if "router" in STAGES[config.stage].trains:
         model.model.router.float()
     if config.runtime.attention is not None:
@@ -133,7 +133,9 @@ def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConf
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
         model_config = config_from_backbones(settings.vision, settings.language, **config.architecture())
-        return AvgLlavaProcessor.from_backbones(settings.vision, settings.language, model_config), model_config
+        return AvgLlavaProcessor.from_backbones(
+            settings.vision, resolve_folder(settings.language), model_config
+        ), model_config
     model_config = load_model_config(settings.start)
     adapt(model_config, settings)
     return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
