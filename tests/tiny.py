@@ -11,10 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
@@ -36,6 +41,21 @@ def vision_config(image_size: int = CROP, patch_size: int = 4, **fields: Any) ->
     return CLIPVisionConfig(image_size=image_size, patch_size=patch_size, **{**sizes, **fields})
 
 
+def towers() -> dict[str, PreTrainedConfig]:
+    """Towers of all families in transformers: 8 x 8 patches of 4 pixels, SigLIP 7 x 7, of which two pixels are left."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    clip = {**sizes, "intermediate_size": 48, "patch_size": 4}
+    dino = {**sizes, "mlp_ratio": 2, "image_size": CROP, "patch_size": 4}
+    return {
+        "clip": CLIPVisionConfig(**clip, image_size=CROP),
+        "siglip": SiglipVisionConfig(**clip, image_size=30, vision_use_head=False),
+        "siglip2": Siglip2VisionConfig(**clip, num_patches=64, vision_use_head=False),
+        "dinov2": Dinov2Config(**dino),
+        "dinov2_swiglu": Dinov2Config(**dino, use_swiglu_ffn=True),
+        "dinov2_registers": Dinov2WithRegistersConfig(**dino, num_register_tokens=3),
+    }
+
+
 def language_config(tokenizer: PreTrainedTokenizerBase | None = None, **fields: Any) -> LlamaConfig:
     """A Llama of 64 tokens or of the tokenizer's vocabulary and special tokens."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -47,7 +67,7 @@ def language_config(tokenizer: PreTrainedTokenizerBase | None = None, **fields: 
 
 
 def tiny_config(
-    vision: CLIPVisionConfig | None = None, language: LlamaConfig | None = None, **fields: Any
+    vision: PreTrainedConfig | None = None, language: PreTrainedConfig | None = None, **fields: Any
 ) -> AvgLlavaConfig:
     """The configuration of `tiny_model`: levels of 4, 8, 16, 32 and 64 tokens per crop."""
     vision = vision or vision_config(num_hidden_layers=3)

@@ -87,7 +87,7 @@ class Workload:
         self.sample = SampleShape(image_size, num_prompt_tokens, 0)
         self.crops = num_crops(image_size, config)
         generator = torch.Generator().manual_seed(0)
-        crop = config.vision_config.image_size
+        crop = config.crop_size
         pixels = torch.randn(batch_size, self.crops, 3, crop, crop, generator=generator)
         self.pixels = pixels.to(device, self.model.dtype)
         self.sizes = torch.tensor([image_size] * batch_size)

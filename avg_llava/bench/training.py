@@ -53,7 +53,7 @@ BATCHES: dict[int, tuple[tuple[tuple[float, float] | None, int, int], ...]] = {
 
 def sample_shapes(stage: int, config: AvgLlavaConfig) -> list[SampleShape]:
     """The micro-batch of a stage: images of different sizes and aspect ratios, texts of different lengths."""
-    crop = config.vision_config.image_size
+    crop = config.crop_size
     shapes = []
     for size, num_prompt_tokens, num_answer_tokens in BATCHES[stage]:
         pixels = None if size is None else (round(size[0] * crop), round(size[1] * crop))
@@ -73,7 +73,7 @@ def make_batch(samples: list[SampleShape], config: AvgLlavaConfig, device: torch
         ids = torch.randint(3, config.text_config.vocab_size, (num_tokens,), generator=generator)
         if sample.image_size is not None:
             ids = torch.cat([ids[:1], torch.tensor([config.image_token_id]), ids[1:]])
-            side = config.vision_config.image_size
+            side = config.crop_size
             crops.append(torch.randn(num_crops(sample.image_size, config), 3, side, side, generator=generator))
             sizes.append(sample.image_size)
         input_ids[row, : len(ids)] = ids

@@ -8,12 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource
 from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.towers import find_tower
 
-VISION_KEYS: Renaming = [
-    (r"^.*\.position_ids$", None),
-    (r"^(text_model\.|text_projection|visual_projection|logit_scale).*$", None),
-    (r"^(?:vision_model\.)?", "model.vision_tower."),
-]
 LANGUAGE_KEYS: Renaming = [
     (r"^.*rotary_emb\.inv_freq$", None),
     (r"^model\.", "model.language_model."),
@@ -23,20 +19,21 @@ LANGUAGE_KEYS: Renaming = [
 
 def join_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> Checkpoint:
     """A CLIP tower and a causal LM in transformers' format; arguments as for `build_from_backbones`."""
+    config = config_from_backbones(vision_path, language_path, **config_fields)
     return Checkpoint(
         f"{vision_path} + {language_path}",
-        config_from_backbones(vision_path, language_path, **config_fields),
-        (WeightSource(vision_path, VISION_KEYS), WeightSource(language_path, LANGUAGE_KEYS)),
+        config,
+        (WeightSource(vision_path, config.tower.keys), WeightSource(language_path, LANGUAGE_KEYS)),
         fresh=(ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline"),
     )
 
 
 def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
     """Configuration of a model of two backbones; arguments as for `build_from_backbones`."""
-    vision_config = AutoConfig.from_pretrained(resolve_folder(vision_path))
+    vision_config = vision_part(AutoConfig.from_pretrained(resolve_folder(vision_path)))
     text_config = AutoConfig.from_pretrained(resolve_folder(language_path))
     return AvgLlavaConfig(
-        vision_config=vision_part(vision_config),
+        vision_config=find_tower(vision_config).without_head(vision_config),
         text_config=text_config,
         image_token_index=text_config.vocab_size,
         tie_word_embeddings=text_config.tie_word_embeddings,

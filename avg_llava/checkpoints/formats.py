@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.backbones import VISION_KEYS, vision_part
+from avg_llava.checkpoints.backbones import vision_part
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource, rename_keys
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import StoredTensor, list_tensors, read_config, resolve_folder, weight_files
@@ -76,9 +76,9 @@ def _original(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: 
     keys = rename_keys(list_tensors(weight_files(folder)), ORIGINAL_KEYS)
     has_router = any(key.startswith(ROUTER_KEYS) for key in keys)
     sources = [WeightSource(folder, ORIGINAL_KEYS)]
-    if not any(key.startswith("model.vision_tower.") for key in keys):
-        sources.append(WeightSource(raw_config["mm_vision_tower"], VISION_KEYS, relative_to=folder))
     config = _config_from_original(raw_config, folder, behavior, has_router)
+    if not any(key.startswith("model.vision_tower.") for key in keys):
+        sources.append(WeightSource(raw_config["mm_vision_tower"], config.tower.keys, relative_to=folder))
     return Checkpoint(name, config, tuple(sources), fresh=() if has_router else (ROUTER_KEYS,))
 
 

@@ -70,6 +70,6 @@ def _identity(dataset: ConversationDataset) -> str:
         [file.image_root for file in dataset.files],
         dataset.max_image_pixels,
         processor.tokenizer.backend_tokenizer.to_str(),
-        [config.image_grid_pinpoints, config.granularities[-1], config.behavior, config.vision_config.image_size],
+        [config.image_grid_pinpoints, config.granularities[-1], config.behavior, config.crop_size],
     ]
     return hash_json(parts)

@@ -59,7 +59,7 @@ def image_window(image_size: Sequence[int], canvas: Sequence[int]) -> Window:
 
 def canvas_tiles(image_size: Sequence[int], config: AvgLlavaConfig) -> tuple[int, int]:
     """(rows, columns) of tiles of an image."""
-    crop = config.vision_config.image_size
+    crop = config.crop_size
     height, width = select_canvas(image_size, config.image_grid_pinpoints)
     return height // crop, width // crop
 
@@ -85,15 +85,27 @@ def kept_window(image_size: Sequence[int], granularity: int, config: AvgLlavaCon
     map_rows, map_columns = tile_rows * rows, tile_columns * columns
     if config.behavior == "released":
         pad_rows, pad_columns = _padding(image_size, map_rows, map_columns, ndigits=None)
-    else:
-        fine_rows, fine_columns = _padding(image_size, tile_rows * side, tile_columns * side, ndigits=7)
-        pad_rows, pad_columns = fine_rows * rows // side, fine_columns * columns // side
-    return Window(pad_rows, map_rows - pad_rows, pad_columns, map_columns - pad_columns)
+        return Window(pad_rows, map_rows - pad_rows, pad_columns, map_columns - pad_columns)
+    fine_rows, fine_columns = _padding(image_size, tile_rows * side, tile_columns * side, ndigits=7)
+    top, bottom = _whole_cells(fine_rows, side, rows)
+    left, right = _whole_cells(fine_columns, side, columns)
+    return Window(top, map_rows - bottom, left, map_columns - right)
 
 
 def num_visual_tokens(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> int:
     """Visual tokens of an image, newlines included, at `granularity` tokens per crop."""
     return granularity + kept_window(image_size, granularity, config).num_tokens
+
+
+def _whole_cells(padding: int, side: int, cells: int) -> tuple[int, int]:
+    """Cells that lie wholly within the first, and within the last `padding` patches of a row of tiles.
+
+    A tile has `side` patches in `cells` cells of equal size, but for the last, which has what is left of them.
+    """
+    size = -(-side // cells)
+    tiles, rest = divmod(padding, side)
+    last = side - size * (cells - 1)
+    return tiles * cells + rest // size, tiles * cells + (rest - last + size) // size
 
 
 def _padding(image_size: Sequence[int], map_rows: int, map_columns: int, ndigits: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from avg_llava.common.registry import find_entry
 from avg_llava.model.router import ROUTERS, find_router
 from avg_llava.model.scaler import LADDERS, Ladder
 from avg_llava.model.templates import TEMPLATES
+from avg_llava.model.towers import Tower, find_tower
 
 Behavior = Literal["paper", "released"]
 
@@ -64,6 +65,8 @@ class AvgLlavaConfig(LlavaNextConfig):
         behavior: "paper": the router attends over the tokens of a crop and masks absent text slots, and padding is
             removed in pixel geometry. "released": it attends across crops, absent text slots are zero, and padding is
             removed by the aspect ratio of the token map. Published weights need "released".
+        vision_feature_select_strategy: "default" for a tower with a class token, which is dropped like its registers,
+            "full" for one without, as in transformers' LLaVA-NeXT. None: the one that fits the tower.
         router_config: A :class:`RouterConfig` or its fields.
         max_sequence_length: Longest sequence in tokens, visual tokens included. Training sequences are truncated to
             it; a longer prompt at inference is refused.
@@ -79,6 +82,7 @@ class AvgLlavaConfig(LlavaNextConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "router_config": RouterConfig}
 
     image_grid_pinpoints: Any = None
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
     granularities: list[int] = field(default_factory=list)
     pooling_ladder: str = "width_first"
     behavior: Behavior = "paper"
@@ -89,7 +93,10 @@ class AvgLlavaConfig(LlavaNextConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         pinpoints = self.image_grid_pinpoints
         super().__post_init__(**kwargs)
-        crop = self.vision_config.image_size
+        self._check_tower()
+        crop = self.crop_size
+        if self.vision_feature_select_strategy is None:
+            self.vision_feature_select_strategy = "default" if self.num_prefix_tokens else "full"
         if pinpoints is None:
             # The canvases are the same in both orders, but of equally good ones the first is taken (images no larger
             # than a crop). The original code lists (width, height), so it prefers the transposed canvas.
@@ -118,9 +125,27 @@ class AvgLlavaConfig(LlavaNextConfig):
             raise ValueError(f"granularity {granularity} is not one of this model's levels: {known}")
 
     @property
+    def tower(self) -> Tower:
+        """The family of the vision tower."""
+        return find_tower(self.vision_config)
+
+    @property
+    def crop_size(self) -> int:
+        """Side of a crop in pixels."""
+        return self.tower.crop_size(self.vision_config)
+
+    @property
     def num_patches_per_side(self) -> int:
-        """Tokens per side of a crop after the vision tower (24 for CLIP-L/14 at 336 px)."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        """Tokens per side of a crop after the vision tower (24 for CLIP-L/14 at 336 px).
+
+        Pixels at the right and at the bottom that fill no patch are not seen (27 for SigLIP-so400m/14 at 384 px).
+        """
+        return self.crop_size // self.vision_config.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers of a crop, which go through the vision tower's layers and are then dropped."""
+        return self.tower.num_prefix_tokens(self.vision_config)
 
     @property
     def num_vision_layers(self) -> int:
@@ -128,21 +153,26 @@ class AvgLlavaConfig(LlavaNextConfig):
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
+    def _check_tower(self) -> None:
+        crop, patch = self.crop_size, self.vision_config.patch_size
+        if not isinstance(crop, int) or not isinstance(patch, int) or not 0 < patch <= crop:
+            raise ValueError(
+                f"the vision tower's crops and patches must be squares, got sides {crop!r} and {patch!r} px"
+            )
+
     def _check_vision(self) -> None:
-        crop, patch = self.vision_config.image_size, self.vision_config.patch_size
-        if crop % patch:
-            raise ValueError(f"vision_config.image_size {crop} is not a multiple of its patch_size {patch}")
-        if self.vision_config.model_type != "clip_vision_model":
-            raise ValueError(f"the vision tower must be CLIP's, got {self.vision_config.model_type!r}")
+        crop = self.crop_size
         if not isinstance(self.vision_feature_layer, int) or self.num_vision_layers < 0:
             raise ValueError(
                 f"vision_feature_layer must be one layer of the tower's {self.vision_config.num_hidden_layers}, got "
                 f"{self.vision_feature_layer!r}"
             )
-        if self.vision_feature_select_strategy != "default":
+        strategy = "default" if self.num_prefix_tokens else "full"
+        if self.vision_feature_select_strategy != strategy:
             raise ValueError(
-                "AVG-LLaVA pools a square grid of patches, so vision_feature_select_strategy must be 'default' "
-                f"(class token dropped), got {self.vision_feature_select_strategy!r}"
+                "AVG-LLaVA pools a square grid of patches, so vision_feature_select_strategy must be 'default' where "
+                f"the tower has a class token, and 'full' where it has none: with {self.vision_config.model_type} "
+                f"{strategy!r}, got {self.vision_feature_select_strategy!r}"
             )
         for pinpoint in self.image_grid_pinpoints:
             if len(pinpoint) != 2 or any(side < crop or side % crop for side in pinpoint):
@@ -152,7 +182,14 @@ class AvgLlavaConfig(LlavaNextConfig):
         if not self.granularities or sorted(set(self.granularities)) != self.granularities:
             raise ValueError(f"granularities must be distinct and go from coarse to fine, got {self.granularities}")
         for granularity in self.granularities:
-            self.ladder.grid(granularity)
+            rows, columns = self.ladder.grid(granularity)
+            if self.behavior == "released" and (
+                self.num_patches_per_side % rows or self.num_patches_per_side % columns
+            ):
+                raise ValueError(
+                    f"granularity {granularity} has cells of unequal size on {self.num_patches_per_side} patches per "
+                    "side, for which the released behavior is not defined: set behavior to 'paper'"
+                )
 
 
 AutoConfig.register(AvgLlavaConfig.model_type, AvgLlavaConfig, exist_ok=True)

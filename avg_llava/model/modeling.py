@@ -122,7 +122,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
     def __init__(self, config: AvgLlavaConfig):
         super().__init__(config)
         width = config.text_config.hidden_size
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = config.tower.build(config.vision_config)
         self.multi_modal_projector = LlavaNextMultiModalProjector(config)
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -131,10 +131,8 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
 
     def encode_crops(self, pixels: Tensor) -> Tensor:
         """Vision tower, up to `vision_feature_layer`, and projector: (C, 3, S, S) pixels to (C, T, D) tokens."""
-        hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
-        for layer in self.vision_tower.encoder.layers[: self.config.num_vision_layers]:
-            hidden = layer(hidden, attention_mask=None)
-        return self.multi_modal_projector(hidden[:, 1:])  # without the class token
+        hidden = self.config.tower.encode(self.vision_tower, pixels, self.config.num_vision_layers)
+        return self.multi_modal_projector(hidden)
 
 
 class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
@@ -312,7 +310,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
 
         Under ZeRO all processes must run the same modules at every step. The crop's tokens get weight 0 in the loss.
         """
-        size = self.config.vision_config.image_size
+        size = self.config.crop_size
         pixels = torch.zeros(1, self.config.vision_config.num_channels, size, size, device=self.device)
         return ImageFeatures(self.model.encode_crops(pixels.to(self.dtype)), [], [])
 

@@ -22,6 +22,7 @@ from transformers.utils import PROCESSOR_NAME
 from avg_llava.model.anyres import image_window, select_canvas
 from avg_llava.model.chat_templates import adapt, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.resampling import resize
 from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family
 
@@ -273,17 +274,17 @@ class AvgLlavaProcessor(ProcessorMixin):
 
         Args:
             vision_path: Folder or hub id with the tower's `preprocessor_config.json`, from which mean, deviation,
-                filter and scale are taken. None, or a local folder without that file: those of CLIP.
+                filter and scale are taken. None, or a local folder without that file: those of the tower's family.
             language_path: Folder or hub id of the tokenizer.
             config: Configuration of the model: crop size, pinpoints, placeholder id and conversation template. Without
                 a template, the chat template is the tokenizer's own, else by the language model's family.
         """
-        crop = config.vision_config.image_size
+        crop = config.crop_size
         image_processor = AvgLlavaImageProcessor(
             size={"shortest_edge": crop},
             crop_size={"height": crop, "width": crop},
             image_grid_pinpoints=[list(pinpoint) for pinpoint in config.image_grid_pinpoints],
-            **_tower_statistics(vision_path),
+            **_pixel_statistics(vision_path, config),
         )
         tokenizer = AutoTokenizer.from_pretrained(language_path, trust_remote_code=False)
         chat_template = _chat_template(language_path, tokenizer, config)
@@ -333,16 +334,17 @@ def _chat_template(path: str | Path, tokenizer: PreTrainedTokenizerBase, config:
     return None if name is None else TEMPLATES[name].jinja
 
 
-def _tower_statistics(vision_path: str | Path | None) -> dict[str, Any]:
-    """Fields of the tower's image processor that do not depend on anyres."""
-    if vision_path is None:
-        return {}
+def _pixel_statistics(vision_path: str | Path | None, config: AvgLlavaConfig) -> dict[str, Any]:
+    """Fields of the tower's image processor that do not depend on anyres; an open_clip tower's are in `config`."""
+    family = config.tower.pixel_statistics(config.vision_config)
+    if vision_path is None or isinstance(config.vision_config, OpenClipVisionConfig):
+        return family
     folder = Path(vision_path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("preprocessor_config.json", PROCESSOR_NAME)):
-        return {}
+        return family
     stored, _ = AvgLlavaImageProcessor.get_image_processor_dict(vision_path)
     fields = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
-    return {name: stored[name] for name in fields if name in stored}
+    return family | {name: stored[name] for name in fields if name in stored}
 
 
 AutoImageProcessor.register(

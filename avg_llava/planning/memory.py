@@ -192,11 +192,13 @@ def _vision(
     """
     tower, width = config.vision_config, config.text_config.hidden_size
     patches = config.num_patches_per_side**2
-    rows = crops * (patches + 1)
-    pixels = crops * tower.num_channels * tower.image_size**2 * (FLOAT32 + (size if size < FLOAT32 else 0))
+    rows = crops * (patches + config.num_prefix_tokens)
+    pixels = crops * tower.num_channels * config.crop_size**2 * (FLOAT32 + (size if size < FLOAT32 else 0))
     # Inputs and outputs of two norms, queries, keys, values and attention output; input, factor and output of the
-    # feed-forward activation.
-    layer = rows * (size * (8 * tower.hidden_size + 3 * tower.intermediate_size) + extra)
+    # feed-forward activation, and of a gated one the gate.
+    feed_forward = config.tower.feed_forward(tower)
+    inner = (feed_forward.matrices + 1) * feed_forward.width
+    layer = rows * (size * (8 * tower.hidden_size + inner) + extra)
     hidden = rows * size * tower.hidden_size * (tower.num_hidden_layers + 1)
     if not trained:
         kept = hidden

@@ -179,7 +179,7 @@ class Demo:
 
     def warm_up(self) -> None:
         """Answers a blank image at every level, so that measured times exclude one-time initialization."""
-        size = self.config.vision_config.image_size
+        size = self.config.crop_size
         encoded = self.predictor.encode([Request("?", (Image.new("RGB", (2 * size, 2 * size)),))])
         self.predictor.choose(encoded)
         for level in self.predictor.granularities:

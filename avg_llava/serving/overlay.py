@@ -29,7 +29,7 @@ class TokenGrid:
     Attributes:
         size: Size of the picture.
         tile: Side of a tile.
-        cell: Size of one token.
+        cell: Size of one token; tokens at the lower and right edge of a tile may be smaller.
         kept: (top, bottom, left, right) of the tokens kept by unpadding, ends excluded; the others are padding.
     """
 
@@ -41,20 +41,29 @@ class TokenGrid:
 
 def tiles_grid(image_size: Sequence[int], granularity: int, config: AvgLlavaConfig) -> TokenGrid:
     """Returns the grid on an image's canvas of tiles, at `granularity` tokens per crop."""
-    crop = config.vision_config.image_size
+    crop = config.crop_size
     tile_rows, tile_columns = canvas_tiles(image_size, config)
     rows, columns = config.ladder.grid(granularity)
-    height, width = crop // rows, crop // columns
+    height, width = _cell(granularity, config)
     window = kept_window(image_size, granularity, config)
-    kept = (window.top * height, window.bottom * height, window.left * width, window.right * width)
-    return TokenGrid((crop * tile_rows, crop * tile_columns), crop, (height, width), kept)
+
+    def edge(index: int, cells: int, size: int) -> int:
+        return index // cells * crop + min(index % cells * size, crop)
+
+    top, bottom = edge(window.top, rows, height), edge(window.bottom, rows, height)
+    left, right = edge(window.left, columns, width), edge(window.right, columns, width)
+    return TokenGrid((crop * tile_rows, crop * tile_columns), crop, (height, width), (top, bottom, left, right))
 
 
 def overview_grid(granularity: int, config: AvgLlavaConfig) -> TokenGrid:
     """Returns the grid on the overview crop; all its tokens are kept."""
-    crop = config.vision_config.image_size
-    rows, columns = config.ladder.grid(granularity)
-    return TokenGrid((crop, crop), crop, (crop // rows, crop // columns), (0, crop, 0, crop))
+    crop = config.crop_size
+    return TokenGrid((crop, crop), crop, _cell(granularity, config), (0, crop, 0, crop))
+
+
+def _cell(granularity: int, config: AvgLlavaConfig) -> tuple[int, int]:
+    height, width = config.ladder.cell(granularity)
+    return height * config.vision_config.patch_size, width * config.vision_config.patch_size
 
 
 def denormalized_crops(image: Image.Image, image_processor: AvgLlavaImageProcessor) -> np.ndarray:
@@ -90,12 +99,12 @@ def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarr
     cell_height, cell_width, top, bottom, left, right = (factor * length for length in (*grid.cell, *grid.kept))
     y, x = np.ogrid[: len(colors), : len(colors[0])]
     kept = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    lines = kept & (_is_line(y, cell_height) | _is_line(x, cell_width))
+    tile = factor * grid.tile
+    lines = kept & (_is_line(y, cell_height, tile) | _is_line(x, cell_width, tile))
     contrast = np.where(colors.mean(axis=-1, keepdims=True) < _GREY, 255.0, 0.0)
     colors = np.where(lines[..., None], colors + (contrast - colors) * _LINE_STRENGTH, colors)
     stripes = np.where((x + y) // _STRIPE % 2, _GREY, _GREY + 40)[..., None]
     colors = np.where(kept[..., None], colors, colors + (stripes - colors) * _DROPPED_STRENGTH)
-    tile = factor * grid.tile
     for edge in range(tile, len(colors), tile):
         colors[edge - 1 : edge + 2] = _TILE_BORDER
     for edge in range(tile, len(colors[0]), tile):
@@ -103,8 +112,8 @@ def draw_grid(picture: np.ndarray, grid: TokenGrid, factor: int = 1) -> np.ndarr
     return np.rint(colors).astype(np.uint8)
 
 
-def _is_line(position: np.ndarray, cell: int) -> np.ndarray:
-    return (position >= cell) & (position % cell < (2 if cell >= _LARGE_CELL else 1))
+def _is_line(position: np.ndarray, cell: int, tile: int) -> np.ndarray:
+    return (position >= cell) & (position % tile % cell < (2 if cell >= _LARGE_CELL else 1))
 
 
 class TokenPictures:

@@ -122,7 +122,7 @@ def compile_layers(model: AvgLlavaForConditionalGeneration) -> None:
     Layers are compiled one by one: those of a part are alike and share one compilation. Off by default: on a CPU,
     compilation takes half a minute and makes no step faster. Losses and gradients are equal up to rounding.
     """
-    for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+    for layer in (*model.config.tower.layers(model.model.vision_tower), *model.model.language_model.layers):
         layer.compile()
 
 

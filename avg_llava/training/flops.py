@@ -103,7 +103,7 @@ def step_flops(
         return 3 * 2.0 * tokens * adapters[part].parameters if part in adapters else 0.0
 
     used = config.num_vision_layers / config.vision_config.num_hidden_layers
-    vision_tokens = encodings * crops * (config.num_patches_per_side**2 + 1) * used
+    vision_tokens = encodings * crops * (config.num_patches_per_side**2 + config.num_prefix_tokens) * used
     return StepFlops(
         vision=vision_factor * encodings * vision_flops(crops, config) + adapter_flops("vision", vision_tokens),
         language=language_factor * language + adapter_flops("llm", adapted_tokens),
@@ -132,8 +132,10 @@ def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) 
     vision, width = config.vision_config, config.text_config.hidden_size
     patches, vision_width = config.num_patches_per_side**2, vision.hidden_size
     embedding = patches * vision.num_channels * vision.patch_size**2 * vision_width
-    matrices = 4 * vision_width**2 + 2 * vision_width * vision.intermediate_size
-    layer = (patches + 1) * matrices + 2 * (patches + 1) ** 2 * vision_width
+    feed_forward = config.tower.feed_forward(vision)
+    matrices = 4 * vision_width**2 + feed_forward.matrices * vision_width * feed_forward.width
+    rows = patches + config.num_prefix_tokens
+    layer = rows * matrices + 2 * rows**2 * vision_width
     num_layers = vision.num_hidden_layers if whole_tower else config.num_vision_layers
     projector = patches * (vision_width * width + width**2)
     return 2.0 * crops * (embedding + num_layers * layer + projector)

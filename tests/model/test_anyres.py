@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlavaNextImageProcessorPil
+from transformers import LlavaNextImageProcessorPil, SiglipVisionConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
@@ -14,13 +14,14 @@ from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops, num_vis
 from avg_llava.model.scaler import WidthFirstLadder
 
 CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+TEXT = {"model_type": "llama"}
 LEVELS = [36, 72, 144, 288, 576]
 SIZES = [(672, 672), (480, 640), (640, 480), (720, 1280), (333, 500), (336, 336), (2200, 1700), (10, 3000), (1, 1)]
 SIZES += [(1408, 792), (792, 1408)]  # transformers' rounding keeps two rows more than truncation
 
 
 def config(behavior="paper") -> AvgLlavaConfig:
-    return AvgLlavaConfig(vision_config=CLIP_L, text_config={"model_type": "llama"}, behavior=behavior)
+    return AvgLlavaConfig(vision_config=CLIP_L, text_config=TEXT, behavior=behavior)
 
 
 @pytest.mark.parametrize("step", [7, 61])
@@ -84,6 +85,34 @@ def test_coarse_windows_keep_the_region_of_the_finest(size, level):
     kept[window.top : window.bottom, window.left : window.right] = True
     assert torch.equal(kept, expected)
     assert num_visual_tokens(size, level, settings) == level + int(expected.sum()) + int(expected.any(1).sum())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cells_of_unequal_size_are_dropped_if_all_of_their_patches_are(size):
+    """Brute force on 27 patches per side, where 14 rows are thirteen of two patches and one of one, in every tile."""
+    settings = AvgLlavaConfig(vision_config=SiglipVisionConfig(image_size=384, patch_size=14), text_config=TEXT)
+    assert settings.granularities == [49, 98, 196, 378, 729]
+    assert settings.image_grid_pinpoints == [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]]
+    tile_rows, tile_columns = canvas_tiles(size, settings)
+    fine = torch.zeros(tile_rows * 27, tile_columns * 27)
+    index = torch.arange(fine.numel()).view(1, *fine.shape)
+    fine.view(-1)[unpad_image(index, size).flatten()] = 1
+    for level in settings.granularities:
+        tiles = fine.view(tile_rows, 27, tile_columns, 27).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        expected = settings.ladder.pool(tiles[..., None], level)[..., 0] > 0  # a mean of which one patch is kept
+        rows, columns = settings.ladder.grid(level)
+        expected = expected.view(tile_rows, tile_columns, rows, columns).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        window = kept_window(size, level, settings)
+        kept = torch.zeros_like(expected)
+        kept[window.top : window.bottom, window.left : window.right] = True
+        assert torch.equal(kept, expected), level
+
+
+def test_released_behavior_needs_cells_of_equal_size():
+    tower = SiglipVisionConfig(image_size=384, patch_size=14)
+    with pytest.raises(Exception, match="granularity 49 has cells of unequal size on 27 patches per side"):
+        AvgLlavaConfig(vision_config=tower, text_config=TEXT, behavior="released")
+    assert AvgLlavaConfig(vision_config=tower, text_config=TEXT, behavior="released", granularities=[729])
 
 
 @pytest.mark.parametrize("size", [(480, 640), (720, 1280), (2200, 1700), (333, 500), (90, 1000)])

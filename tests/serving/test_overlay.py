@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import SiglipVisionConfig
 
 from avg_llava import AvgLlavaConfig
 from avg_llava.checkpoints.formats import KNOWN_TOWERS
@@ -18,13 +19,14 @@ from avg_llava.serving.overlay import (
 )
 
 CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+TEXT = {"model_type": "llama"}
 WHOLE = (0, 672, 0, 672)
 ORANGE = [255, 122, 0]
 
 
 @pytest.fixture(scope="module")
 def config():
-    return AvgLlavaConfig(vision_config=CLIP_L, text_config={"model_type": "llama"})
+    return AvgLlavaConfig(vision_config=CLIP_L, text_config=TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,18 @@ GRIDS = {
 def test_grid_of_tiles(config, image_size, level):
     canvas, cell, kept = GRIDS[image_size, level]
     assert tiles_grid(image_size, level, config) == TokenGrid(canvas, 336, cell, kept)
+
+
+def test_grid_of_cells_of_unequal_size():
+    """27 patches of 14 pixels in 384: the last of 7 cells begins at 336, and the canvas of 2 x 2 tiles has 768."""
+    config = AvgLlavaConfig(vision_config=SiglipVisionConfig(image_size=384, patch_size=14), text_config=TEXT)
+    assert tiles_grid((768, 768), 49, config) == TokenGrid((768, 768), 384, (56, 56), (0, 768, 0, 768))
+    # 1366 x 768 covers 30 of the 54 rows of patches. The 12 above are three cells of 4, the 12 below cells of 3, 4, 4.
+    grid = tiles_grid((768, 1366), 49, config)
+    assert grid.kept == (168, 384 + 224, 0, 768)
+    drawn = draw_grid(np.full((768, 768, 3), 255, np.uint8), grid)
+    assert (drawn[300, [56, 336, 384 + 56, 384 + 336]] < 200).all()
+    assert (drawn[300, [30, 360, 400]] == 255).all()
 
 
 def test_grid_of_the_overview(config):
