@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL.Image import Resampling
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -56,7 +56,7 @@ class Tower:
         """The configuration of a tower without the parts that `keys` drops."""
         return config
 
-    def build(self, config: PreTrainedConfig) -> nn.Module:
+    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The tower with random weights."""
         return AutoModel.from_config(config)
 
@@ -76,19 +76,19 @@ class Tower:
         """`image_mean`, `image_std` and `resample` of an image processor, for a tower that comes without them."""
         return {"image_mean": list(self.mean), "image_std": list(self.std), "resample": Resampling.BICUBIC}
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         """(C, 3, S, S) pixels to the input (C, X + P, D) of the first layer."""
         return tower.pre_layrnorm(tower.embeddings(pixels))
 
-    def layers(self, tower: nn.Module) -> nn.ModuleList:
+    def layers(self, tower: PreTrainedModel) -> nn.ModuleList:
         """The Transformer layers, each a module from hidden states to hidden states."""
         return tower.encoder.layers
 
-    def run_layer(self, tower: nn.Module, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run_layer(self, tower: PreTrainedModel, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (C, X + P, D) after one of the tower's layers."""
         return layer(hidden, attention_mask=None)
 
-    def encode(self, tower: nn.Module, pixels: Tensor, num_layers: int) -> Tensor:
+    def encode(self, tower: PreTrainedModel, pixels: Tensor, num_layers: int) -> Tensor:
         """Hidden states of the patches after `num_layers` layers: (C, 3, S, S) to (C, P, D), without the final norm."""
         hidden = self.embed(tower, pixels)
         for layer in self.layers(tower)[:num_layers]:
@@ -115,7 +115,7 @@ class SiglipTower(Tower):
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
         return 0
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         return tower.embeddings(pixels)
 
 
@@ -125,7 +125,7 @@ class Siglip2Tower(SiglipTower):
     def crop_size(self, config: PreTrainedConfig) -> int:
         return round(config.num_patches**0.5) * config.patch_size
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         size = tower.config.patch_size
         # Pixels of a patch row by row, channels last, as Siglip2ImageProcessor orders them.
         patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
@@ -144,10 +144,10 @@ class Dinov2Tower(Tower):
         width = int(config.hidden_size * config.mlp_ratio)
         return FeedForward((int(width * 2 / 3) + 7) // 8 * 8, 3) if config.use_swiglu_ffn else FeedForward(width, 2)
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         return tower.embeddings(pixels)
 
-    def layers(self, tower: nn.Module) -> nn.ModuleList:
+    def layers(self, tower: PreTrainedModel) -> nn.ModuleList:
         return tower.encoder.layer
 
 
@@ -167,19 +167,19 @@ class OpenClipTower(Tower):
         (r"^.*$", None),
     ]
 
-    def build(self, config: PreTrainedConfig) -> nn.Module:
+    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         return OpenClipVisionModel(config)
 
     def pixel_statistics(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {name: getattr(config, name) for name in ("image_mean", "image_std", "resample")}
 
-    def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
+    def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         return tower.embed(pixels)
 
-    def layers(self, tower: nn.Module) -> nn.ModuleList:
+    def layers(self, tower: PreTrainedModel) -> nn.ModuleList:
         return tower.layers
 
-    def run_layer(self, tower: nn.Module, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run_layer(self, tower: PreTrainedModel, layer: nn.Module, hidden: Tensor) -> Tensor:
         return tower.run_layer(layer, hidden)
 
 
