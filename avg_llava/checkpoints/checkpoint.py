@@ -17,6 +17,10 @@ Renaming = list[tuple[str, str | None]]
 """(pattern, replacement) of keys to this package's names; the first match wins, None drops the key."""
 
 ROUTER_KEYS = "model.router."
+NEWLINE_KEY = "model.image_newline"
+
+# A folder with one of these holds a tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Checkpoint:
         name: Path or hub id, for messages.
         native_folder: Folder that transformers' `from_pretrained` can read; None if keys have to be renamed first.
         fresh: Key prefixes of parts that may be missing and are then initialised.
+        folder: Folder of its `config.json`, and of its `generation_config.json` if it has one.
+        tokenizer: Folder of its tokenizer.
+        image_settings: Folder of its image settings; None: CLIP's.
+        notes: Sentences about what was assumed, and what differs from the code that wrote the checkpoint.
     """
 
     name: str
@@ -43,6 +51,10 @@ class Checkpoint:
     sources: tuple[WeightSource, ...]
     native_folder: Path | None = None
     fresh: tuple[str, ...] = ()
+    folder: Path | None = None
+    tokenizer: Path | None = None
+    image_settings: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] = read_tensors) -> dict[str, Tensor]:
         """All weights under this package's names; `read` gives the tensors of a folder."""
@@ -57,6 +69,11 @@ class Checkpoint:
         for source in self.sources:
             merged |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
         return merged
+
+
+def tokenizer_folder(*folders: Path) -> Path:
+    """The first of some folders with files of a tokenizer; the first one if none has any."""
+    return next((each for each in folders if any((each / name).is_file() for name in _TOKENIZER_FILES)), folders[0])
 
 
 def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
 from avg_llava.checkpoints.backbones import join_backbones
-from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
-from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors, resolve_folder
+from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
@@ -29,7 +29,20 @@ ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 def load(path: str | Path, **kwargs: Any) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
     """Loads a model and its processor; arguments as for :func:`load_model`."""
     model = load_model(path, **kwargs)
-    return model, AvgLlavaProcessor.from_checkpoint(resolve_folder(path), model.config)
+    return model, open_processor(path, model.config)
+
+
+def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcessor:
+    """The processor of a checkpoint of any layout; `config` is that of its model.
+
+    This package saves one. Other layouts have a tokenizer and the pixel statistics of the vision tower, perhaps in
+    other folders than the weights; the rest is taken from `config`.
+    """
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tokenizer is not None, "set by every layout"
+    if checkpoint.tokenizer == checkpoint.image_settings:
+        return AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
+    return AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
 
 
 def load_model(
@@ -64,12 +77,15 @@ def load_model(
     quantizing = {} if quantization is None else quantization_arguments(quantization, device)
     checkpoint = open_checkpoint(path, behavior)
     model = instantiate(AvgLlavaForConditionalGeneration, checkpoint, dtype, **quantizing)
-    if checkpoint.fresh and os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "model.router.* is not in %s: a new router is initialised; train it in stage 4, or force a level "
-            "(granularity)",
-            path,
-        )
+    if os.environ.get("RANK", "0") == "0":
+        for note in checkpoint.notes:
+            logger.warning("%s: %s", path, note)
+        if ROUTER_KEYS in checkpoint.fresh:
+            logger.warning(
+                "model.router.* is not in %s: a new router is initialised; train it in stage 4, or force a level "
+                "(granularity)",
+                path,
+            )
     if quantization is not None:
         compute_in(model, model.dtype)
     elif device is not None:
@@ -149,6 +165,8 @@ def instantiate(
             **kwargs,
         )
     _check_loaded(info, checkpoint.name, checkpoint.fresh)
+    if folder is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
 
 

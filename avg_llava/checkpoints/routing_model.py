@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, rename_keys
-from avg_llava.checkpoints.formats import SAVED_KEYS, open_checkpoint
+from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS, open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
 from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, read_tensors, resolve_folder
 from avg_llava.common.files import atomic_write
@@ -63,7 +63,7 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         router = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(ROUTER_KEYS)}
-        stored = rename_keys(read_tensors(self.source), SAVED_KEYS)
+        stored = rename_keys(read_tensors(self.source), TRANSFORMERS_KEYS)
         unknown = [name for name in weights if name not in stored and name not in router]
         if unknown:
             raise CheckpointError(

@@ -286,7 +286,13 @@ class AvgLlavaProcessor(ProcessorMixin):
             image_grid_pinpoints=[list(pinpoint) for pinpoint in config.image_grid_pinpoints],
             **_pixel_statistics(vision_path, config),
         )
-        tokenizer = AutoTokenizer.from_pretrained(language_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            language_path,
+            # Transformers takes the class of a tokenizer without tokenizer.json from the model's type, which is not the
+            # language model's in folders of LLaVA; `llava` would lose the word boundary at the start of a text.
+            config=None if (Path(language_path) / "tokenizer.json").is_file() else config.text_config,
+            trust_remote_code=False,
+        )
         chat_template = _chat_template(language_path, tokenizer, config)
         return cls(image_processor, tokenizer, config.image_token_id, chat_template)
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from avg_llava.checkpoints.backbones import config_from_backbones
-from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.checkpoints.loading import load_model_config
+from avg_llava.checkpoints.original import KNOWN_TOWERS
 from avg_llava.checkpoints.routing_model import RoutingModel
 from avg_llava.common.settings import ConfigError, read_yaml
 from avg_llava.model.configuration import AvgLlavaConfig

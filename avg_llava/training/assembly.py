@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from avg_llava.checkpoints.backbones import config_from_backbones
-from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config
+from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config, open_processor
 from avg_llava.checkpoints.quantization import check_available, freeze_in_4bit
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import resolve_folder
@@ -56,7 +56,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
             model, processor = load(settings.start, dtype=dtype)
         else:
             model = load_routing_model(settings.start, dtype=dtype)
-            processor = AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model.config)
+            processor = open_processor(settings.start, model.config)
         adapt(model.config, settings)
         if settings.router is not None or settings.granularities is not None:
             set_seed(config.seed)  # the same router in any way of loading the model
@@ -138,7 +138,7 @@ def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConf
         ), model_config
     model_config = load_model_config(settings.start)
     adapt(model_config, settings)
-    return AvgLlavaProcessor.from_checkpoint(resolve_folder(settings.start), model_config), model_config
+    return open_processor(settings.start, model_config), model_config
 
 
 def adapt(model_config: AvgLlavaConfig, settings: ModelSettings) -> None:

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from avg_llava.checkpoints.checkpoint import rename_keys
-from avg_llava.checkpoints.formats import SAVED_KEYS, open_checkpoint
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.common.settings import ConfigError
 from avg_llava.training.config import LoraSettings
@@ -138,7 +137,7 @@ def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: s
     Raises:
         CheckpointError: The files lack a quantised weight.
     """
-    stored = rename_keys(open_checkpoint(start).tensors(), SAVED_KEYS)
+    stored = open_checkpoint(start).tensors()
     whole = dict(weights)
     for name, parameter in model.named_parameters():
         original = stored.get(name.replace(_BASE, "."))

@@ -181,7 +181,7 @@ def test_every_wrong_key_is_listed_in_one_error(original):
 def test_original_checkpoint_without_router_gets_a_fresh_one(original):
     _edit(original, lambda weights: [weights.pop(key) for key in list(weights) if ".router." in key])
     model = load_model(original)
-    assert model.config.behavior == "paper"
+    assert model.config.behavior == "released"  # by its vis_token_granularity
     assert model.model.router.router[0].weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
 
 
@@ -221,8 +221,8 @@ def test_folders_that_are_no_models(tmp_path, original):
 
 def test_unsupported_original_settings_are_named(original):
     raw = json.loads((original / "config.json").read_text())
-    (original / "config.json").write_text(json.dumps(raw | {"mm_patch_merge_type": "flat"}))
-    with pytest.raises(ValueError, match="mm_patch_merge_type is 'flat'"):
+    (original / "config.json").write_text(json.dumps(raw | {"mm_patch_merge_type": "spatial"}))
+    with pytest.raises(ValueError, match="mm_patch_merge_type is 'spatial'"):
         load_model(original)
 
 

@@ -253,7 +253,7 @@ def test_fingerprint(folder, make, tmp_path_factory):
 
 def test_refusals(folder, make):
     path = write_records(folder, record("a", "Hi", "Yes"))
-    with pytest.raises(ValueError, match="template must be one of plain, vicuna_v1, .*; got 'v1'"):
+    with pytest.raises(ValueError, match=r"template must be one of plain, vicuna_v1, .*; got 'v1'"):
         make(path, template="v1")
     with pytest.raises(ValueError, match="on_bad_sample"):
         make(path, on_bad_sample="ignore")

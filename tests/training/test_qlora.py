@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from avg_llava import load_model
 from avg_llava.checkpoints.checkpoint import rename_keys
-from avg_llava.checkpoints.formats import SAVED_KEYS
+from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.checkpoints.quantization import freeze_in_4bit
 from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
@@ -152,7 +152,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_result_is_the_start_with_merged_adapters(world):
     """The adapters are added to the weights of the start's files in float32; the rest is the start's, or trained."""
     assert losses(world / "stage3")[-1] < losses(world / "stage3")[0]
-    start, result = (rename_keys(read_tensors(world / name), SAVED_KEYS) for name in ("start", "stage3"))
+    start, result = (rename_keys(read_tensors(world / name), TRANSFORMERS_KEYS) for name in ("start", "stage3"))
     others = load_file(world / "stage3/adapter/other_parts.safetensors")
     adapters = load_file(world / "stage3/adapter/adapter_model.safetensors")
     assert result.keys() == start.keys()
