@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, rename_keys
 from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS, open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
-from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, read_tensors, resolve_folder
-from avg_llava.common.files import atomic_write
+from avg_llava.checkpoints.weight_files import CheckpointError, read_config, read_tensors, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+from avg_llava.model.saving import replaced_model
 
 
 class RoutingModel(AvgLlavaForConditionalGeneration):
@@ -44,7 +44,7 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         self.config = config
         self.lm_head = nn.Identity()  # type: ignore[assignment]
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Writes a checkpoint of the whole model: this router, and all other weights of the source.
@@ -59,8 +59,6 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
         """
         if kwargs:
             raise TypeError(f"save_pretrained of a model without language model takes no {', '.join(kwargs)}")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         router = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(ROUTER_KEYS)}
         stored = rename_keys(read_tensors(self.source), TRANSFORMERS_KEYS)
@@ -71,16 +69,14 @@ class RoutingModel(AvgLlavaForConditionalGeneration):
                 "convert`, and start from the result"
             )
         others = {name: tensor for name, tensor in stored.items() if not name.startswith(ROUTER_KEYS)}
-        for stale in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_NAME):
-            stale.unlink(missing_ok=True)
-        with atomic_write(folder / "model.safetensors") as temporary:
-            save_file(others | router, temporary, metadata={"format": "pt"})
         config = copy.deepcopy(self.config)
         config.dtype = self.dtype
         config.architectures = [AvgLlavaForConditionalGeneration.__name__]
-        config.save_pretrained(folder)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
+        with replaced_model(save_directory) as folder:
+            save_file(others | router, folder / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(folder)
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(folder)
 
 
 def load_routing_model(path: str | Path, dtype: torch.dtype | str | None = None) -> RoutingModel:

@@ -1,5 +1,6 @@
 """Configuration of AVG-LLaVA: the fields of LLaVA-NeXT, and granularities, pooling ladder, router and behaviour."""
 
+import os
 from dataclasses import field
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from avg_llava.common.registry import find_entry
 from avg_llava.model.router import ROUTERS, find_router
+from avg_llava.model.saving import AUTO_MAP, write_modelling_files
 from avg_llava.model.scaler import LADDERS, Ladder
 from avg_llava.model.templates import TEMPLATES
 from avg_llava.model.towers import Tower, find_tower
@@ -117,6 +119,18 @@ class AvgLlavaConfig(LlavaNextConfig):
     def ladder(self) -> Ladder:
         """The pooling ladder for the crops of this model."""
         return find_entry(LADDERS, self.pooling_ladder, "pooling_ladder")(self.num_patches_per_side)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and `auto_map` for saved models; without the backbones' paths on this machine."""
+        fields = super().to_dict() | {"auto_map": AUTO_MAP}
+        for part in ("vision_config", "text_config"):
+            fields[part].pop("_name_or_path", None)
+        return fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Saves `config.json` and the modelling files that it names; arguments as in transformers."""
+        write_modelling_files(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def check_level(self, granularity: int) -> None:
         """Raises a ValueError that names the known levels, unless `granularity` is one of them."""

@@ -10,8 +10,10 @@ Shapes: B samples, L tokens of a prompt with one placeholder per image, L' token
 D language-model width, S crop size in pixels.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.packing import LanguageHead, PackedInputs
 from avg_llava.model.router import Router, find_router, level_values
+from avg_llava.model.saving import replaced_model
 from avg_llava.model.splice import (
     IGNORE_INDEX,
     JoinGradients,
@@ -114,6 +117,24 @@ class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AvgLlavaModel):
             nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model and its modelling files in place of a model in the folder; arguments as in transformers."""
+        if not is_main_process or self._hf_peft_config_loaded:  # writes nothing, or adapters alone
+            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        with replaced_model(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
 
 class AvgLlavaModel(AvgLlavaPreTrainedModel):
@@ -439,7 +460,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         return self.get_input_embeddings()(input_ids.masked_fill(self._is_image(input_ids), 0))
 
 
-AutoModelForImageTextToText.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    auto_class.register(AvgLlavaConfig, AvgLlavaForConditionalGeneration, exist_ok=True)
 # Checkpoints of transformers' LLaVA-NeXT use older key names. Transformers maps them for its own classes only.
 register_checkpoint_conversion_mapping(
     AvgLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava_next"), overwrite=True

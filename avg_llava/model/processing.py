@@ -24,6 +24,7 @@ from avg_llava.model.chat_templates import adapt, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.resampling import resize
+from avg_llava.model.saving import AUTO_MAP, write_modelling_files
 from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family
 
 
@@ -95,6 +96,15 @@ class AvgLlavaImageProcessor(LlavaNextImageProcessorPil):
     Images are resized in 8 bits. Scale, mean and deviation are applied through a table of the 256 levels of a channel,
     from which the crops are filled.
     """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, and `auto_map` for saved models."""
+        return super().to_dict() | {"auto_map": AUTO_MAP}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
+        """Saves the settings and the modelling files that they name; arguments as in transformers."""
+        write_modelling_files(save_directory)
+        return super().save_pretrained(save_directory, **kwargs)
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Any:
         """Converts a Pillow image of any mode, or an array of integers from 0 to 255, to an RGB Pillow image.
@@ -191,6 +201,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         videos: None = None,
         audio: None = None,
+        add_special_tokens: bool = True,
     ) -> BatchFeature:
         """Converts prompts and the images of their `<image>` placeholders, in order, to model inputs.
 
@@ -202,6 +213,8 @@ class AvgLlavaProcessor(ProcessorMixin):
             return_tensors: "pt".
             videos: None; transformers' `apply_chat_template` passes it, like `audio`.
             audio: None.
+            add_special_tokens: Ignored: a BOS is added to a prompt that does not begin with one. It is False in
+                transformers' `apply_chat_template` for prompts that do.
 
         Returns:
             `input_ids`, `attention_mask` (B, L) and, if there are images, `pixel_values` (N, P_max, 3, S, S) and
@@ -251,11 +264,16 @@ class AvgLlavaProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, and `auto_map` for saved models."""
+        return super().to_dict() | {"auto_map": AUTO_MAP}
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
-        """Saves the processor for `from_pretrained`; arguments as in transformers."""
+        """Saves the processor and the modelling files that it names; arguments as in transformers."""
         if hasattr(self.tokenizer, "legacy"):
             # Transformers 5.23 does not save it, and without it a reloaded tokenizer has other ids after `</s>`.
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        write_modelling_files(save_directory)
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod

@@ -38,6 +38,7 @@ from avg_llava.training.checkpoint import (
 )
 from avg_llava.training.config import OptimSettings, TrainConfig
 from avg_llava.training.lora import (
+    ADAPTER_FOLDER,
     adapter_shapes,
     load_adapters,
     merge_adapters,
@@ -212,6 +213,7 @@ class StageTrainer(Trainer):
             state_dict = self.model.state_dict()
         weights = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
         model, lora = self.model.model, self.config.lora
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
         if lora is not None:
             start = str(self.config.model.start)
             save_adapters(folder, model, weights, start)

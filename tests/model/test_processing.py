@@ -144,6 +144,12 @@ class TestChatTemplate:
         assert inputs.keys() == direct.keys()
         assert all(inputs[name].equal(direct[name]) for name in direct)
 
+    def test_tokenize_a_prompt_that_begins_with_a_bos(self, processor):
+        messages = [{"role": "user", "content": "What?"}]
+        options = {"chat_template": "{{ bos_token }}USER: What?", "tokenize": True, "return_dict": True}
+        ids = processor.apply_chat_template(messages, **options)["input_ids"]
+        assert (ids == processor.tokenizer.bos_token_id).sum() == 1
+
 
 class TestFiles:
     @pytest.mark.parametrize("legacy", [True, False])

@@ -19,7 +19,8 @@ from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import TrainingError
-from tests.tiny import stage_values, write_backbones, write_data
+from tests.model import without_package
+from tests.tiny import noise_images, stage_values, write_backbones, write_data
 from tests.training.interruption import interrupt_at
 
 pytestmark = pytest.mark.xdist_group("training-run")  # the trained stages are shared
@@ -143,6 +144,19 @@ def test_result_is_loaded_with_its_processor(stages):
     assert model.config.router_config.num_text_tokens == 6
 
 
+def test_results_are_models_without_this_package(stages, tmp_path):
+    """Every stage's, in a fresh process: logits and greedy ids at every level and routed."""
+    folders = [stages / f"stage{stage}" for stage in STAGES]
+    image = noise_images()[1]
+    image.save(tmp_path / "image.png")
+    without_package.run(tmp_path / "image.png", tmp_path, *folders)
+    for number, folder in enumerate(folders):
+        model, processor = load(folder)
+        found = load_file(tmp_path / f"{number}.safetensors")
+        for name, tensor in without_package.answers(model, processor, image, model.config.granularities).items():
+            assert torch.equal(found[name], tensor), f"{folder}: {name}"
+
+
 def test_a_result_is_prompted_with_the_template_of_its_training(stages, world, tmp_path, monkeypatch):
     _, processor = load(stages / "stage1")  # trained on captions, whose template asks no questions
     assert processor.chat_template == TEMPLATES["vicuna_v1"].jinja
@@ -254,8 +268,12 @@ def test_a_run_with_a_token_budget_resumes_at_any_step(stages, world, tmp_path, 
 def test_overwrite_starts_anew(stages, world, tmp_path):
     arguments = ("--output.dir", str(tmp_path / "run"), "--optim.max_steps", "1")
     run.run_stage(_config(4, stages, world, arguments))
+    (tmp_path / "run" / "adapter").mkdir()  # as of a run with LoRA
+    (tmp_path / "run" / "model.safetensors.index.json").write_text("{}")
     config = _config(4, stages, world, (*arguments, "--optim.lr", "2e-3", "--output.overwrite"))
     run.run_stage(config)
+    load(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
     assert read_manifest(tmp_path / "run").config["optim"]["lr"] == 2e-3
 
 

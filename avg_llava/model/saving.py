@@ -1,0 +1,92 @@
+"""Folders of saved models: the modelling files beside the weights, and nothing left of an earlier model.
+
+transformers loads a saved model without this package through `auto_map` in its JSON files, which names classes in the
+Python files of the same folder (with `trust_remote_code=True` only). These are :mod:`avg_llava.model.auto` and the
+modules that it imports, with relative imports and flat names; of unchanged source they are the same, byte for byte.
+This package never runs code from a model's folder.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from avg_llava.common.files import write_bytes
+
+PREFIX = "avg_llava_"
+"""Beginning of the names of modelling files."""
+HEADER = """\
+# SPDX-License-Identifier: Apache-2.0
+# Saved with a model of AVG-LLaVA, and run by transformers with trust_remote_code=True only.
+"""
+AUTO_MAP = {
+    "AutoConfig": f"{PREFIX}auto.AvgLlavaConfig",
+    "AutoModel": f"{PREFIX}auto.AvgLlavaForConditionalGeneration",
+    "AutoModelForImageTextToText": f"{PREFIX}auto.AvgLlavaForConditionalGeneration",
+    "AutoProcessor": f"{PREFIX}auto.AvgLlavaProcessor",
+    "AutoImageProcessor": f"{PREFIX}auto.AvgLlavaImageProcessor",
+}
+"""All in one module: transformers makes one set of modules for each file that `auto_map` names."""
+
+CONFIG_NAME = "config.json"
+# Files in which transformers, peft and the original code look for a model or a part of it.
+_MODEL_FILES = (
+    CONFIG_NAME, "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "weights.safetensors",
+    "pytorch_model*.bin", "pytorch_model*.bin.index.json", "consolidated*.pth", "consolidated*.safetensors",
+    "adapter_model.*", "adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin", f"{PREFIX}*.py",
+)  # fmt: skip
+_IMPORT = re.compile(r"^(\s*from )avg_llava\.(\w+)\.(\w+)(?= import )", re.MULTILINE)
+
+
+def modelling_files() -> dict[str, str]:
+    """Names and contents of the modelling files."""
+    here = Path(__file__)
+    if here.name.startswith(PREFIX):  # this module is one of them
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(here.parent.glob(f"{PREFIX}*.py"))}
+    files: dict[str, str] = {}
+    modules = ["model/auto"]
+    for module in modules:  # grows
+        text = (here.parents[1] / f"{module}.py").read_text(encoding="utf-8")
+        modules += sorted({f"{room}/{name}" for _, room, name in _IMPORT.findall(text)} - set(modules))
+        name = f"{PREFIX}{module.partition('/')[2]}.py"
+        assert name not in files, f"two modules would be saved as {name}"
+        files[name] = HEADER + _IMPORT.sub(rf"\1.{PREFIX}\3", text)
+    return files
+
+
+def write_modelling_files(folder: str | os.PathLike[str]) -> None:
+    """Writes the modelling files into a folder, which is created, and removes those of another version."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = modelling_files()
+    for name, text in files.items():
+        write_bytes(folder / name, text.encode("utf-8"))
+    for file in folder.glob(f"{PREFIX}*.py"):
+        if file.name not in files:
+            file.unlink()
+
+
+@contextlib.contextmanager
+def replaced_model(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder for a model's files, which on success replace the model in `folder`.
+
+    Nothing of the earlier model stays: no shard, index, pickled weights or adapter. Its files may be mapped into memory
+    while the new ones are written. `config.json` is removed first and written last, so that a folder that has one holds
+    one whole model, however the process ended.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir()
+    try:
+        yield new
+        for pattern in _MODEL_FILES:
+            for stale in folder.glob(pattern):
+                stale.unlink()
+        for file in sorted(new.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
