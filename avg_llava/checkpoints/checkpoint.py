@@ -88,3 +88,20 @@ def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str,
         else:
             renamed[key] = tensor
     return renamed
+
+
+def invert(renaming: Renaming) -> Renaming:
+    """The renaming back to the first name that gives a name; dropped and unchanged keys have none.
+
+    Raises:
+        ValueError: A pattern is not `^` and a literal prefix.
+    """
+    inverse: dict[str, str] = {}
+    for pattern, replacement in renaming:
+        prefix = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
+        if replacement in (None, prefix, r"\1"):
+            continue
+        if pattern != f"^{re.escape(prefix)}":
+            raise ValueError(f"{pattern!r} is not a prefix")
+        inverse.setdefault(f"^{re.escape(replacement)}", prefix)
+    return list(inverse.items())

@@ -88,7 +88,8 @@ def _transformers(name: str, folder: Path, raw_config: Mapping[str, Any], behavi
     if fields.pop("use_image_newline_parameter", True) is not True:
         raise ValueError("use_image_newline_parameter is false; only models with an image_newline are supported")
     config = AvgLlavaConfig(**fields)
-    fresh: tuple[str, ...] = ()
+    # `avg-llava convert` writes null where the source has no router.
+    fresh: tuple[str, ...] = (ROUTER_KEYS,) if raw_config.get("router_config", {}) is None else ()
     notes: tuple[str, ...] = ()
     if raw_config["model_type"] != AvgLlavaConfig.model_type:
         fresh = (ROUTER_KEYS,)

@@ -44,13 +44,13 @@ ORIGINAL_KEYS: Renaming = [
 _TOWER = "model.vision_tower."
 
 # Classes of the original code, and its `model_type` without `llava_`, by the language model's type in transformers.
-_TEXT_TYPES = {
+TEXT_TYPES = {
     "LlavaLlamaForCausalLM": "llama",
     "LlavaMistralForCausalLM": "mistral",
     "LlavaQwenForCausalLM": "qwen2",
     "LlavaMixtralForCausalLM": "mixtral",
 }
-_TEXT_NAMES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2", "mixtral": "mixtral"}
+TEXT_NAMES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2", "mixtral": "mixtral"}
 
 # Values that this package computes as the original code does.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -195,11 +195,11 @@ def _text_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """Configuration of the language model: by the class in `architectures`, else by `model_type`."""
     architecture = next(iter(raw.get("architectures") or ()), None)
     model_type = str(raw["model_type"])
-    text_type = _TEXT_TYPES.get(str(architecture)) or _TEXT_NAMES.get(model_type.removeprefix("llava_"))
+    text_type = TEXT_TYPES.get(str(architecture)) or TEXT_NAMES.get(model_type.removeprefix("llava_"))
     if text_type is None:
         raise ValueError(
             f"architectures {raw.get('architectures')} with model_type {model_type!r} is none of the original code's "
-            f"that are supported: {', '.join(_TEXT_TYPES)}"
+            f"that are supported: {', '.join(TEXT_TYPES)}"
         )
     default = AutoConfig.for_model(text_type)
     declared = default.to_dict().keys() | {"rope_theta", "rope_scaling"}

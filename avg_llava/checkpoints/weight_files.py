@@ -50,7 +50,7 @@ _DTYPES = {  # by safetensors' names
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -205,7 +205,7 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_hash, (tensors[name] for name in names)))
     parts = [
-        [name, _DTYPE_NAMES.get(tensors[name].dtype, str(tensors[name].dtype)), tensors[name].shape, digest]
+        [name, DTYPE_NAMES.get(tensors[name].dtype, str(tensors[name].dtype)), tensors[name].shape, digest]
         for name, digest in zip(names, digests, strict=True)
     ]
     return hash_json(parts)

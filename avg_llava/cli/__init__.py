@@ -17,9 +17,10 @@ from dataclasses import replace
 import tyro
 
 from avg_llava.cli.bench import BENCH
+from avg_llava.cli.checkpoints import Convert, Inspect
 from avg_llava.cli.evaluation import Evaluate, Report
 from avg_llava.cli.export import EXPORT
-from avg_llava.cli.inference import Chat, Convert, Generate
+from avg_llava.cli.inference import Chat, Generate
 from avg_llava.cli.mini import MINI
 from avg_llava.cli.options import CLOSED_OUTPUT, FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
 from avg_llava.cli.serving import Demo, Serve
@@ -35,6 +36,7 @@ COMMANDS = Group(
         "estimate": Estimate,
         "generate": Generate,
         "chat": Chat,
+        "inspect": Inspect,
         "convert": Convert,
         "export": EXPORT,
         "demo": Demo,

@@ -1,4 +1,4 @@
-"""Commands that ask a model, and that convert its checkpoint."""
+"""Commands that ask a model."""
 
 import contextlib
 import sys
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from avg_llava.cli.options import (
     FINE,
@@ -84,27 +84,6 @@ class Chat(Command):
         session.run(f"/image {path}" for path in self.image)
         session.run(_input_lines())
         return FINE
-
-
-@command("avg-llava convert checkpoints/AVG-LLaVA checkpoints/avg-llava-7b")
-class Convert(ReportingCommand):
-    """Converts a checkpoint to this project's transformers format."""
-
-    source: Annotated[str, Positional, arg(metavar="SOURCE")]
-    """Checkpoint folder or hub id, in the original format or in transformers'."""
-    output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
-    """Folder to write, new or empty."""
-
-    def compute(self) -> Outcome:
-        from avg_llava.checkpoints.loading import load
-
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise ValueError(f"{self.output} exists and is not an empty folder; name another one, or remove it")
-        model, processor = load(self.source)
-        model.save_pretrained(self.output)
-        processor.save_pretrained(self.output)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        return Outcome({"output": str(self.output), "parameters": num_parameters}, f"wrote {self.output}")
 
 
 def to_json(answer: "Answer", granularities: Sequence[int]) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Problems of a checkpoint that its loading would report, found from the headers of its files, all at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.loading import open_processor
+from avg_llava.checkpoints.weight_files import (
+    WEIGHT_NAMES,
+    CheckpointError,
+    StoredTensor,
+    list_tensors,
+    read_index,
+    stored_tensors,
+)
+from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of these has a tokenizer."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Returns True if a folder holds the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def file_problems(folder: Path) -> list[str]:
+    """Every file of weights in a folder that is missing or damaged."""
+    found = next((name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    names = [found] if found is not None else []
+    problems: list[str] = []
+    if found is not None and found.endswith(".json"):
+        try:
+            names = sorted(set(read_index(folder / found).values()))
+        except CheckpointError as error:
+            return [str(error)]
+        problems = [f"{folder / name} is missing, but in {found}" for name in names if not (folder / name).is_file()]
+    for name in names:
+        if (folder / name).is_file():
+            problems += attempt(lambda file=folder / name: list_tensors([file]))  # type: ignore[misc]
+    if not problems:
+        problems = attempt(lambda: stored_tensors(folder))  # what concerns several files
+    return problems
+
+
+def weight_problems(checkpoint: Checkpoint) -> list[str]:
+    """Every weight that is missing, unexpected or of another shape than the configuration says."""
+    with torch.device("meta"):
+        model = AvgLlavaForConditionalGeneration(checkpoint.config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys) if checkpoint.config.tie_word_embeddings else set()
+    stored = checkpoint.stored()
+    problems = [
+        f"missing    {name}"
+        for name in sorted(expected.keys() - stored.keys() - tied)
+        if not name.startswith(checkpoint.fresh)
+    ]
+    problems += [f"unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"shape      {name}: {stored[name].shape} in the checkpoint, {expected[name]} in the model"
+        for name in sorted(stored.keys() & expected.keys())
+        if stored[name].shape != expected[name]
+    ]
+    return problems
+
+
+def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
+    """Problems of the tokenizer and the processor."""
+    assert checkpoint.tokenizer is not None, "set by every layout"
+    if not has_tokenizer(checkpoint.tokenizer):
+        return [f"{checkpoint.tokenizer} holds no tokenizer ({', '.join(TOKENIZER_FILES)} are missing)"]
+    return attempt(lambda: open_processor(checkpoint.name, checkpoint.config))
+
+
+def non_finite(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, int]]:
+    """Names of weights with values that are not finite, and how many; reads all weights, a part at a time."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating_point:
+            count = sum(int((~part.float().isfinite()).sum()) for part in tensor.chunks())
+            if count:
+                yield name, count
+
+
+def attempt(action: Callable[[], object]) -> list[str]:
+    """The message of the error that an action raises for users, as a list; empty if there is none."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        return [" ".join(str(error).split())]
+    return []
