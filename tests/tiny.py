@@ -9,15 +9,25 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
-    CLIPVisionModel,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
     Siglip2VisionConfig,
     SiglipVisionConfig,
 )
@@ -66,6 +76,30 @@ def language_config(tokenizer: PreTrainedTokenizerBase | None = None, **fields: 
     return LlamaConfig(**{**sizes, "num_attention_heads": 4, **fields})
 
 
+def language_models(tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, PreTrainedConfig]:
+    """Language models of the families that are tested; windows of sliding attention are shorter than the prompts."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "eos_token_id": 2}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1}
+    if tokenizer is not None:
+        sizes["vocab_size"] = len(tokenizer)
+        sizes |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    grouped = {**sizes, "num_key_value_heads": 2}
+    gemma = {**grouped, "head_dim": 24, "sliding_window": 6}
+    return {
+        "llama": LlamaConfig(**sizes),
+        "mistral": MistralConfig(**grouped, sliding_window=6),
+        "qwen2": Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "qwen3": Qwen3Config(**grouped, head_dim=24, tie_word_embeddings=True),
+        "gemma": GemmaConfig(**grouped, head_dim=24),
+        "gemma2": Gemma2Config(**gemma, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        "gemma3": Gemma3TextConfig(**gemma, layer_types=["sliding_attention", "full_attention"]),
+        "phi": PhiConfig(**sizes),  # its head has a bias
+        "phi3": Phi3Config(**grouped, sliding_window=6),
+        "gpt_neox": GPTNeoXConfig(**sizes, rope_parameters={"partial_rotary_factor": 0.5}),
+        "mixtral": MixtralConfig(**grouped, num_local_experts=4),
+    }
+
+
 def tiny_config(
     vision: PreTrainedConfig | None = None, language: PreTrainedConfig | None = None, **fields: Any
 ) -> AvgLlavaConfig:
@@ -92,12 +126,12 @@ def tiny_model(seed: int = 0, **fields: Any) -> AvgLlavaForConditionalGeneration
 
 def write_backbones(
     folder: Path,
-    vision: CLIPVisionConfig | None = None,
-    language: LlamaConfig | None = None,
+    vision: PreTrainedConfig | None = None,
+    language: PreTrainedConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> None:
-    """Writes `folder`/vision (a CLIP tower) and `folder`/language (a Llama and its tokenizer).
+    """Writes `folder`/vision (by default a CLIP tower) and `folder`/language (a Llama and its tokenizer).
 
     By default the tower has crops of 16 pixels and patches of 2 (levels 4, 8, 16, 32, 64), and the tokenizer is that
     of `bpe_tokenizer`.
@@ -110,8 +144,8 @@ def write_backbones(
         tokenizer, hidden_size=32, intermediate_size=48, max_position_embeddings=4096
     )
     torch.manual_seed(seed)
-    CLIPVisionModel(vision).save_pretrained(folder / "vision")
-    LlamaForCausalLM(language).save_pretrained(folder / "language")
+    AutoModel.from_config(vision).save_pretrained(folder / "vision")
+    AutoModelForCausalLM.from_config(language).save_pretrained(folder / "language")
     tokenizer.save_pretrained(folder / "language")
 
 

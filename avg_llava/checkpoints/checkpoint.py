@@ -31,6 +31,10 @@ class WeightSource:
     renaming: Renaming
     relative_to: Path | None = None
 
+    def resolve(self) -> Path:
+        """The folder, or the file, that holds the weights; what is on the hub is downloaded."""
+        return resolve_folder(self.path, self.relative_to)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,7 +71,7 @@ class Checkpoint:
     def _merge(self, read: Callable[[Path], Mapping[str, TensorT]]) -> dict[str, TensorT]:
         merged: dict[str, TensorT] = {}
         for source in self.sources:
-            merged |= rename_keys(read(resolve_folder(source.path, source.relative_to)), source.renaming)
+            merged |= rename_keys(read(source.resolve()), source.renaming)
         return merged
 
 

@@ -18,6 +18,7 @@ from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
+from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 
@@ -116,10 +117,10 @@ def build_from_backbones(
     dtype: torch.dtype | str | None = None,
     **config_fields: Any,
 ) -> AvgLlavaForConditionalGeneration:
-    """Builds the start of stage 1: a CLIP tower and a causal LM, with fresh projector, newline and router.
+    """Builds the start of stage 1: a vision tower and a causal LM, with fresh projector, newline and router.
 
     Args:
-        vision_path: Folder or hub id of a CLIP model, whole or vision tower only.
+        vision_path: Folder or hub id of a tower or a model that has one, or `open_clip:...`; see `docs/backbones.md`.
         language_path: Folder or hub id of a causal language model.
         dtype: Data type of the weights; None keeps the language model's.
         **config_fields: Further fields of :class:`AvgLlavaConfig`, such as `granularities` or `behavior`.
@@ -152,7 +153,7 @@ def instantiate(
     if folder is None:
         tensors = checkpoint.tensors(read or read_tensors)
         kwargs["state_dict"] = tensors
-        embeddings = tensors.get("model.language_model.embed_tokens.weight")
+        embeddings = tensors.get(_embeddings(checkpoint.config))
         if dtype is None and embeddings is not None:
             dtype = embeddings.dtype
     with _without_load_report():
@@ -168,6 +169,10 @@ def instantiate(
     if folder is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
+
+
+def _embeddings(config: AvgLlavaConfig) -> str:
+    return f"model.language_model.{language_parts(config.text_config).embeddings}.weight"
 
 
 def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...]) -> None:

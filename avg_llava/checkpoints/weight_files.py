@@ -79,10 +79,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
-    return _read_json(file)
+    return read_json(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The parsed content of a file that holds a JSON object."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -95,9 +96,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights: those in its index, or a single one; safetensors if there are both.
 
+    A path of a file is that file.
+
     Raises:
         CheckpointError: There is none, or the index is damaged or names files that are missing or not in the folder.
     """
+    if folder.is_file():
+        return [folder]
     found = next((name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
@@ -118,7 +123,7 @@ def read_index(file: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The index is damaged, or names other things than files beside it.
     """
-    names = _read_json(file).get("weight_map")
+    names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{file} has no weight_map from tensors to files")
     for tensor, name in names.items():

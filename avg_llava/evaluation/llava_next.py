@@ -9,6 +9,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from avg_llava.inference.answers import Request
 from avg_llava.inference.predictor import Predictor
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 
@@ -16,17 +17,24 @@ def as_llava_next(model: AvgLlavaForConditionalGeneration) -> LlavaNextForCondit
     """Puts the weights, except the router's, into transformers' model; tensors are shared where possible.
 
     transformers embeds its placeholder, so rows of zeros extend a vocabulary that does not hold it.
+
+    Raises:
+        ValueError: The language model's head has a bias or a soft cap, which transformers' LLaVA-NeXT has not.
     """
+    kind, parts = model.config.text_config.model_type, language_parts(model.config.text_config)
+    if parts.head_bias or parts.softcap is not None:
+        raise ValueError(f"transformers' LLaVA-NeXT has no bias and no soft cap of logits, which {kind} needs")
     fields = model.config.to_dict()
-    names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index", "vision_feature_layer")
-    config = LlavaNextConfig(**{name: fields[name] for name in names})
+    names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index")
+    features = ("vision_feature_layer", "vision_feature_select_strategy")
+    config = LlavaNextConfig(**{name: fields[name] for name in (*names, *features)})
     missing = max(0, model.config.image_token_id + 1 - config.text_config.vocab_size)
     config.text_config.vocab_size += missing
     with torch.device("meta"):
         baseline = LlavaNextForConditionalGeneration(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
     if missing:
-        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        for name in (f"model.language_model.{parts.embeddings}.weight", "lm_head.weight"):
             rows = weights[name].new_zeros(missing, weights[name].shape[1])
             weights[name] = torch.cat([weights[name], rows])
     baseline.load_state_dict(weights, assign=True)

@@ -22,6 +22,7 @@ from avg_llava.inference.answers import Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Predictor
 from avg_llava.inference.question_files import Question, write_errors
+from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 
 INDEX, ERRORS = "index.jsonl", "errors.jsonl"
@@ -31,11 +32,10 @@ def language_model(model: AvgLlavaForConditionalGeneration) -> PreTrainedModel:
     """The language model with its head as a transformers causal LM that shares the weights."""
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(model.config.text_config, dtype=model.dtype)
-    weights = {
-        f"{language.base_model_prefix}.{name}": tensor
-        for name, tensor in model.model.language_model.state_dict().items()
-    }
-    language.load_state_dict(weights | {"lm_head.weight": model.lm_head.weight}, assign=True)
+    parts = language_parts(model.config.text_config)
+    weights = {f"{parts.base}.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()}
+    weights |= {f"{parts.head}.{name}": tensor for name, tensor in model.lm_head.state_dict().items()}
+    language.load_state_dict(weights, assign=True)
     language.tie_weights()
     language.generation_config = model.generation_config
     return language

@@ -27,6 +27,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from avg_llava.model.anyres import canvas_tiles, kept_window, num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.language import language_parts
 from avg_llava.model.packing import LanguageHead, PackedInputs
 from avg_llava.model.router import Router, find_router, level_values
 from avg_llava.model.saving import replaced_model
@@ -162,13 +163,17 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     A prompt has one `config.image_token_id` per image; the model replaces it by the image's visual tokens.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: AvgLlavaConfig):
         super().__init__(config)
+        text, parts = config.text_config, language_parts(config.text_config)
         self.model = AvgLlavaModel(config)
-        self.lm_head = LanguageHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(text.hidden_size, text.vocab_size, parts.head_bias, parts.softcap)
         self.post_init()
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        embeddings = language_parts(self.config.text_config).embeddings
+        return {"lm_head.weight": f"model.language_model.{embeddings}.weight"}
 
     def forward(
         self,

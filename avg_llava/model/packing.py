@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from avg_llava.model.language import cap_logits
 from avg_llava.model.splice import IGNORE_INDEX, SplicedInputs
 
 MAX_LOGITS = 2**25
@@ -82,12 +83,22 @@ class LanguageHead(nn.Linear):
 
     Log-probabilities are computed in chunks of `MAX_LOGITS` logits, so that the logits of all tokens are never in
     memory together. All chunks are in one call, so that ZeRO-3 gathers the weight once, whatever the number of tokens.
+
+    Args:
+        in_features: D.
+        out_features: V.
+        bias: Add a bias.
+        softcap: Bound of the logits; None: there is none.
     """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, softcap: float | None = None):
+        super().__init__(in_features, out_features, bias=bias)
+        self.softcap = softcap
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """(..., D) to logits (..., V); with `targets` (K,), from (K, D) to their log-probabilities (K,), float32."""
         if targets is None:
-            return super().forward(hidden)
+            return cap_logits(super().forward(hidden), self.softcap)
         rows = max(MAX_LOGITS // self.out_features, 1)
         if len(targets) <= rows:
             return self._log_probs(hidden, targets)
@@ -95,6 +106,6 @@ class LanguageHead(nn.Linear):
         return torch.cat([checkpoint(self._log_probs, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = super().forward(hidden)
+        logits = cap_logits(super().forward(hidden), self.softcap)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(wide, targets, reduction="none")

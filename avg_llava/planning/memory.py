@@ -13,6 +13,7 @@ from typing import Any
 
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.language import language_parts
 from avg_llava.model.packing import MAX_LOGITS
 from avg_llava.model.router import find_router
 from avg_llava.training.checkpoint import MASTER_WEIGHT_BYTES, MOMENT_BYTES
@@ -219,11 +220,11 @@ def _language(
     """
     text = config.text_config
     width, inner = text.hidden_size, text.intermediate_size
-    key_value = 2 * text.num_key_value_heads * (width // text.num_attention_heads)
+    parts = language_parts(text)
     embeddings = 3 * tokens * size * width
     # Norms compute in float32 and save input and divisor. In float32 training the input is not copied.
     norms = 2 * FLOAT32 * width
-    attention = size * (2 * width + key_value)
+    attention = size * (2 * parts.attention_width + parts.key_value_width)
     feed_forward = size * 3 * inner
     matrices = size * (4 * width + inner) if trained else 0  # outputs of the norms, and the gated product
     layer = tokens * (norms + attention + feed_forward + matrices + extra)

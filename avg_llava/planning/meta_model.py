@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.backbones import config_from_backbones
+from avg_llava.checkpoints.backbones import config_from_backbones, join_configs, vision_part
 from avg_llava.checkpoints.loading import load_model_config
+from avg_llava.checkpoints.open_clip_models import is_open_clip, open_clip_config
 from avg_llava.checkpoints.original import KNOWN_TOWERS
 from avg_llava.checkpoints.routing_model import RoutingModel
 from avg_llava.common.settings import ConfigError, read_yaml
@@ -110,17 +111,13 @@ def _from_backbones(config: TrainConfig) -> tuple[AvgLlavaConfig, list[str]]:
         "language": (language, KNOWN_LANGUAGE_MODELS, LlamaConfig),
     }
     for part, (name, shapes, kind) in known.items():
-        if Path(name).is_dir() or name not in shapes:
-            parts[part] = AutoConfig.from_pretrained(name)  # for a hub id, only config.json is downloaded
+        if is_open_clip(name):
+            parts[part] = open_clip_config(name)
+        elif Path(name).is_dir() or name not in shapes:
+            # For a hub id, only config.json is downloaded.
+            parts[part] = AutoConfig.from_pretrained(name, trust_remote_code=False)
         else:
             parts[part] = kind(**shapes[name])
             assumptions.append(f"{name} has its published shape")
-    tower, text = parts["vision"], parts["language"]
-    built = AvgLlavaConfig(
-        vision_config=tower.vision_config if "vision_config" in tower.sub_configs else tower,
-        text_config=text,
-        image_token_index=text.vocab_size,
-        tie_word_embeddings=text.tie_word_embeddings,
-        **config.architecture(),
-    )
+    built = join_configs(vision_part(parts["vision"]), parts["language"], **config.architecture())
     return built, assumptions

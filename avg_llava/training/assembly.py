@@ -26,6 +26,7 @@ from avg_llava.data.sampler import MicroBatches, ModalityBatches, ShuffledBatche
 from avg_llava.data.skip_list import read_skip_list
 from avg_llava.data.token_lengths import token_lengths
 from avg_llava.model.configuration import AvgLlavaConfig, RouterConfig
+from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import find_router
@@ -122,7 +123,11 @@ def compile_layers(model: AvgLlavaForConditionalGeneration) -> None:
     Layers are compiled one by one: those of a part are alike and share one compilation. Off by default: on a CPU,
     compilation takes half a minute and makes no step faster. Losses and gradients are equal up to rounding.
     """
-    for layer in (*model.config.tower.layers(model.model.vision_tower), *model.model.language_model.layers):
+    layers = language_parts(model.config.text_config).layers
+    for layer in (
+        *model.config.tower.layers(model.model.vision_tower),
+        *model.model.language_model.get_submodule(layers),
+    ):
         layer.compile()
 
 

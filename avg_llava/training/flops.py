@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from avg_llava.model.anyres import num_crops, num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.language import language_parts
 from avg_llava.model.router import find_router
 from avg_llava.training.lora import AdapterShape
 from avg_llava.training.stages import Part, Passes
@@ -144,16 +145,16 @@ def vision_flops(crops: int, config: AvgLlavaConfig, whole_tower: bool = False) 
 def language_flops(lengths: Sequence[int], config: AvgLlavaConfig, masked: bool = False) -> float:
     """Forward pass of sequences of T tokens each through the layers of the language model, without its head.
 
+    Experts of a layer are counted as if all of them saw every token.
+
     Args:
         lengths: T of each sequence.
         masked: Attention computes all pairs of tokens and masks half of them, as under a padding mask.
     """
-    text = config.text_config
-    head_width = text.hidden_size // text.num_attention_heads
-    attention = text.hidden_size**2 * 2 + 2 * text.hidden_size * text.num_key_value_heads * head_width
-    per_token = attention + 3 * text.hidden_size * text.intermediate_size
+    parts = language_parts(config.text_config)
     pairs = sum(length**2 for length in lengths) * (1.0 if masked else 0.5)
-    return 2.0 * text.num_hidden_layers * (sum(lengths) * per_token + 2 * pairs * text.hidden_size)
+    attention = config.text_config.num_hidden_layers * 2 * pairs * parts.attention_width
+    return 2.0 * (sum(lengths) * parts.layer_weights + attention)
 
 
 def head_flops(tokens: int, config: AvgLlavaConfig) -> float:

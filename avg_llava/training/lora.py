@@ -151,7 +151,7 @@ def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: s
 def without_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model on the meta device as its start is, without adapters and quantised layers, to save `weights` with."""
     with torch.device("meta"):
-        whole = type(model)(model.config).to(weights["model.language_model.embed_tokens.weight"].dtype)
+        whole = type(model)(model.config).to(weights["model.image_newline"].dtype)
     whole.generation_config = model.generation_config
     return whole
 
