@@ -19,6 +19,8 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -122,6 +124,14 @@ def tiny_model(seed: int = 0, **fields: Any) -> AvgLlavaForConditionalGeneration
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def llava_next(config: AvgLlavaConfig, seed: int = 3) -> LlavaNextForConditionalGeneration:
+    """Transformers' LLaVA-NeXT of the same shape, with random weights."""
+    fields = config.to_dict()
+    names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index")
+    torch.manual_seed(seed)
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(**{name: fields[name] for name in names})).eval()
 
 
 def write_backbones(

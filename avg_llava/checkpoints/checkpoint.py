@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from avg_llava.checkpoints.weight_files import StoredTensor, read_tensors, resolve_folder, stored_tensors
+from avg_llava.checkpoints.adapters import Adapter
+from avg_llava.checkpoints.weight_files import StoredTensor, resolve_folder, stored_tensors
 from avg_llava.model.configuration import AvgLlavaConfig
 
 TensorT = TypeVar("TensorT")
@@ -25,7 +26,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights in a folder (perhaps below `relative_to`) or hub repository, and the renaming of their keys."""
+    """Weights in a file, a folder (perhaps below `relative_to`) or a hub repository, and the renaming of their keys."""
 
     path: str | Path
     renaming: Renaming
@@ -33,7 +34,8 @@ class WeightSource:
 
     def resolve(self) -> Path:
         """The folder, or the file, that holds the weights; what is on the hub is downloaded."""
-        return resolve_folder(self.path, self.relative_to)
+        path = Path(self.path)
+        return path if path.is_file() else resolve_folder(path, self.relative_to)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Checkpoint:
         folder: Folder of its `config.json`, and of its `generation_config.json` if it has one.
         tokenizer: Folder of its tokenizer.
         image_settings: Folder of its image settings; None: CLIP's.
+        adapter: Low-rank adapters of its weights, which are merged when they are read.
         notes: Sentences about what was assumed, and what differs from the code that wrote the checkpoint.
     """
 
@@ -58,15 +61,22 @@ class Checkpoint:
     folder: Path | None = None
     tokenizer: Path | None = None
     image_settings: Path | None = None
+    adapter: Adapter | None = None
     notes: tuple[str, ...] = ()
 
-    def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] = read_tensors) -> dict[str, Tensor]:
-        """All weights under this package's names; `read` gives the tensors of a folder."""
-        return self._merge(read)
+    def tensors(self, read: Callable[[Path], Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        """All weights under this package's names; `read` gives those of a file or folder, without adapters."""
+        if read is not None:
+            return self._merge(read)
+        return {name: tensor.read() for name, tensor in self.stored().items()}
 
     def stored(self) -> dict[str, StoredTensor]:
         """All weights under this package's names, not read yet."""
-        return self._merge(stored_tensors)
+        stored = self._merge(stored_tensors)
+        if self.adapter is None:
+            return stored
+        renaming = self.sources[0].renaming  # of the base model
+        return self.adapter.merged(stored, lambda name: next(iter(rename_keys({name: None}, renaming))))
 
     def _merge(self, read: Callable[[Path], Mapping[str, TensorT]]) -> dict[str, TensorT]:
         merged: dict[str, TensorT] = {}

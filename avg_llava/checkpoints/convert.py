@@ -21,7 +21,7 @@ from avg_llava.checkpoints.problems import has_tokenizer, weight_problems
 from avg_llava.checkpoints.same_logits import compare_logits, fits_in_memory
 from avg_llava.checkpoints.shards import SINGLE_NAME, PlannedTensor, split_shards, write_shards
 from avg_llava.checkpoints.targets import CONFIG_NAME, TARGETS, TOWER_KEYS, Model, OutputLayout, Target
-from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, resolve_folder, stored_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, stored_tensors
 
 STAGING = ".converting"
 """Folder in the output folder for files that are not complete yet."""
@@ -110,10 +110,11 @@ def plan_conversion(
         raise CheckpointError(f"{path} cannot be converted ({len(problems)} problems): {'; '.join(problems)}")
     read: dict[str, tuple[str, StoredTensor]] = {}  # by this package's name: name in the file, and the weight
     fates = []
+    merged = source.stored()
     for part in source.sources:
-        stored = stored_tensors(resolve_folder(part.path, part.relative_to))
+        stored = stored_tensors(part.resolve())
         ours = rename_keys({key: key for key in stored}, part.renaming)
-        read |= {name: (key, stored[key]) for name, key in ours.items()}
+        read |= {name: (key, merged[name]) for name, key in ours.items()}
         for key in stored.keys() - ours.values():
             is_computed = key.endswith(COMPUTED)
             reason = "computed when the model is built" if is_computed else "belongs to no part of the model"
@@ -163,7 +164,7 @@ def convert(conversion: Conversion, output: Path, *, overwrite: bool = False, ch
         CheckpointError: The output gives other logits than the source.
         ValueError: The folder is not empty and `overwrite` is False, or it holds the source.
     """
-    sources = [resolve_folder(part.path, part.relative_to).resolve() for part in conversion.source.sources]
+    sources = [part.resolve().resolve() for part in conversion.source.sources]
     staging = output / STAGING
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} exists and is not a folder")

@@ -16,6 +16,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from avg_llava.checkpoints.checkpoint import NEWLINE_KEY, ROUTER_KEYS, Checkpoint, Renaming, WeightSource, rename_keys
 from avg_llava.checkpoints.original import KNOWN_TOWERS as KNOWN_TOWERS
 from avg_llava.checkpoints.original import open_original
+from avg_llava.checkpoints.parts import check_whole, open_adapter
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import (
     CheckpointError,
@@ -69,6 +70,10 @@ def open_checkpoint(path: str | Path, behavior: Behavior | None = None) -> Check
         CheckpointError: Files are missing, or `config.json` has values that this package does not support.
     """
     folder = resolve_folder(path)
+    check_whole(folder)
+    adapted = open_adapter(str(path), folder, open_checkpoint, behavior)
+    if adapted is not None:
+        return adapted
     raw_config = read_config(folder)
     layout = detect_layout(raw_config, folder)
     try:

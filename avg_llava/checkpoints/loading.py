@@ -15,8 +15,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
 from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
-from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -50,6 +51,7 @@ def load_model(
     path: str | Path,
     *,
     behavior: Behavior | None = None,
+    projector: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
@@ -57,14 +59,14 @@ def load_model(
 ) -> AvgLlavaForConditionalGeneration:
     """Loads a model in evaluation mode from a folder or hub id; no tokenizer is needed.
 
-    Takes original-format LLaVA-NeXT and AVG-LLaVA folders, LLaVA-NeXT folders in transformers' format (a fresh router
-    is added), and AVG-LLaVA folders saved by this package. Attention is FlashAttention on a GPU in half precision if
-    flash-attn is installed, else SDPA.
+    Takes folders of all layouts in `docs/checkpoints.md`; a router that they lack is initialised. Attention is
+    FlashAttention on a GPU in half precision if flash-attn is installed, else SDPA.
 
     Args:
         path: Folder or hub id.
         behavior: "paper" or "released"; None takes the checkpoint's. Original-format files with a router were trained
             as "released"; all else defaults to "paper".
+        projector: File of another projector, such as the `mm_projector.bin` of a stage 1 of the original code.
         dtype: Data type of the weights; None keeps the checkpoint's.
         device: None is the CPU.
         quantization: "8bit" or "4bit" for the language model's blocks; see :mod:`avg_llava.checkpoints.quantization`.
@@ -77,6 +79,8 @@ def load_model(
     """
     quantizing = {} if quantization is None else quantization_arguments(quantization, device)
     checkpoint = open_checkpoint(path, behavior)
+    if projector is not None:
+        checkpoint = with_projector(checkpoint, projector)
     model = instantiate(AvgLlavaForConditionalGeneration, checkpoint, dtype, **quantizing)
     if os.environ.get("RANK", "0") == "0":
         for note in checkpoint.notes:
@@ -114,6 +118,7 @@ def build_from_backbones(
     vision_path: str | Path,
     language_path: str | Path,
     *,
+    projector: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     **config_fields: Any,
 ) -> AvgLlavaForConditionalGeneration:
@@ -122,10 +127,13 @@ def build_from_backbones(
     Args:
         vision_path: Folder or hub id of a tower or a model that has one, or `open_clip:...`; see `docs/backbones.md`.
         language_path: Folder or hub id of a causal language model.
+        projector: File of a projector, as for :func:`load_model`; None: a fresh one.
         dtype: Data type of the weights; None keeps the language model's.
         **config_fields: Further fields of :class:`AvgLlavaConfig`, such as `granularities` or `behavior`.
     """
     checkpoint = join_backbones(vision_path, language_path, **config_fields)
+    if projector is not None:
+        checkpoint = with_projector(checkpoint, projector)
     return instantiate(AvgLlavaForConditionalGeneration, checkpoint, dtype)
 
 
@@ -151,7 +159,7 @@ def instantiate(
     """
     folder = checkpoint.native_folder if read is None else None
     if folder is None:
-        tensors = checkpoint.tensors(read or read_tensors)
+        tensors = checkpoint.tensors(read)
         kwargs["state_dict"] = tensors
         embeddings = tensors.get(_embeddings(checkpoint.config))
         if dtype is None and embeddings is not None:

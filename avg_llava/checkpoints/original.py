@@ -114,7 +114,11 @@ def known_tower(name: str) -> str | None:
 
 
 def open_original(
-    name: str, folder: Path, raw: Mapping[str, Any], behavior: Behavior | None, base: Path | None = None
+    name: str,
+    folder: Path,
+    raw: Mapping[str, Any],
+    behavior: Behavior | None,
+    sources: tuple[WeightSource, ...] | None = None,
 ) -> Checkpoint:
     """Describes a checkpoint of the original code from its parsed `config.json`.
 
@@ -122,25 +126,28 @@ def open_original(
     decided as in the original. With levels or a router the checkpoint is AVG-LLaVA's and its behaviour "released".
 
     Args:
-        base: Folder of the weights, if they are in another one than `config.json`.
+        sources: Files and folders of the weights, if they are not in the folder of `config.json`.
 
     Raises:
         ValueError: A field has a value that this package cannot reproduce; the message names it.
     """
-    weights = base or folder
-    shapes = {key: tensor.shape for key, tensor in rename_keys(stored_tensors(weights), ORIGINAL_KEYS).items()}
+    sources = sources or (WeightSource(folder, ORIGINAL_KEYS),)
+    shapes = {
+        key: tensor.shape
+        for source in sources
+        for key, tensor in rename_keys(stored_tensors(Path(source.path)), source.renaming).items()
+    }
     has_router = any(key.startswith(ROUTER_KEYS) for key in shapes)
     is_avg = has_router or raw.get("vis_token_granularity") is not None
     _check_fields(raw)
     notes: list[str] = []
     tower = _find_tower(raw, folder, shapes, notes)
     family = find_tower(tower.config)
-    sources = [WeightSource(weights, ORIGINAL_KEYS)]
     if not tower.is_inside:
-        sources.append(WeightSource(tower.source, family.keys))
+        sources += (WeightSource(tower.source, family.keys),)
     text_config = _text_config(raw)
     router = {"num_text_tokens": raw["filtered_text_num"]} if "filtered_text_num" in raw else {}
-    tokenizer = tokenizer_folder(folder, weights)
+    tokenizer = tokenizer_folder(folder, Path(sources[0].path))
     is_tiled = _is_tiled(raw, notes)
     longest = text_config.max_position_embeddings
     config = AvgLlavaConfig(
@@ -159,7 +166,7 @@ def open_original(
     return Checkpoint(
         name,
         config,
-        tuple(sources),
+        sources,
         fresh=(*(() if has_router else (ROUTER_KEYS,)), *(() if is_tiled or NEWLINE_KEY in shapes else (NEWLINE_KEY,))),
         folder=folder,
         tokenizer=tokenizer,

@@ -136,7 +136,7 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder, by name, not read yet.
+    """All tensors of a folder or of a single file, by name, not read yet.
 
     Raises:
         CheckpointError: Files are missing or damaged, or do not hold what their index promises.

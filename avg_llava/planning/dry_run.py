@@ -27,6 +27,7 @@ from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
+from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.weight_files import list_tensors, weight_files
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
@@ -169,7 +170,9 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
     else:
         checkpoint = open_checkpoint(settings.start)
         if replaces_router:
-            checkpoint = replace(checkpoint, fresh=(ROUTER_KEYS,))
+            checkpoint = replace(checkpoint, fresh=(*checkpoint.fresh, ROUTER_KEYS))
+    if settings.projector is not None:
+        checkpoint = with_projector(checkpoint, settings.projector)
 
     def read(folder: Path) -> dict[str, Tensor]:
         return {

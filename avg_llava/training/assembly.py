@@ -51,10 +51,9 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         # those that are trained with a quantised language model.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
     settings = config.model
-    if STAGES[config.stage].parent is not None:
-        assert settings.start is not None, "checked by TrainConfig"
+    if settings.start is not None:
         if config.objective.feedback_store is None:
-            model, processor = load(settings.start, dtype=dtype)
+            model, processor = load(settings.start, projector=settings.projector, dtype=dtype)
         else:
             model = load_routing_model(settings.start, dtype=dtype)
             processor = open_processor(settings.start, model.config)
@@ -65,7 +64,9 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     else:
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
-        model = build_from_backbones(settings.vision, settings.language, dtype=dtype, **config.architecture())
+        model = build_from_backbones(
+            settings.vision, settings.language, projector=settings.projector, dtype=dtype, **config.architecture()
+        )
         processor = AvgLlavaProcessor.from_backbones(settings.vision, resolve_folder(settings.language), model.config)
     if "router" in STAGES[config.stage].trains:
         model.model.router.float()

@@ -142,9 +142,9 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
 def describe_start(config: TrainConfig) -> dict[str, Any]:
     """The `parent` entry of the stage's manifest: its start, checked by `check_start`, or the two backbones."""
     parent_stage = STAGES[config.stage].parent
-    if parent_stage is None:
+    if config.model.start is None:
         return {"vision": config.model.vision, "language": config.model.language}
-    assert config.model.start is not None, "checked by TrainConfig"
+    assert parent_stage is not None, "checked by TrainConfig"
     return check_start(config.model.start, config.stage, parent_stage, config.model.force_start)
 
 

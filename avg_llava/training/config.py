@@ -49,6 +49,9 @@ class ModelSettings:
     """Stage 1: language model and tokenizer, a folder or hub id."""
     start: str | None = None
     """Stages 2 to 4: checkpoint of the parent stage, a folder or hub id."""
+    projector: str | None = None
+    """Stages 1 to 3: a projector instead of a fresh one or the start's: `mm_projector.bin` of a stage 1 of the original
+    code. With it, stage 2 may also start from `vision` and `language`."""
     force_start: bool = False
     """Accept a start that is not a finished run of the parent stage (also: `--force-start`)."""
     granularities: tuple[int, ...] | None = None
@@ -305,14 +308,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def _check_model(config: TrainConfig) -> None:
     model = config.model
+    if model.projector is not None and config.stage == 4:
+        raise ConfigError("model.projector is for stages 1 to 3; stage 4 keeps the projector of model.start")
     if config.stage == 1:
         if model.vision is None or model.language is None or model.start is not None:
             raise ConfigError("stage 1 starts from model.vision and model.language (and has no model.start)")
         return
+    if config.stage == 2 and None not in (model.projector, model.vision, model.language) and model.start is None:
+        return
     if model.start is None or model.vision is not None or model.language is not None:
         raise ConfigError(
             f"stage {config.stage} starts from model.start, the folder of stage {config.stage - 1} (and has neither "
-            "model.vision nor model.language)"
+            "model.vision nor model.language; stage 2 may start from these with model.projector)"
         )
     for name in ("granularities", "pooling_ladder", "behavior", "image_grid_pinpoints", "router"):
         if getattr(model, name) is not None and name not in CHANGEABLE_LATER.get(config.stage, ()):
@@ -325,6 +332,8 @@ def _check_lora(config: TrainConfig) -> None:
         if config.optim.lora_lr is not None:
             raise ConfigError("optim.lora_lr is for runs with a section lora")
         return
+    if config.model.start is None and config.stage > 1:
+        raise ConfigError("lora needs model.start; a stage 2 from model.vision and model.language is trained whole")
     if "llm" not in STAGES[config.stage].trains:
         raise ConfigError(f"lora is for stages 2 and 3, which train the language model; stage {config.stage} does not")
     if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:

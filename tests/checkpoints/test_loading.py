@@ -12,15 +12,13 @@ from transformers import (
     CLIPVisionModel,
     DynamicCache,
     LlamaForCausalLM,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     StaticCache,
 )
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration, build_from_backbones, load_model
 from avg_llava.checkpoints.weight_files import CheckpointError
 from tests.parity.golden import GOLDEN
-from tests.tiny import images, prompt, tiny_config, tiny_model
+from tests.tiny import images, llava_next, prompt, tiny_config, tiny_model
 
 
 def _assert_same_weights(model, other, without=()):
@@ -73,13 +71,6 @@ def test_sharded_files(tmp_path):
     _assert_same_weights(model, load_model(tmp_path))
 
 
-def _llava_next(config) -> LlavaNextForConditionalGeneration:
-    fields = config.to_dict()
-    names = ("vision_config", "text_config", "image_grid_pinpoints", "image_token_index")
-    torch.manual_seed(3)
-    return LlavaNextForConditionalGeneration(LlavaNextConfig(**{name: fields[name] for name in names})).eval()
-
-
 NEWER_TO_OLDER = [  # in-memory names to those of the hub's older files
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -100,7 +91,7 @@ def _renamed(weights, renaming):
 @pytest.mark.parametrize("layout", ["saved", "older", "newer"])
 def test_transformers_llava_next_folder(tmp_path, layout):
     """All key layouts of files on the hub; only the router is fresh."""
-    reference = _llava_next(tiny_model().config)
+    reference = llava_next(tiny_model().config)
     reference.save_pretrained(tmp_path)
     weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     if layout == "older":
