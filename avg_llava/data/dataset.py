@@ -289,6 +289,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Index of a sample's source."""
         return int(self._source_numbers[index])
 
+    def samples_per_source(self) -> list[int]:
+        """Samples of each source, repeated ones as often as they are used."""
+        return np.bincount(self._source_numbers, minlength=len(self.files)).tolist()
+
     @property
     def origins(self) -> np.ndarray:
         """Origins of all samples (samples, 2): index of the source, position of the record in the source's file."""

@@ -8,6 +8,7 @@ and is ignored.
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ FREE_KEYS = (
     "model.force_start",
     "data.index_dir",
     "data.num_workers",
+    "data.sources.license",
     "runtime.compile",
     "runtime.gradient_checkpointing",
 )
@@ -72,6 +74,8 @@ class StageManifest:
     config: dict[str, Any]
     """The resolved configuration."""
     world_size: int
+    samples: list[int] = field(default_factory=list)
+    """Samples of each of `data.sources` in an epoch; empty in manifests of earlier versions."""
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -188,13 +192,20 @@ def changed_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+        if before.get(key) != after.get(key) and not _is_free(key)
     ]
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _is_free(key: str) -> bool:
+    """Returns True for a key of FREE_KEYS, in whichever item of a list."""
+    return f"{re.sub(r'[.][0-9]+', '', key)}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+
+
+def _flatten(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:

@@ -87,6 +87,8 @@ class SourceSettings:
     expected: dict[str, int] | None = None
     """Expected numbers of records before `weight`, which `verify-data` compares with: `total`, and per first folder of
     the images' paths, or `(text only)`."""
+    license: str | None = None
+    """Licence of the records and images, for the model card; null: unknown."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def run_stage(config: TrainConfig) -> Path:
         data_fingerprint=dataset.fingerprint(),
         config=config.to_dict(),
         world_size=world_size(),
+        samples=dataset.samples_per_source(),
     )
     if earlier is not None:
         check_same_data(earlier.manifest, manifest.data_fingerprint)

@@ -27,6 +27,7 @@ from avg_llava.checkpoints.loading import load_model
 from avg_llava.checkpoints.routing_model import RoutingModel, load_routing_model
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.data.sampler import MicroBatches
+from avg_llava.training.card import write_card
 from avg_llava.training.checkpoint import (
     CHECKPOINT_PREFIX,
     MANIFEST_NAME,
@@ -248,8 +249,11 @@ class StageTrainer(Trainer):
         """Writes the manifest after the files of all ranks, then removes older checkpoints: one is always complete."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            manifest = replace(self.manifest, finished=finished, step=self.state.global_step)
             with self._writing(folder):
-                write_manifest(folder, replace(self.manifest, finished=finished, step=self.state.global_step))
+                if finished:
+                    write_card(folder, manifest)
+                write_manifest(folder, manifest)
             remove_checkpoints(Path(self.args.output_dir), keep=0 if finished else self.config.output.keep)
         self.accelerator.wait_for_everyone()
 

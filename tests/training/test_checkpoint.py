@@ -85,6 +85,15 @@ def test_changed_keys_names_what_matters():
     assert changed_keys(before, after) == ["optim.lr: 0.001 -> 0.002"]
     assert changed_keys(before, before) == []
     assert changed_keys(before, {**before, "extra": 1}) == ["extra: None -> 1"]
+    source = {"path": "a.json", "weight": 1.0, "license": None}
+    licensed, weighed = source | {"license": "mit"}, source | {"weight": 2.0}
+    assert changed_keys({"data": {"sources": [source]}}, {"data": {"sources": [licensed]}}) == []
+    changes = changed_keys(
+        {"data": {"sources": [source]}}, {"data": {"sources": [source, source | {"path": "b.json"}]}}
+    )
+    assert "data.sources.1.path: None -> b.json" in changes
+    changes = changed_keys({"data": {"sources": [source]}}, {"data": {"sources": [weighed]}})
+    assert changes == ["data.sources.0.weight: 1.0 -> 2.0"]
 
 
 def test_a_checkpoint_that_cannot_be_converted(tmp_path):

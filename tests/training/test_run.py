@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,18 @@ def test_result_is_loaded_with_its_processor(stages):
     model, processor = load(stages / "stage4")
     assert processor.image_token_id == model.config.image_token_id
     assert model.config.router_config.num_text_tokens == 6
+
+
+def test_results_bring_a_card(stages):
+    """Each names its own stage and those before it, with the samples of their data."""
+    for stage in STAGES:
+        card = (stages / f"stage{stage}" / "README.md").read_text()
+        assert re.findall(r"^\| (\d) \| (?:captions|instruct)\.json \| (\d+) \|", card, flags=re.MULTILINE) == [
+            ("1", "16"),
+            *((str(number), "20") for number in range(2, stage + 1)),
+        ]
+        assert ("not trained" in card) == (stage < 4)
+        assert str(stages) not in card
 
 
 def test_results_are_models_without_this_package(stages, tmp_path):
