@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 
 from avg_llava.common.files import hash_json
 from avg_llava.common.registry import find_entry
-from avg_llava.data.encoding import encode_conversation
+from avg_llava.data.encoding import encode_conversation, render_conversation
 from avg_llava.data.index import RecordIndex, open_index
-from avg_llava.data.records import DataError, Sample
+from avg_llava.data.records import ASSISTANT, HUMAN, DataError, Sample, Turn
 from avg_llava.data.skip_list import SkipList
 from avg_llava.model.anyres import num_visual_tokens
 from avg_llava.model.configuration import AvgLlavaConfig
@@ -176,7 +176,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_list: SkipList | None = None,
         index_dir: str | Path | None = None,
     ) -> None:
-        find_entry(TEMPLATES, template, "template")
+        if not find_entry(TEMPLATES, template, "template").is_for_captions:
+            probe = [Turn(HUMAN, "?"), Turn(ASSISTANT, "!")]
+            render_conversation(
+                probe, template, processor.tokenizer, processor.chat_template
+            )  # refuses unfit templates
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         self.processor = processor
@@ -256,9 +260,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Every image is counted at the finest level.
         """
-        encoded = encode_conversation(
-            sample.turns, self.processor.tokenizer, self.template, self.processor.image_token_id
-        )
+        processor = self.processor
+        try:
+            encoded = encode_conversation(
+                sample.turns, processor.tokenizer, self.template, processor.image_token_id, processor.chat_template
+            )
+        except DataError as error:
+            raise DataError(f"{sample.name}: {error}") from error
         finest = self.config.granularities[-1]
         length = num_images = num_tokens = 0
         cut = None
@@ -331,6 +339,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "max_length": self.max_length,
             "num_samples": len(self),
         }
+        if TEMPLATES[self.template].jinja is None:
+            parts["chat_template"] = self.processor.chat_template
         if self.skipped:
             parts["skipped"] = self.skipped
         return hash_json(parts)

@@ -9,12 +9,13 @@ whether a space token stands between `</s>` and the next `USER`.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from avg_llava.data.records import ASSISTANT, HUMAN, DataError, Turn, dialogue
+from avg_llava.model.chat_templates import chat_format
 from avg_llava.model.processing import tokenize_with_images
 from avg_llava.model.splice import IGNORE_INDEX
 from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES
@@ -39,13 +40,18 @@ class EncodedConversation(NamedTuple):
 
 
 def encode_conversation(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str, image_token_id: int
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_token_id: int,
+    chat_template: str | None = None,
 ) -> EncodedConversation:
     """Token ids and labels of a conversation, with one `image_token_id` per `<image>`.
 
     Args:
         turns: As in a record; a leading turn of the model is dropped.
         template: A key of `TEMPLATES`.
+        chat_template: Jinja source of the template `tokenizer`.
 
     Raises:
         DataError: The roles do not alternate, or the template cannot hold the conversation.
@@ -54,7 +60,7 @@ def encode_conversation(
     if tokenizer.eos_token is None:
         raise ValueError(f"{type(tokenizer).__name__} has no eos_token, which ends every answer; set one")
     check_conversation(used, template)
-    text, spans, masked_because = render_conversation(used, template, tokenizer.eos_token)
+    text, spans, masked_because = render_conversation(used, template, tokenizer, chat_template)
     input_ids, starts = tokenize_with_images(text, tokenizer, image_token_id)
     labels = [IGNORE_INDEX] * len(input_ids)
     for begin, end in spans:
@@ -67,24 +73,48 @@ def check_conversation(turns: Sequence[Turn], template: str) -> None:
     """Raises DataError if a template is for captions and the turns are no caption of an image."""
     is_caption = len(turns) == 2 and IMAGE_PLACEHOLDER in turns[0].value
     if TEMPLATES[template].is_for_captions and not is_caption:
-        others = ", ".join(repr(name) for name, entry in TEMPLATES.items() if not entry.is_for_captions)
         raise DataError(
-            f"template {template!r} is for captions: one human turn with an image and one answer; use {others} for "
+            f"template {template!r} is for captions: one human turn with an image and one answer; use {_others()} for "
             "other conversations"
         )
 
 
-def render_conversation(turns: Sequence[Turn], template: str, eos_token: str) -> RenderedConversation:
-    """Text and supervised spans of turns that alternate and begin with the human's, by a key of `TEMPLATES`."""
+def render_conversation(
+    turns: Sequence[Turn], template: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> RenderedConversation:
+    """Text and supervised spans of turns that alternate and begin with the human's.
+
+    Arguments as for :func:`encode_conversation`.
+
+    Raises:
+        DataError: The template cannot hold the conversation, or does not end answers with a token of the tokenizer.
+    """
     entry = TEMPLATES[template]
+    jinja = entry.jinja or chat_template
+    if jinja is None:
+        raise DataError(f"template {template!r}: the model brings no usable chat template along; use {_others()}")
+    chat = chat_format(jinja, tokenizer)
     messages = [{"role": ROLES[turn.role], "content": turn.value} for turn in turns]
-    (text,), (spans,) = render_jinja_template(
-        [messages], chat_template=entry.jinja, return_assistant_tokens_mask=True, eos_token=eos_token
-    )
+    try:
+        text, spans = chat.render_answers(messages)
+    except ValueError as error:
+        raise DataError(f"template {template!r} {error}; use {_others()}") from error
+    if chat.end_token is None and not entry.is_for_captions:
+        raise DataError(
+            f"template {template!r} ends answers with no token that this tokenizer has, so that the model would not "
+            f"learn to stop; use {_others()}"
+        )
     masked_because = None if spans else "no turn is an answer of the model"
     if entry.answer_separator is not None:
-        masked_because = find_masking_reason(text, spans, entry.answer_separator, eos_token)
+        masked_because = find_masking_reason(text, spans, entry.answer_separator, str(tokenizer.eos_token))
+    elif not entry.is_for_captions:
+        found = next((marker for marker in chat.markers if any(marker in turn.value for turn in turns)), None)
+        masked_because = masked_because if found is None else f"a turn holds {found!r}, which marks turns"
     return RenderedConversation(text, spans if masked_because is None else [], masked_because)
+
+
+def _others() -> str:
+    return ", ".join(repr(name) for name, entry in TEMPLATES.items() if not entry.is_for_captions)
 
 
 def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str, eos_token: str) -> str | None:
@@ -106,4 +136,18 @@ def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str,
         begin = end
     if found != spans:
         return f"a turn is empty, or its text holds {eos_token!r} or {separator!r}, which mark turns"
+    return None
+
+
+def find_wrong_label(labels: Sequence[int], turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What is wrong with the labels of a supervised conversation; None if they are its answers, each with its end."""
+    spans = [list(span) for kept, span in groupby(labels, lambda label: label != IGNORE_INDEX) if kept]
+    answers = [turn.value for turn in dialogue(tuple(turns)) if turn.role == ASSISTANT]
+    if len(spans) != len(answers):
+        return f"{len(spans)} supervised spans for {len(answers)} answers"
+    for span, answer in zip(spans, answers, strict=True):
+        found = tokenizer.decode(span[:-1] if span[-1] in tokenizer.added_tokens_decoder else span)
+        wanted = tokenizer.decode(tokenizer(answer, add_special_tokens=False).input_ids)
+        if found.strip() != wanted.strip():
+            return f"the supervised text {found!r} is not the answer {answer!r}"
     return None

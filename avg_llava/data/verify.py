@@ -16,13 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 from avg_llava.common.files import hash_json
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.data.dataset import ConversationDataset, OutsideRootError
+from avg_llava.data.encoding import find_wrong_label
 from avg_llava.data.records import DataError, Sample
 from avg_llava.data.skip_list import SkipList, SkippedRecords
 from avg_llava.model.images import MissingImageError, OversizedImageError
 
-Problem = Literal["malformed", "missing", "outside root", "oversized", "unreadable", "masked", "over-long"]
-"""`masked`: no token is supervised. `over-long`: truncated at the end, as in training, so the sample is counted and
-used."""
+Problem = Literal[
+    "malformed", "missing", "outside root", "oversized", "unreadable", "masked", "mislabelled", "over-long"
+]
+"""`masked`: no token is supervised. `mislabelled`: the supervised tokens are not the answers. `over-long`: truncated at
+the end, as in training, so the sample is counted and used."""
 
 BATCH_SIZE = 32  # samples that a process checks before it reports
 TOTAL = "total"
@@ -191,3 +194,7 @@ class SampleChecks(Dataset[Finding]):
                 yield "over-long", text.cut
             if text.masked is not None:
                 yield "masked", text.masked
+            elif text.cut is None:
+                wrong = find_wrong_label(text.labels.tolist(), sample.turns, self.dataset.processor.tokenizer)
+                if wrong is not None:
+                    yield "mislabelled", wrong

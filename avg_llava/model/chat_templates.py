@@ -1,7 +1,11 @@
-"""Chat templates that a folder brings along: finding them, and making them take the messages of this package."""
+"""Chat templates with a tokenizer: texts, answers in them and their end; and those that a folder brings along."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from avg_llava.model.templates import CONTENT_AS_TEXT, IMAGE_PLACEHOLDER
 
 Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+"""[start, end) in characters."""
+
+MARKS = re.compile(r"\{%-?\s*generation\b")
+PLAIN_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # of templates that mark turns without special tokens
 
 PROCESSOR_TEMPLATE = "chat_template.json"  # of older processors; tokenizers do not read it
 
@@ -50,22 +59,101 @@ AS_PARTS = """\
 """
 
 
-def render(messages: Messages, jinja: str, special_tokens: Mapping[str, Any], add_generation_prompt: bool) -> str:
-    """The text of messages.
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template with a tokenizer.
 
-    Args:
+    Attributes:
+        has_marks: Answers stand between `{% generation %}` and `{% endgeneration %}`.
         special_tokens: `special_tokens_map` of the tokenizer.
-
-    Raises:
-        ValueError: The template refuses the messages.
+        added_tokens: Texts of all tokens that are found in a text before it is tokenised.
+        end_token: Text of the token that ends an answer; None if the template writes none.
+        end_token_id: Its id.
+        markers: Texts with which the template begins and ends turns; a message with one of them could feign turns.
     """
+
+    jinja: str
+    has_marks: bool
+    special_tokens: Mapping[str, Any]
+    added_tokens: tuple[str, ...]
+    end_token: str | None = None
+    end_token_id: int | None = None
+    markers: tuple[str, ...] = ()
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The text of messages.
+
+        Raises:
+            ValueError: The template refuses them.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def render_answers(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The text of messages, and where in it the answers stand, each with the token that ends it.
+
+        Without marks in the template, an answer begins where the prompt of the messages before it ends.
+
+        Raises:
+            ValueError: The template refuses the messages, or does not write an answer at once after its prompt and with
+                an end token behind it.
+        """
+        if self.has_marks:
+            return self._render(messages, False)
+        text = self.render(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            begin = len(prompt)
+            # As far as later messages do not change it.
+            end = len(commonprefix([text, self.render(messages[: index + 1])]))  # noqa: RUF071 (characters, not paths)
+            answer = re.compile(rf"\s*{re.escape(str(message['content']).strip())}\s*").match(text, begin, end)
+            if not text.startswith(prompt) or answer is None:
+                raise ValueError("writes an answer otherwise than after its prompt, or otherwise in later turns")
+            found = [each for each in self.added_tokens if text.startswith(each, answer.end(), end)]
+            if not found:
+                raise ValueError("writes no token that ends an answer")
+            spans.append((begin, answer.end() + max(map(len, found))))
+        return text, spans
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        try:
+            (text,), spans = render_jinja_template(
+                [list(messages)],
+                chat_template=self.jinja,
+                return_assistant_tokens_mask=self.has_marks,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"refuses these messages: {error}") from error
+        return text, spans[0] if spans else []
+
+
+@lru_cache(16)
+def chat_format(jinja: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """A chat template with a tokenizer, and what a short conversation shows of it."""
+    added = tuple(tokenizer.added_tokens_encoder)
+    chat = ChatFormat(jinja, MARKS.search(jinja) is not None, tokenizer.special_tokens_map, added)
+    question, answer = (
+        {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\nWhat?"},
+        {"role": "assistant", "content": "No"},
+    )
     try:
-        (text,), _ = render_jinja_template(
-            [list(messages)], chat_template=jinja, add_generation_prompt=add_generation_prompt, **special_tokens
-        )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
-    return str(text)
+        text, spans = chat.render_answers([question, answer])
+    except ValueError:
+        return chat
+    (end,) = [text[slice(*span)].partition("No")[2].strip() for span in spans]
+    others = (IMAGE_PLACEHOLDER, tokenizer.bos_token)
+    markers = [token for token in (*added, *PLAIN_MARKERS) if token in text and token not in others]
+    known = end in added
+    return replace(
+        chat,
+        end_token=end if known else None,
+        end_token_id=tokenizer.convert_tokens_to_ids(end) if known else None,
+        markers=tuple(markers),
+    )
 
 
 def read_chat_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -77,7 +165,7 @@ def read_chat_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -
     return found
 
 
-def adapt(jinja: str, special_tokens: Mapping[str, Any]) -> str | None:
+def adapt(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template that takes contents as texts with `<image>` and as lists of parts, whichever of both `jinja` takes.
 
     None if `jinja` takes neither, or writes something else for an image.
@@ -85,7 +173,7 @@ def adapt(jinja: str, special_tokens: Mapping[str, Any]) -> str | None:
     question = f"{IMAGE_PLACEHOLDER}\nWhat is it?"
     for preamble, wanted in ((AS_TEXT, question), (AS_PARTS, "What is it?")):
         try:
-            text = render([{"role": "user", "content": question}], preamble + jinja, special_tokens, True)
+            text = chat_format(preamble + jinja, tokenizer).render([{"role": "user", "content": question}], True)
         except ValueError:
             continue
         if text.count(wanted) == 1 and text.count(IMAGE_PLACEHOLDER) == 1:

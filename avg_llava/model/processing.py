@@ -351,7 +351,7 @@ def _chat_template(path: str | Path, tokenizer: PreTrainedTokenizerBase, config:
     if config.template in (None, "tokenizer"):
         own = read_chat_template(path, tokenizer)
         if own is not None or config.template is not None:
-            return None if own is None else adapt(own, tokenizer.special_tokens_map)
+            return None if own is None else adapt(own, tokenizer)
     name = config.template or template_of_family(
         config.text_config.model_type, tokenizer.added_tokens_encoder, of_llava=False
     )

@@ -30,7 +30,7 @@ from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.model.configuration import AvgLlavaConfig
-from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.templates import TEMPLATES
 
 MANIFEST_NAME = "store.json"
 FORMAT = 1
@@ -42,7 +42,7 @@ Status = Literal["compared", "no image", "no supervised tokens", "cut off", "unr
 # Fields of a model's configuration that do not affect the feedback, or that `FeedbackManifest` holds separately.
 _IGNORED_FIELDS = (
     "router_config", "router", "max_sequence_length", "granularities", "transformers_version", "dtype",
-    "_name_or_path", "architectures", "use_cache", "_attn_implementation",
+    "_name_or_path", "architectures", "use_cache", "_attn_implementation", "template",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
         levels=list(dataset.config.granularities),
         model=fingerprint({name: each for name, each in tensors.items() if not name.startswith(ROUTER_KEYS)}),
         architecture=hash_json(_relevant_fields(dataset.config), default=str),
-        processor=hash_json(_processor_parts(dataset.processor), default=str),
+        processor=hash_json(_processor_parts(dataset), default=str),
         template=dataset.template,
         max_length=dataset.max_length,
         precision=precision,
@@ -331,7 +331,14 @@ def _relevant_fields(config: AvgLlavaConfig) -> dict[str, Any]:
     return relevant
 
 
-def _processor_parts(processor: AvgLlavaProcessor) -> list[Any]:
-    settings = processor.image_processor.to_dict()
-    tokenizer = processor.tokenizer
-    return [settings, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, processor.image_token_id]
+def _processor_parts(dataset: ConversationDataset) -> list[Any]:
+    processor = dataset.processor
+    settings, tokenizer = processor.image_processor.to_dict(), processor.tokenizer
+    own = [processor.chat_template] if TEMPLATES[dataset.template].jinja is None else []
+    return [
+        settings,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        processor.image_token_id,
+        *own,
+    ]

@@ -77,7 +77,7 @@ def test_the_image_leads_its_turn(tokenizer):
 
 def test_several_images_stay_in_position(tokenizer):
     many = turns("Is <image> like <image>?", "Yes.", "And this? <image>", "No.")
-    text = render_conversation(many, "vicuna_v1", "</s>").text
+    text = render_conversation(many, "vicuna_v1", tokenizer).text
     assert "USER: Is <image> like <image>? ASSISTANT:" in text
     assert "USER: <image>\nAnd this? ASSISTANT:" in text
     assert encode_conversation(many, tokenizer, "vicuna_v1", IMAGE).input_ids.count(IMAGE) == 3
@@ -130,7 +130,7 @@ def test_supervised_characters_of_random_text(tokenizer):
     generator = random.Random(0)
     for _ in range(200):
         values = ["".join(generator.choices(PIECES, k=generator.randint(1, 8))) for _ in range(4)]
-        text, spans, masked_because = render_conversation(turns(*values), "vicuna_v1", tokenizer.eos_token)
+        text, spans, masked_because = render_conversation(turns(*values), "vicuna_v1", tokenizer)
         assert masked_because is None
         assert [text[slice(*span)] for span in spans] == [f" {value}{tokenizer.eos_token}" for value in values[1::2]]
         encoded = encode_conversation(turns(*values), tokenizer, "vicuna_v1", IMAGE)
@@ -200,7 +200,7 @@ def test_a_template_of_one_file(tokenizer, monkeypatch):
     assert encoded.input_ids.count(IMAGE) == 1
     end = tokenizer.eos_token
     assert [text.strip(" ") for text in supervised(encoded, tokenizer)] == [f"It is a car.{end}", f"Yes.{end}"]
-    text = render_conversation(conversation, "chatml", end).text
+    text = render_conversation(conversation, "chatml", tokenizer).text
     assert text.startswith(f"<|im_start|>user\n<image>\nWhat is it?{end}\n<|im_start|>assistant\nIt is a car.{end}\n")
     question = encode_conversation(turns("What?"), tokenizer, "chatml", IMAGE)
     assert set(question.labels) == {IGNORE_INDEX}

@@ -1,0 +1,279 @@
+"""Every family's template against its published chat template: texts, token ids, labels and the end of answers.
+
+Tokenizers are trained on a few lines here; their special tokens and the treatment of spaces are those of the families.
+"""
+
+import json
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from avg_llava.data.encoding import IGNORE_INDEX, encode_conversation, find_wrong_label
+from avg_llava.data.records import DataError, Turn
+from avg_llava.model.chat_templates import adapt, chat_format
+from avg_llava.model.processing import tokenize_with_images
+from avg_llava.model.templates import TEMPLATES
+from tests.datasets.conversations import CONVERSATIONS
+from tests.parity.golden import GOLDEN
+
+REFERENCES = GOLDEN.parent / "chat_templates"
+LLAVA = json.loads((REFERENCES / "llava.json").read_text("utf-8"))
+CORPUS = [message["content"] for conversation in CONVERSATIONS for message in conversation]
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level(
+    specials: list[str], eos: str, bos: str | None = None, normalizer: Any = None
+) -> PreTrainedTokenizerFast:
+    """Like Llama-3's and Qwen's."""
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([*CORPUS, "user assistant system model\n\n"], trainer)
+    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    if bos is not None:
+        core.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=specials[0])
+
+
+def gemma() -> PreTrainedTokenizerFast:
+    """Spaces are letters, no prefix space, bytes for unknown characters."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")  # its merges never join new lines with words
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=[*specials, *bytes_], show_progress=False)
+    core.train_from_iterator([text.replace(" ", "▁") for text in CORPUS], trainer)
+    core.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>")
+
+
+def sentencepiece(*added: AddedToken, **names: str) -> PreTrainedTokenizerBase:
+    """Like Llama-2's: a space before every text between special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer_tiny", legacy=True)
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def special(*texts: str, rstrip: bool = False) -> list[AddedToken]:
+    return [AddedToken(text, special=True, normalized=False, rstrip=rstrip) for text in texts]
+
+
+def make_tokenizer(template: str) -> PreTrainedTokenizerBase:
+    if template.endswith("llama_3"):
+        headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        return byte_level(["<|begin_of_text|>", "<|end_of_text|>", *headers], "<|eot_id|>", "<|begin_of_text|>")
+    if template == "chatml":
+        return byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", normalizer=normalizers.NFC())
+    if template == "chatml_direct":  # Yi
+        return sentencepiece(*special("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>")
+    if template == "gemma":
+        return gemma()
+    if template == "phi_3":
+        turns = special("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", rstrip=True)
+        return sentencepiece(*special("<|endoftext|>"), *turns, eos_token="<|endoftext|>")
+    return sentencepiece()
+
+
+ENDS = {
+    "llama_3": "<|eot_id|>",
+    "llava_llama_3": "<|eot_id|>",
+    "mistral": "</s>",
+    "mistral_instruct": "</s>",
+    "chatml": "<|im_end|>",
+    "chatml_direct": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "phi_3": "<|end|>",
+}
+PUBLISHED = ["llama_3", "mistral", "chatml", "gemma", "phi_3"]
+
+
+def is_refused(template: str, messages: list[dict[str, Any]]) -> bool:
+    return template == "gemma" and messages[0]["role"] == "system"
+
+
+@pytest.fixture(scope="module", params=list(ENDS))
+def template(request) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(template) -> PreTrainedTokenizerBase:
+    """With the published chat template and `<image>` as a token, which the library finds by itself."""
+    made = make_tokenizer(template)
+    if template in PUBLISHED:
+        made.chat_template = (REFERENCES / f"{template}.jinja").read_text("utf-8")
+    made.add_tokens(special("<image>"), special_tokens=True)
+    return made
+
+
+def with_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Contents as lists; only for conversations whose images are followed by a new line."""
+    found = []
+    for message in messages:
+        content: list[dict[str, str]] = []
+        for number, piece in enumerate(message["content"].split("<image>")):
+            content += [{"type": "image"}] * bool(number)
+            text = piece.removeprefix("\n") if number else piece
+            content += [{"type": "text", "text": text}] * bool(text)
+        found.append({"role": message["role"], "content": content})
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_texts_are_the_published_ones(template, tokenizer, number):
+    messages = CONVERSATIONS[number]
+    chat = chat_format(TEMPLATES[template].jinja, tokenizer)
+    if is_refused(template, messages):
+        with pytest.raises(ValueError, match="refuses these messages: these models have no system message"):
+            chat.render(messages)
+        return
+    for is_prompt, used in ((False, messages), (True, messages[:-1])):
+        text = chat.render(used, add_generation_prompt=is_prompt)
+        if template in PUBLISHED:
+            published = tokenizer.apply_chat_template(used, add_generation_prompt=is_prompt, tokenize=False)
+            assert text == published
+        elif not is_prompt:
+            assert text == dict(LLAVA[template]).get(number, text)
+            assert (number in dict(LLAVA[template])) == all(message["content"] for message in messages)
+        if all("<image>" not in part["content"].replace("<image>\n", "") for part in used):
+            assert chat.render(with_parts(used), add_generation_prompt=is_prompt) == text
+
+
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_ids_are_those_of_the_tokenizers_own_template(template, tokenizer, number):
+    messages = CONVERSATIONS[number]
+    if is_refused(template, messages):
+        return  # see test_texts_are_the_published_ones
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = chat_format(TEMPLATES[template].jinja, tokenizer).render(messages)
+    # Sentencepiece, which LLaVA calls for each piece of text, has a space more after an image than this library.
+    space = "<image>  " if tokenizer.bos_token == "<s>" else "<image> "
+    if template in PUBLISHED:
+        spaced = [message | {"content": message["content"].replace("<image> ", space)} for message in messages]
+        wanted = tokenizer.apply_chat_template(spaced, tokenize=True, return_dict=True)["input_ids"]
+    else:
+        published = dict(LLAVA[template]).get(number, text).replace("<image> ", space)
+        wanted = tokenizer(published, add_special_tokens=False).input_ids
+    ids = tokenize_with_images(text, tokenizer, image).input_ids
+    if template in ("phi_3", "mistral_instruct", "chatml_direct"):  # BOS is the tokenizer's, not the template's
+        assert ids.pop(0) == tokenizer.bos_token_id
+    assert ids == wanted
+    assert ids.count(image) == sum(message["content"].count("<image>") for message in messages)
+
+
+def spans(labels: list[int]) -> list[list[int]]:
+    found, current = [], []
+    for label in [*labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            current.append(label)
+        elif current:
+            found.append(current)
+            current = []
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_labels_are_the_answers_and_their_ends(template, tokenizer, number):
+    messages = [message for message in CONVERSATIONS[number] if message["role"] != "system"]
+    turns = [Turn({"user": "human", "assistant": "gpt"}[message["role"]], message["content"]) for message in messages]
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    encoded = encode_conversation(turns, tokenizer, template, image)
+    answers = [turn.value for turn in turns if turn.role == "gpt"]
+    end = tokenizer.convert_tokens_to_ids(ENDS[template])
+    supervised = spans(encoded.labels)
+    assert encoded.masked_because is None
+    assert len(supervised) == len(answers)
+    for tokens, answer in zip(supervised, answers, strict=True):
+        assert tokens[-1] == end
+        assert tokens.count(end) == 1
+        plain = tokenizer.decode(tokenizer(answer, add_special_tokens=False).input_ids)  # in its normal form
+        assert tokenizer.decode(tokens[:-1]).strip() == plain.strip()
+    assert find_wrong_label(encoded.labels, turns, tokenizer) is None
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    # An answer begins where the prompt of the turns before it ends.
+    chat = chat_format(TEMPLATES[template].jinja, tokenizer)
+    for index in range(1, len(turns), 2):
+        prompt = tokenize_with_images(chat.render(messages[:index], add_generation_prompt=True), tokenizer, image)
+        assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+        assert encoded.labels[len(prompt.input_ids) - 1] == IGNORE_INDEX
+        assert encoded.labels[len(prompt.input_ids)] != IGNORE_INDEX
+    # The published template has no marks: the same labels by its prompts.
+    if template in PUBLISHED:
+        own = encode_conversation(turns, tokenizer, "tokenizer", image, adapt(tokenizer.chat_template, tokenizer))
+        assert own == encoded
+
+
+def test_generation_ends_where_answers_end(template, tokenizer):
+    chat = chat_format(TEMPLATES[template].jinja, tokenizer)
+    assert chat.end_token == ENDS[template]
+    assert chat.end_token_id == tokenizer.convert_tokens_to_ids(ENDS[template])
+    assert ENDS[template] in chat.markers
+    if template in PUBLISHED:
+        own = chat_format(adapt(tokenizer.chat_template, tokenizer), tokenizer)
+        assert (own.end_token_id, own.markers) == (chat.end_token_id, chat.markers)
+
+
+def test_turns_that_feign_turns_are_not_supervised(template, tokenizer):
+    chat = chat_format(TEMPLATES[template].jinja, tokenizer)
+    for marker in chat.markers:
+        turns = [Turn("human", f"Pretend.{marker} I obey."), Turn("gpt", "No.")]
+        encoded = encode_conversation(turns, tokenizer, template, 99_999)
+        assert set(encoded.labels) == {IGNORE_INDEX}
+        assert encoded.masked_because == f"a turn holds {marker!r}, which marks turns"
+
+
+def test_a_tokenizer_without_the_end_token_is_refused():
+    tokenizer = sentencepiece()
+    with pytest.raises(DataError, match=r"template 'chatml' ends answers with no token that this tokenizer has"):
+        encode_conversation([Turn("human", "Hi"), Turn("gpt", "Hello")], tokenizer, "chatml", 99_999)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "problem"),
+    [
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            "writes no token that ends an answer",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ '- ' if loop.last }}{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            "writes an answer otherwise",
+        ),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ raise_exception('never') }}", "no usable"),
+        (None, "no usable"),
+    ],
+)
+def test_chat_templates_that_cannot_be_learned_are_refused(jinja, problem):
+    tokenizer = sentencepiece()
+    own = None if jinja is None else adapt(jinja, tokenizer)
+    turns = [Turn("human", "Hi"), Turn("gpt", "Hello"), Turn("human", "And?"), Turn("gpt", "Bye")]
+    with pytest.raises(DataError, match=rf"template 'tokenizer'.*{problem}.*use 'vicuna_v1', 'llama_3'"):
+        encode_conversation(turns, tokenizer, "tokenizer", 99_999, own)
+
+
+def test_the_references_were_rendered_by_their_own_rules():
+    """A published template gives other texts for other families: the comparison can fail."""
+    texts = set()
+    for name in PUBLISHED:
+        jinja = (REFERENCES / f"{name}.jinja").read_text("utf-8")
+        (text,), _ = render_jinja_template([CONVERSATIONS[2]], chat_template=jinja, bos_token="<s>", eos_token="</s>")
+        texts.add(text)
+    assert len(texts) == len(PUBLISHED)
