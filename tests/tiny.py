@@ -159,9 +159,15 @@ def write_backbones(
     tokenizer.save_pretrained(folder / "language")
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Writes an AVG-LLaVA checkpoint with 16 patches per crop (levels 1, 2, 4, 8, 16) and the mini tokenizer."""
-    tokenizer = build_tokenizer()
+def make_checkpoint(
+    folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None, template: str | None = None
+) -> Path:
+    """Writes an AVG-LLaVA checkpoint with 16 patches per crop (levels 1, 2, 4, 8, 16), by default with the mini
+    tokenizer.
+
+    `template` is the one that the model says it was trained with.
+    """
+    tokenizer = tokenizer or build_tokenizer()
     vision = vision_config(patch_size=8, num_attention_heads=2)
     language = language_config(
         tokenizer,
@@ -172,7 +178,7 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     )
     write_backbones(folder, vision, language, tokenizer, seed)
     router = RouterConfig(num_text_tokens=4, num_attention_heads=2)
-    model = build_from_backbones(folder / "vision", folder / "language", router_config=router)
+    model = build_from_backbones(folder / "vision", folder / "language", router_config=router, template=template)
     processor = AvgLlavaProcessor.from_backbones(folder / "vision", folder / "language", model.config)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -28,10 +28,27 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-def load(path: str | Path, **kwargs: Any) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
-    """Loads a model and its processor; arguments as for :func:`load_model`."""
+def load(
+    path: str | Path, *, template: str | None = None, **kwargs: Any
+) -> tuple[AvgLlavaForConditionalGeneration, AvgLlavaProcessor]:
+    """Loads a model and its processor; further arguments as for :func:`load_model`.
+
+    Args:
+        template: A key of :data:`avg_llava.model.templates.TEMPLATES` for a model whose conversation template is not
+            known. None takes the checkpoint's: its own chat template, else that of its family.
+
+    Raises:
+        ValueError: The model was trained with another template.
+    """
     model = load_model(path, **kwargs)
-    return model, open_processor(path, model.config)
+    processor = open_processor(path, model.config)
+    if template is not None:
+        trained = model.config.template
+        if trained not in (None, template):
+            raise ValueError(f"{path} was trained with the template {trained!r}, not {template!r}")
+        processor.use_template(template, model.config)
+    processor.end_answers(model.generation_config)
+    return model, processor
 
 
 def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcessor:

@@ -150,6 +150,8 @@ class ModelOptions:
     """Device: auto, cpu or cuda."""
     dtype: OptionalDType = None
     """Data type of the weights."""
+    template: Annotated[str | None, unset("that of the checkpoint")] = None
+    """Conversation template of a model that names none, such as vicuna_v1 or chatml."""
     quantization: Annotated[Literal["8bit", "4bit"] | None, unset("none")] = None
     """Quantization of the language model's weights by bitsandbytes."""
     static_cache: bool = False
@@ -161,6 +163,7 @@ class ModelOptions:
 
         return Pipeline.load(
             self.model,
+            template=self.template,
             dtype=self.dtype,
             device=_pick_device(self.device),
             quantization=self.quantization,

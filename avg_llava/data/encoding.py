@@ -140,7 +140,7 @@ def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str,
 
 
 def find_wrong_label(labels: Sequence[int], turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is wrong with the labels of a supervised conversation; None if they are its answers, each with its end."""
+    """Says how the labels of a supervised conversation differ from its answers, each with its end; None: not at all."""
     spans = [list(span) for kept, span in groupby(labels, lambda label: label != IGNORE_INDEX) if kept]
     answers = [turn.value for turn in dialogue(tuple(turns)) if turn.role == ASSISTANT]
     if len(spans) != len(answers):

@@ -144,7 +144,7 @@ def chat_format(jinja: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         text, spans = chat.render_answers([question, answer])
     except ValueError:
         return chat
-    (end,) = [text[slice(*span)].partition("No")[2].strip() for span in spans]
+    end = text[slice(*spans[-1])].rpartition("No")[2].strip() if spans else ""
     others = (IMAGE_PLACEHOLDER, tokenizer.bos_token)
     markers = [token for token in (*added, *PLAIN_MARKERS) if token in text and token not in others]
     known = end in added

@@ -6,6 +6,7 @@ Shapes: N images, P crops of one image (overview first, then tiles row-major), S
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +14,27 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LlavaNextImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    GenerationConfig,
+    LlavaNextImageProcessorPil,
+)
 from transformers.image_utils import SizeDict, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PROCESSOR_NAME
 
+from avg_llava.common.registry import find_entry
 from avg_llava.model.anyres import image_window, select_canvas
-from avg_llava.model.chat_templates import adapt, read_chat_template
+from avg_llava.model.chat_templates import adapt, chat_format, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.resampling import resize
 from avg_llava.model.saving import AUTO_MAP, write_modelling_files
-from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family
+from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family, template_of_text
 
 
 class TokenizedText(NamedTuple):
@@ -178,6 +187,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         chat_template: Jinja source; None: messages cannot be rendered.
     """
 
+    chat_template: str | None
+
     def __init__(
         self,
         image_processor: AvgLlavaImageProcessor,
@@ -252,13 +263,15 @@ class AvgLlavaProcessor(ProcessorMixin):
         """Renders messages as a prompt; arguments as in transformers.
 
         Raises:
-            ValueError: There is no chat template, or it refuses the messages.
+            ValueError: There is no chat template, it refuses the messages, or a question holds a text that marks turns.
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError(
                 "this model brings no usable chat template along, and its family is not known; choose one of "
                 f"{', '.join(TEMPLATES)} with --template, or with data.template for training"
             )
+        if chat_template is None:
+            self._refuse_markers(conversation)
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
@@ -267,6 +280,40 @@ class AvgLlavaProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """The settings, and `auto_map` for saved models."""
         return super().to_dict() | {"auto_map": AUTO_MAP}
+
+    def _refuse_markers(self, conversation: Any) -> None:
+        """Raises ValueError if a message that is no answer holds a text with which the template marks turns."""
+        batch = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
+        markers = chat_format(self.chat_template, self.tokenizer).markers
+        for message in chain.from_iterable(batch):
+            content = message["content"]
+            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+            found = [marker for marker in markers if any(marker in part for part in parts)]
+            if found and message["role"] != "assistant":
+                raise ValueError(f"the text of a message holds {found[0]!r}, which marks turns; write it otherwise")
+
+    def use_template(self, name: str, config: AvgLlavaConfig) -> None:
+        """Prompts with an entry of `TEMPLATES`, which the model's configuration names from now on.
+
+        Raises:
+            ValueError: No entry has this name, or the template is `tokenizer` and no chat template is at hand.
+        """
+        jinja = find_entry(TEMPLATES, name, "template").jinja
+        if jinja is None and (self.chat_template is None or template_of_text(self.chat_template) != name):
+            raise ValueError(
+                f"template {name!r}: the model brings no usable chat template along; choose one of "
+                f"{', '.join(other for other in TEMPLATES if other != name)}"
+            )
+        config.template = name
+        self.chat_template = jinja or self.chat_template
+
+    def end_answers(self, generation_config: GenerationConfig) -> None:
+        """Adds the token that ends an answer in the chat template to those that end generation."""
+        end = None if self.chat_template is None else chat_format(self.chat_template, self.tokenizer).end_token_id
+        known = generation_config.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if end is not None and end not in known:
+            generation_config.eos_token_id = [*known, end]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
         """Saves the processor and the modelling files that it names; arguments as in transformers."""

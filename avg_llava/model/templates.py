@@ -303,6 +303,11 @@ LLAVA_FAMILIES = {"llama_3": "llava_llama_3", "mistral": "mistral_instruct"}
 """What LLaVA trained models of these templates with instead."""
 
 
+def template_of_text(jinja: str) -> str:
+    """The entry of `TEMPLATES` with a Jinja source; `tokenizer` if no other has it."""
+    return next((name for name, entry in TEMPLATES.items() if entry.jinja == jinja), "tokenizer")
+
+
 def template_of_family(text_type: str, tokens: Collection[str], of_llava: bool) -> str | None:
     """The entry of `TEMPLATES` that a language model was trained with, by its family; None if that is not known.
 

@@ -241,7 +241,8 @@ def _check_files(config: TrainConfig, report: Report) -> None:
     """Checks the data without a tokenizer: the first records of every source, and their images."""
     data = config.data
     for source in data.sources:
-        index = report.attempt(f"data {source.path}", partial(open_index, source.path, data.template, data.index_dir))
+        template = data.template or ("plain" if config.model.start is None else "vicuna_v1")
+        index = report.attempt(f"data {source.path}", partial(open_index, source.path, template, data.index_dir))
         root = Path(source.path).parent if source.image_root is None else Path(source.image_root)
         if not root.is_dir():
             report.problems.append(f"data {source.path}: image root {root} is no folder; check data.sources")
@@ -305,7 +306,7 @@ def _check_samples(dataset: ConversationDataset, config: TrainConfig, report: Re
     if usable and masked == len(usable):
         report.problems.append(
             f"data {path}: none of the checked samples has supervised tokens; check data.template "
-            f"{config.data.template!r} and model.max_length"
+            f"{dataset.template!r} and model.max_length"
         )
     if usable:
         Collator(pad_token_id=dataset.processor.tokenizer.pad_token_id)(

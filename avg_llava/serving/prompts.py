@@ -107,7 +107,11 @@ class PromptBuilder:
         """
         predictor = self._predictor
         config, tokenizer = predictor.model.config, predictor.processor.tokenizer
-        ids = tokenize_with_images(predictor.prompt_text(request), tokenizer, config.image_token_id).input_ids
+        try:
+            prompt = predictor.prompt_text(request)
+        except ValueError as error:  # a role or a text that the chat template refuses
+            raise invalid_request(str(error)) from error
+        ids = tokenize_with_images(prompt, tokenizer, config.image_token_id).input_ids
         num_text = len(ids) - len(images)
         sizes = [(image.height, image.width) for image in images]
         try:

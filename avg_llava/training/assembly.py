@@ -30,7 +30,7 @@ from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.router import find_router
-from avg_llava.model.templates import TEMPLATES
+from avg_llava.model.templates import TEMPLATES, template_of_text
 from avg_llava.training.config import ModelSettings, TrainConfig
 from avg_llava.training.feedback_store import FeedbackCollator, FeedbackStore, describe
 from avg_llava.training.lora import add_adapters
@@ -80,11 +80,37 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
             set_trainable(model, STAGES[config.stage])
             for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
                 parameter.data = parameter.data.float()
-    template = TEMPLATES[config.data.template]
-    if not template.is_for_captions:  # saved with the model: prompts are as in training
-        model.config.template = config.data.template
-        processor.chat_template = template.jinja or processor.chat_template
+    template = choose_template(config, processor, model.config)
+    if not TEMPLATES[template].is_for_captions:  # saved with the model: prompts are as in training
+        processor.use_template(template, model.config)
+        processor.end_answers(model.generation_config)
     return model, processor
+
+
+def choose_template(config: TrainConfig, processor: AvgLlavaProcessor, model_config: AvgLlavaConfig) -> str:
+    """The entry of `TEMPLATES` that samples are rendered with: `data.template`, else the start's.
+
+    Raises:
+        ConfigError: The start was trained with another template, or none is given and none known.
+    """
+    wanted, trained = config.data.template, model_config.template
+    if wanted is None:
+        if STAGES[config.stage].parent is None:
+            return "plain"
+        if trained is not None:
+            return trained
+        if processor.chat_template is not None:
+            return template_of_text(processor.chat_template)
+        raise ConfigError(
+            "data.template: model.start brings no chat template along, and the family of its language model is not "
+            f"known; choose one of {', '.join(TEMPLATES)}"
+        )
+    if trained in (None, wanted) or TEMPLATES[wanted].is_for_captions or config.data.force_template:
+        return wanted
+    raise ConfigError(
+        f"data.template is {wanted}, but model.start was trained with {trained}; leave data.template out to go on with "
+        f"{trained}, or set data.force_template to teach it {wanted}"
+    )
 
 
 def check_quantization(deepspeed: Mapping[str, Any] | None, config: TrainConfig) -> None:
@@ -194,7 +220,7 @@ def build_dataset(
     return ConversationDataset(
         sources,
         processor,
-        config.data.template,
+        choose_template(config, processor, model_config),
         model_config,
         on_bad_sample=config.data.on_bad_sample,
         seed=config.seed,

@@ -42,6 +42,7 @@ FREE_KEYS = (
     "model.force_start",
     "data.index_dir",
     "data.num_workers",
+    "data.force_template",
     "data.sources.license",
     "runtime.compile",
     "runtime.gradient_checkpointing",
@@ -129,7 +130,9 @@ def find_earlier_run(config: TrainConfig, parent: dict[str, Any]) -> EarlierRun 
     if folder is None or manifest is None:
         return None
     # A run of an earlier version lacks newer fields, which have their defaults in it.
-    changes = changed_keys(build(TrainConfig, manifest.config).to_dict(), config.to_dict())
+    before, now = build(TrainConfig, manifest.config).to_dict(), config.to_dict()
+    now["data"]["template"] = config.data.template or before["data"]["template"]
+    changes = changed_keys(before, now)
     if manifest.parent != parent:
         changes.append(f"start: {manifest.parent} -> {parent}")
     if changes:

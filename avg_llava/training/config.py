@@ -97,9 +97,11 @@ class DataSettings:
 
     sources: tuple[SourceSettings, ...]
     """A list, or the path of a YAML file that holds it (a mixture shared by several stages)."""
-    template: str
-    """A key of `TEMPLATES` in `avg_llava/model/templates.py`: `plain` for captions (stage 1), `vicuna_v1` for
-    instructions."""
+    template: str | None = None
+    """A key of `TEMPLATES` in `avg_llava/model/templates.py`: `plain` for captions (stage 1), `vicuna_v1` and others
+    for instructions. null: `plain` in stage 1, later the start's, else that of its language model."""
+    force_template: bool = False
+    """Train with `template` although the start was trained with another."""
     group_by_modality_length: bool = False
     """Batch samples of similar length, with and without images separately."""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -247,7 +249,8 @@ class TrainConfig:
             value = getattr(self, section.name)
             if is_dataclass(value):
                 build(type(value), to_jsonable_python(value), section.name)
-        find_entry(TEMPLATES, self.data.template, "data.template")
+        if self.data.template is not None:
+            find_entry(TEMPLATES, self.data.template, "data.template")
         _check_model(self)
         _check_lora(self)
         _check_objective(self)

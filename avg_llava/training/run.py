@@ -11,6 +11,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,6 +103,7 @@ def run_stage(config: TrainConfig) -> Path:
 
     # Data.
     dataset = build_dataset(config, processor, model.config)
+    config = replace(config, data=replace(config.data, template=dataset.template))
     manifest = StageManifest(
         stage=stage.number,
         finished=False,

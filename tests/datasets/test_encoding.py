@@ -192,16 +192,16 @@ def test_a_tokenizer_without_offsets_is_refused():
 
 def test_a_template_of_one_file(tokenizer, monkeypatch):
     """The example of docs/extending.md."""
-    monkeypatch.setitem(TEMPLATES, "chatml", None)  # so that it is gone after the test
+    monkeypatch.setitem(TEMPLATES, "zephyr", None)  # so that it is gone after the test
     runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "examples" / "extending" / "template.py"))
     conversation = turns("<image>\nWhat is it?", "It is a car.", "Sure?", "Yes.")
-    encoded = encode_conversation(conversation, tokenizer, "chatml", IMAGE)
+    encoded = encode_conversation(conversation, tokenizer, "zephyr", IMAGE)
     assert encoded.masked_because is None
     assert encoded.input_ids.count(IMAGE) == 1
     end = tokenizer.eos_token
     assert [text.strip(" ") for text in supervised(encoded, tokenizer)] == [f"It is a car.{end}", f"Yes.{end}"]
-    text = render_conversation(conversation, "chatml", tokenizer).text
-    assert text.startswith(f"<|im_start|>user\n<image>\nWhat is it?{end}\n<|im_start|>assistant\nIt is a car.{end}\n")
-    question = encode_conversation(turns("What?"), tokenizer, "chatml", IMAGE)
+    text = render_conversation(conversation, "zephyr", tokenizer).text
+    assert text.startswith(f"<|user|>\n<image>\nWhat is it?{end}\n<|assistant|>\nIt is a car.{end}\n")
+    question = encode_conversation(turns("What?"), tokenizer, "zephyr", IMAGE)
     assert set(question.labels) == {IGNORE_INDEX}
     assert question.masked_because == "no turn is an answer of the model"

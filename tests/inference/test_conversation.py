@@ -10,6 +10,7 @@ from avg_llava.inference.conversation import Conversation
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
+from tests.family_tokenizers import make_tokenizer
 from tests.tiny import make_checkpoint, noise_images
 
 
@@ -85,3 +86,19 @@ def test_an_error_leaves_the_conversation_as_it_was(predictor, images):
     assert conversation.messages == before
     answer = conversation.ask("why?")
     assert answer.text == reference(predictor, conversation, images[:1], decoding).text
+
+
+@pytest.mark.parametrize(
+    "template", ["llama_3", "mistral", "mistral_instruct", "chatml", "chatml_direct", "gemma", "phi_3"]
+)
+def test_every_template_keeps_the_cache(tmp_path, images, template):
+    """A turn's prompt begins with the one before and its answer, up to where the answer was cut off."""
+    folder = make_checkpoint(tmp_path, tokenizer=make_tokenizer(template), template=template)
+    predictor = Pipeline.load(folder).predictor
+    conversation = Conversation(predictor, Budget(4), Decoding(5))
+    shown, before = images[:2], 0
+    for question, new in [("What is it?", [shown[0]]), ("And this?", [shown[1]]), ("Sure?", [])]:
+        answer = conversation.ask(question, new)
+        assert answer.text == reference(predictor, conversation, shown[: len(conversation.levels)], Decoding(5)).text
+        assert conversation.num_cached >= before - 2  # white space at the end of a prompt may join with the answer
+        before = answer.num_prompt_tokens

@@ -12,8 +12,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
-from avg_llava import load
+from avg_llava import AvgLlavaConfig, load
 from avg_llava.model.templates import TEMPLATES, ConversationTemplate
+from avg_llava.planning.dry_run import dry_run
 from avg_llava.training import assembly, run
 from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
@@ -174,12 +175,42 @@ def test_a_result_is_prompted_with_the_template_of_its_training(stages, world, t
     _, processor = load(stages / "stage1")  # trained on captions, whose template asks no questions
     assert processor.chat_template == TEMPLATES["vicuna_v1"].jinja
     own = (
-        "{%- for message in messages -%}{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}{%- endfor -%}"
+        "{%- for message in messages -%}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+        "{%- endfor -%}"
     )
     monkeypatch.setitem(TEMPLATES, "own", ConversationTemplate(own))
     overrides = ("--data.template", "own", "--optim.max_steps", "1", "--output.dir", str(tmp_path / "own"))
     _, processor = load(run.run_stage(_config(2, stages, world, overrides)))
-    assert processor.apply_chat_template([{"role": "user", "content": "What?"}]) == "What?"
+    assert processor.apply_chat_template([{"role": "user", "content": "What?"}]) == "What?</s>"
+
+
+def test_the_template_is_the_starts_and_is_recorded(stages, world, tmp_path, caplog):
+    """Captions set no template; without data.template, later stages go on with the start's."""
+    assert AvgLlavaConfig.from_pretrained(stages / "stage1").template is None
+    assert AvgLlavaConfig.from_pretrained(stages / "stage2").template == "vicuna_v1"
+    for stage in (2, 3):
+        overrides = ("--data.template", "null", "--optim.max_steps", "1", "--output.dir", str(tmp_path / str(stage)))
+        config = _config(stage, stages, world, overrides)
+        result = run.run_stage(config)
+        assert read_manifest(result).config["data"]["template"] == "vicuna_v1"
+        assert AvgLlavaConfig.from_pretrained(result).template == "vicuna_v1"
+        with caplog.at_level(logging.INFO, logger="avg_llava"):
+            run.run_stage(config)
+        assert f"stage {stage} is already complete" in caplog.text
+
+
+def test_another_template_than_the_starts_is_refused(stages, world, tmp_path, monkeypatch):
+    other = ConversationTemplate(TEMPLATES["vicuna_v1"].jinja.replace("USER", "HUMAN"))
+    monkeypatch.setitem(TEMPLATES, "human", other)
+    overrides = ("--data.template", "human", "--optim.max_steps", "1", "--output.dir", str(tmp_path / "other"))
+    config = _config(3, stages, world, (*overrides, "--force-start"))
+    message = "data.template is human, but model.start was trained with vicuna_v1; leave data.template out"
+    with pytest.raises(ConfigError, match=message):
+        run.run_stage(config)
+    report = dry_run(stages / "stage3.yaml", overrides)
+    assert any(message in problem for problem in report.problems)
+    model, processor = load(run.run_stage(_config(3, stages, world, (*overrides, "--data.force_template", "true"))))
+    assert (model.config.template, processor.chat_template) == ("human", other.jinja)
 
 
 def test_a_finished_stage_is_left_alone(stages, world, caplog):

@@ -1,16 +1,16 @@
-"""The ChatML conversation format: every turn stands between `<|im_start|>` with its role and the tokenizer's EOS.
+"""The Zephyr conversation format: every turn begins with its role in a line of its own and ends with the EOS token.
 
-Once this file is imported, `data.template: chatml` selects it for training, and the trained model's processor uses it
-for prompts. Any other processor uses it after `processor.chat_template = TEMPLATES["chatml"].jinja`.
+Once this file is imported, `data.template: zephyr` selects it for training, and the trained model's processor uses it
+for prompts. `load(path, template="zephyr")` prompts a model with it whose own template is not known.
 """
 
 from avg_llava.model.templates import CONTENT_AS_TEXT, TEMPLATES, ConversationTemplate
 
-CHATML = (
+ZEPHYR = (
     "{%- for message in messages -%}\n"
     + CONTENT_AS_TEXT  # sets `content`
     + """\
-  {{- '<|im_start|>' + message['role'] + '\\n' -}}
+  {{- '<|' + message['role'] + '|>\\n' -}}
   {%- if message['role'] == 'assistant' -%}
     {%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
   {%- else -%}
@@ -18,9 +18,9 @@ CHATML = (
   {%- endif -%}
   {{- '\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
 """
 )
 
-TEMPLATES["chatml"] = ConversationTemplate(CHATML)
+TEMPLATES["zephyr"] = ConversationTemplate(ZEPHYR)
 """No `answer_separator`: answers are where `{% generation %}` says."""
