@@ -56,6 +56,10 @@ export PIP_CONSTRAINT=$PWD/constraints.txt
 $venv/bin/python -m pip install "${options[@]}" --editable '.[train,eval,serve,demo,quant,dev]'
 # Its requirements are those of all its tasks and models; what ours need is in the extra `eval`.
 $venv/bin/python -m pip install "${options[@]}" --no-deps lmms-eval
+# open_clip and what it imports, for its tests, in a folder that no path names: torchvision has no CPU build, and one that
+# cannot be imported breaks transformers. Users install the extra `open_clip`.
+rm -rf $venv/open_clip
+$venv/bin/python -m pip install "${options[@]}" --no-deps --target $venv/open_clip open_clip_torch torchvision timm ftfy
 echo "$wanted" >$stamp
 rm -f $started
 echo "setup: done in $((SECONDS - began)) s"
