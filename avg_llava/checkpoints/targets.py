@@ -20,6 +20,7 @@ from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS
 from avg_llava.checkpoints.original import KNOWN_TOWERS, ORIGINAL_KEYS, TEXT_NAMES, TEXT_TYPES
 from avg_llava.common.files import write_bytes, write_json
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.templates import IMAGE_PLACEHOLDER
@@ -156,12 +157,13 @@ def original(model: Model) -> OutputLayout:
 def llava_next(model: Model) -> OutputLayout:
     """Transformers' LLaVA-NeXT, which uses the finest level, with the key names of the published folders."""
     config = model.config
-    finest = config.num_patches_per_side**2
+    finest, parts = config.num_patches_per_side**2, language_parts(config.text_config)
     _require(
         "llava-next",
         {
             f"a vision tower of type {config.vision_config.model_type!r}": config.vision_config.model_type
             != "clip_vision_model",
+            "a language model with a bias or a soft cap of its logits": parts.head_bias or parts.softcap is not None,
             f"the finest level {config.granularities[-1]}, as it always uses {finest} tokens per crop": (
                 config.granularities[-1] != finest
             ),

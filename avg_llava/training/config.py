@@ -44,7 +44,7 @@ class ModelSettings:
     """Start of the run: two backbones in stage 1, a checkpoint of the parent stage later."""
 
     vision: str | None = None
-    """Stage 1: CLIP vision tower, a folder or hub id."""
+    """Stage 1: vision tower, a folder, hub id or `open_clip:...`; see docs/backbones.md."""
     language: str | None = None
     """Stage 1: language model and tokenizer, a folder or hub id."""
     start: str | None = None
