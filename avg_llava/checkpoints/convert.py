@@ -1,10 +1,9 @@
 """Converts a checkpoint from any layout that is read to any that is written, tensor by tensor.
 
-Weights keep their bytes unless another data type is asked for. The output appears in a hidden folder first and is moved
-to its place when it is complete and gives the source's logits.
+Weights keep their bytes unless another data type is asked for. The output replaces what is in its folder when it is
+complete and gives the source's logits.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,19 +19,16 @@ from avg_llava.checkpoints.loading import open_processor
 from avg_llava.checkpoints.problems import has_tokenizer, weight_problems
 from avg_llava.checkpoints.same_logits import compare_logits, fits_in_memory
 from avg_llava.checkpoints.shards import SINGLE_NAME, PlannedTensor, split_shards, write_shards
-from avg_llava.checkpoints.targets import CONFIG_NAME, TARGETS, TOWER_KEYS, Model, OutputLayout, Target
+from avg_llava.checkpoints.targets import TARGETS, TOWER_KEYS, Model, OutputLayout, Target
 from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, stored_tensors
-
-STAGING = ".converting"
-"""Folder in the output folder for files that are not complete yet."""
+from avg_llava.model.saving import NEW_FOLDER, replaced_model
 
 # Names of weights with a row for each token.
 VOCABULARY_KEYS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-# Files of a checkpoint in any layout, which must not survive beside those of another.
-CHECKPOINT_FILES = (
-    *("model*.safetensors*", "weights.safetensors", "pytorch_model*.bin*", CONFIG_NAME, "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("preprocessor_config.json", "processor_config.json", "chat_template.*", "stage.json"),
+# Files of tokenizers, processors and training, which must not stay beside a model in another layout.
+OTHER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.*", "stage.json"),
 )
 # Names of values that are computed when a model is built, with which older files are written.
 COMPUTED = (".inv_freq", ".position_ids")
@@ -108,29 +104,36 @@ def plan_conversion(
     source = open_checkpoint(path)
     if problems := weight_problems(source):
         raise CheckpointError(f"{path} cannot be converted ({len(problems)} problems): {'; '.join(problems)}")
-    read: dict[str, tuple[str, StoredTensor]] = {}  # by this package's name: name in the file, and the weight
+    weights = source.stored()
+    keys: dict[str, str] = {}  # names in the files
     fates = []
-    merged = source.stored()
     for part in source.sources:
         stored = stored_tensors(part.resolve())
         ours = rename_keys({key: key for key in stored}, part.renaming)
-        read |= {name: (key, merged[name]) for name, key in ours.items()}
         for key in stored.keys() - ours.values():
             is_computed = key.endswith(COMPUTED)
             reason = "computed when the model is built" if is_computed else "belongs to no part of the model"
             fates.append(Fate(key, None, f"dropped: {reason}"))
+        for name in ours.keys() & keys.keys():
+            fates.append(Fate(keys[name], None, f"dropped: {part.resolve().name} replaces it"))
+        keys |= ours
+    adapted: dict[str, None] = {}
+    if source.adapter is not None:
+        names = dict.fromkeys([*source.adapter.products, *source.adapter.replaced])
+        adapted = rename_keys(names, source.sources[0].renaming)
     if unread := set(source.fresh) - {ROUTER_KEYS}:
         raise ValueError(f"{path} has no {', '.join(unread)}: it cannot be converted, only start a stage of training")
     assert source.folder is not None, "set by every layout"
     assert source.tokenizer is not None, "set by every layout"
     processor = open_processor(path, source.config) if has_tokenizer(source.tokenizer) else None
-    has_router = any(name.startswith(ROUTER_KEYS) for name in read)
+    has_router = any(name.startswith(ROUTER_KEYS) for name in weights)
     model = Model(source.folder, source.tokenizer, source.image_settings, source.config, processor, has_router)
     layout = TARGETS[target](model)
-    if layout.vocabulary_size != source.config.text_config.vocab_size and VOCABULARY_KEYS[0] not in read:
+    if layout.vocabulary_size != source.config.text_config.vocab_size and VOCABULARY_KEYS[0] not in weights:
         raise ValueError(f"--to {target}: the vocabulary of a {source.config.text_config.model_type} cannot be resized")
     tensors = []
-    for name, (key, weight) in read.items():
+    for name, weight in weights.items():
+        key = keys.get(name, name)
         reasons = [reason for prefix, reason in layout.dropped.items() if name.startswith(prefix)]
         if reasons:
             fates.append(Fate(key, None, f"dropped: {reasons[0]}"))
@@ -139,7 +142,8 @@ def plan_conversion(
         num_rows = layout.vocabulary_size if name in VOCABULARY_KEYS else None
         tensor = _planned(new_name, weight, dtype, num_rows)
         tensors.append(tensor)
-        fates.append(Fate(key, new_name, _changes(weight, tensor)))
+        changes = ["adapters merged"] * (name in adapted) + _changes(weight, tensor)
+        fates.append(Fate(key, new_name, ", ".join(changes)))
     return Conversion(
         source, target, layout, sorted(fates, key=lambda fate: fate.key), split_shards(tensors, max_shard_bytes)
     )
@@ -165,40 +169,25 @@ def convert(conversion: Conversion, output: Path, *, overwrite: bool = False, ch
         ValueError: The folder is not empty and `overwrite` is False, or it holds the source.
     """
     sources = [part.resolve().resolve() for part in conversion.source.sources]
-    staging = output / STAGING
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} exists and is not a folder")
     if any(output.resolve() in (folder, *folder.parents) for folder in sources):
         raise ValueError(f"{output} contains the source; name another folder")
-    if not overwrite and output.exists() and any(entry != staging for entry in output.iterdir()):
+    if not overwrite and output.exists() and any(entry.name != NEW_FOLDER for entry in output.iterdir()):
         raise ValueError(f"{output} exists and is not an empty folder; name another one, or pass --overwrite")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    try:
+    difference = None
+    with replaced_model(output, OTHER_FILES) as staging:
         write_shards(staging, conversion.shards)
         conversion.layout.write(staging, conversion.dtype)
-        if conversion.layout.tower_folder is not None:
-            _write_tower(conversion, staging / conversion.layout.tower_folder)
-        difference = None
+        tower_folder = conversion.layout.tower_folder
+        if tower_folder is not None:
+            _write_tower(conversion, staging / tower_folder)
         if check and fits_in_memory(conversion.num_parameters):
             is_llava_next = conversion.target == "llava-next"
             difference = compare_logits(conversion.source, staging, is_llava_next, conversion.dtype)
-        _publish(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if tower_folder is not None:
+            shutil.rmtree(output / tower_folder, ignore_errors=True)  # of an earlier conversion
     return difference
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Replaces the checkpoint in a folder; `config.json`, without which nothing loads, goes first and comes last."""
-    (output / CONFIG_NAME).unlink(missing_ok=True)
-    for pattern in CHECKPOINT_FILES:
-        for stale in output.glob(pattern):
-            stale.unlink()
-    for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
-        if entry.is_dir():
-            shutil.rmtree(output / entry.name, ignore_errors=True)
-        os.replace(entry, output / entry.name)
 
 
 def _write_tower(conversion: Conversion, folder: Path) -> None:
@@ -234,11 +223,11 @@ def _mean_row(tensor: Tensor) -> Tensor:
     return (total / len(tensor)).to(tensor.dtype)
 
 
-def _changes(weight: StoredTensor, tensor: PlannedTensor) -> str:
+def _changes(weight: StoredTensor, tensor: PlannedTensor) -> list[str]:
     changes = []
     if weight.dtype != tensor.dtype:
         changes.append(f"{weight.dtype} -> {tensor.dtype}".replace("torch.", ""))
     if weight.shape != tensor.shape:
         how = "cut" if tensor.shape[0] < weight.shape[0] else "padded with the mean row"
         changes.append(f"{weight.shape[0]} -> {tensor.shape[0]} rows: {how}")
-    return ", ".join(changes)
+    return changes

@@ -23,11 +23,11 @@ from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.model.saving import CONFIG_NAME
 from avg_llava.model.templates import IMAGE_PLACEHOLDER
 
 Target = Literal["avg", "original", "llava-next"]
 
-CONFIG_NAME = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 IMAGE_SETTINGS = "preprocessor_config.json"
 SENTENCEPIECE = "tokenizer.model"

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from avg_llava.common.files import write_bytes
@@ -31,6 +31,8 @@ AUTO_MAP = {
 """All in one module: transformers makes one set of modules for each file that `auto_map` names."""
 
 CONFIG_NAME = "config.json"
+NEW_FOLDER = ".new"
+"""Folder inside a model's folder for files that are not complete yet."""
 # Files in which transformers, peft and the original code look for a model or a part of it.
 _MODEL_FILES = (
     CONFIG_NAME, "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "weights.safetensors",
@@ -69,21 +71,21 @@ def write_modelling_files(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def replaced_model(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced_model(folder: str | os.PathLike[str], others: Iterable[str] = ()) -> Iterator[Path]:
     """Yields an empty folder for a model's files, which on success replace the model in `folder`.
 
     Nothing of the earlier model stays: no shard, index, pickled weights or adapter. Its files may be mapped into memory
     while the new ones are written. `config.json` is removed first and written last, so that a folder that has one holds
-    one whole model, however the process ended.
+    one whole model, however the process ended. `others` are patterns of further files that must not stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / ".new"
+    new = folder / NEW_FOLDER
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir()
     try:
         yield new
-        for pattern in _MODEL_FILES:
+        for pattern in (*_MODEL_FILES, *others):
             for stale in folder.glob(pattern):
                 stale.unlink()
         for file in sorted(new.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):

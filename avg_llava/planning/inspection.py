@@ -1,6 +1,5 @@
 """Describes what a folder holds, what it can start, and what is wrong with it; weights stay in their files."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,11 @@ import pyarrow.parquet as pq
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from avg_llava.checkpoints.adapters import ADAPTER_CONFIG
 from avg_llava.checkpoints.backbones import vision_part
 from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.formats import detect_layout, open_checkpoint
+from avg_llava.checkpoints.parts import PROJECTOR_NAME, check_whole
 from avg_llava.checkpoints.problems import attempt, file_problems, non_finite, tokenizer_problems, weight_problems
 from avg_llava.checkpoints.weight_files import StoredTensor, list_tensors, read_config, stored_tensors
 from avg_llava.model.towers import TOWERS, find_tower
@@ -81,7 +82,7 @@ def inspect(path: Path, scan: bool = False) -> Inspection:
     found.files = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
     if path.is_file():
         _inspect_file(found, path, scan)
-    elif (path / "adapter_config.json").is_file():
+    elif (path / ADAPTER_CONFIG).is_file():
         _inspect_adapter(found, path, scan)
     elif (path / "config.json").is_file():
         _inspect_configured(found, path, scan)
@@ -95,29 +96,22 @@ def inspect(path: Path, scan: bool = False) -> Inspection:
 def _inspect_file(found: Inspection, file: Path, scan: bool) -> None:
     found.problems += attempt(lambda: _count(found, list_tensors([file]), scan))
     if not found.problems and any("mm_projector." in name for name in list_tensors([file])):
-        found.kind, found.starts = "projector", ["stage 2, as model.projector"]
+        found.kind, found.starts = "projector", ["stage 1 or 2, as model.projector"]
     elif not found.problems:
         found.notes.append("weights alone; inspect their folder")
 
 
 def _inspect_adapter(found: Inspection, folder: Path, scan: bool) -> None:
-    """A LoRA folder of peft or of the original code."""
+    """A LoRA folder of peft, of the original code or of this package, described with its base model."""
     found.kind = "adapter"
-    settings: dict[str, Any] = {}
-    found.problems += attempt(
-        lambda: settings.update(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    )
-    found.notes.append(f"low-rank adapters of rank {settings.get('r')} for {settings.get('base_model_name_or_path')}")
-    weights = [
-        folder / name
-        for name in ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
-        if (folder / name).is_file()
-    ]
-    if not any(file.name.startswith("adapter_model") for file in weights):
-        found.problems.append(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
-    for file in weights:
-        found.problems += attempt(lambda file=file: _count(found, list_tensors([file]), scan))  # type: ignore[misc]
-    found.starts = ["loading merged into its base model"]
+    try:
+        checkpoint = open_checkpoint(folder)
+    except (ValueError, OSError) as error:
+        found.problems.append(str(error))
+        return
+    assert checkpoint.adapter is not None, "the folder holds its configuration"
+    found.notes.append(f"described is the model that it makes of {checkpoint.adapter.base}")
+    _inspect_model(found, checkpoint, scan)
 
 
 def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
@@ -134,22 +128,27 @@ def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
         _inspect_backbone(found, folder, raw, str(error), scan)
         return
     found.kind = "model"
-    found.problems += file_problems(folder)
+    found.problems += attempt(lambda: check_whole(folder)) or file_problems(folder)
     try:
         checkpoint = open_checkpoint(folder)
     except (ValueError, OSError) as error:
         if not found.problems:  # else it is one of them
             found.problems.append(str(error))
         return
-    _describe(found, checkpoint)
     if found.problems:
-        return
-    found.problems += weight_problems(checkpoint)
-    _count(found, checkpoint.stored(), scan)
-    has_router = any(name.startswith(PART_PREFIXES["router"]) for name in checkpoint.stored())
-    found.has_router = has_router
-    found.problems += tokenizer_problems(checkpoint)
-    found.starts = _starts(found, has_router)
+        _describe(found, checkpoint)
+    else:
+        _inspect_model(found, checkpoint, scan)
+
+
+def _inspect_model(found: Inspection, checkpoint: Checkpoint, scan: bool) -> None:
+    """A model whose files are whole."""
+    _describe(found, checkpoint)
+    stored = checkpoint.stored()
+    found.has_router = any(name.startswith(PART_PREFIXES["router"]) for name in stored)
+    _count(found, stored, scan)
+    found.problems += weight_problems(checkpoint) + tokenizer_problems(checkpoint)
+    found.starts = _starts(found, found.has_router)
 
 
 def _inspect_backbone(found: Inspection, folder: Path, raw: Mapping[str, Any], problem: str, scan: bool) -> None:
@@ -181,16 +180,8 @@ def _inspect_other(found: Inspection, folder: Path) -> None:
         found.notes.append(f"a training run that is not finished; inspect its checkpoints: {', '.join(checkpoints)}")
     elif steps:
         found.kind = "deepspeed"
-        script = (
-            "python zero_to_fp32.py . pytorch_model.bin"
-            if (folder / "zero_to_fp32.py").is_file()
-            else (f"python -m deepspeed.utils.zero_to_fp32 {folder} {folder}")
-        )
-        found.problems.append(
-            f"{folder} holds DeepSpeed's training state only ({', '.join(steps)}); `{script}` makes weights of it, "
-            "beside which config.json and the tokenizer belong"
-        )
-    elif (projector := folder / "mm_projector.bin").is_file():
+        found.problems += attempt(lambda: check_whole(folder))
+    elif (projector := folder / PROJECTOR_NAME).is_file():
         _inspect_file(found, projector, scan=False)
     elif data := [file for file in sorted(folder.iterdir()) if _has_conversations(file)]:
         found.kind = "data"

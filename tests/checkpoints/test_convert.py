@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoProcessor, AutoTokenizer, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from avg_llava import cli
 from avg_llava.checkpoints import same_logits
@@ -23,7 +31,7 @@ from avg_llava.checkpoints.original import ORIGINAL_KEYS
 from avg_llava.checkpoints.shards import PlannedTensor, split_shards, write_shards
 from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, fingerprint, read_tensors, stored_tensors
 from tests.parity.golden import GOLDEN
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, tiny_model
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 LLAVA16, HF45, RELEASED = DATA / "llava16_vicuna", DATA / "hf45_vicuna", GOLDEN / "checkpoint"
@@ -37,8 +45,12 @@ def own(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("own"))
 
 
-def run(source, output, target, **options):
-    return convert(plan_conversion(source, target), output, **options)
+def run(source, output, target, check=False, **options):
+    return convert(plan_conversion(source, target), output, check=check, **options)
+
+
+def checked(source, output, target):
+    return run(source, output, target, check=True)
 
 
 def config_of(folder):
@@ -69,8 +81,8 @@ def reference(name, index):
     ids=lambda value: str(value),
 )
 def test_there_and_back_is_bit_exact(tmp_path, source, layout):
-    assert run(source, tmp_path / "avg", "avg") == 0
-    assert run(tmp_path / "avg", tmp_path / "back", layout) == 0
+    assert checked(source, tmp_path / "avg", "avg") == 0
+    assert checked(tmp_path / "avg", tmp_path / "back", layout) == 0
     assert fingerprint(stored_tensors(tmp_path / "back")) == fingerprint(stored_tensors(source))
     before, after = config_of(source), config_of(tmp_path / "back")
     for key in (
@@ -182,7 +194,7 @@ def test_the_dry_run_lists_every_weight_once_and_writes_nothing(tmp_path, capsys
     facts = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "output").exists()
     assert [entry["key"] for entry in facts["weights"]] == sorted(stored_tensors(source))
-    run(source, tmp_path / "output", target, check=False)
+    run(source, tmp_path / "output", target)
     kept = [entry["target"] for entry in facts["weights"] if entry["target"]]
     assert sorted(kept) == sorted(stored_tensors(tmp_path / "output"))
     dropped = [entry for entry in facts["weights"] if entry["target"] is None]
@@ -215,6 +227,85 @@ def test_the_output_of_a_source_without_router_gets_a_new_one_and_starts_stage_4
     assert torch.isfinite(model.model.router.voter).all()
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_model(tmp_path / "saved").model.router.voter, model.model.router.voter)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3["original_max_position_embeddings"] = 1024
+
+
+@pytest.mark.parametrize(
+    ("language", "model_type", "rope"),
+    [
+        (
+            MistralConfig(**SIZES, num_key_value_heads=2, rope_theta=1e6, sliding_window=None),
+            "llava_mistral",
+            (1e6, None),
+        ),
+        (
+            Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True),
+            "llava_qwen",
+            (1e6, None),
+        ),
+        (LlamaConfig(**SIZES, rope_theta=5e5, rope_scaling=dict(LLAMA_3)), "llava_llama", (5e5, LLAMA_3)),
+    ],
+    ids=["mistral", "qwen2 tied", "llama 3"],
+)
+def test_language_models_keep_their_type_and_their_positions(tmp_path, language, model_type, rope):
+    """The configurations of the outputs are in the form that transformers wrote before version 5."""
+    tiny_model(language=language).save_pretrained(tmp_path / "own")
+    assert checked(tmp_path / "own", tmp_path / "original", "original") == 0
+    assert checked(tmp_path / "own", tmp_path / "next", "llava-next") <= 1e-6
+    flat, nested = config_of(tmp_path / "original"), config_of(tmp_path / "next")["text_config"]
+    assert flat["model_type"] == model_type
+    assert nested["model_type"] == language.model_type
+    for fields in (flat, nested):
+        assert (fields["rope_theta"], fields["rope_scaling"]) == rope
+        assert "rope_parameters" not in fields
+    assert checked(tmp_path / "next", tmp_path / "back", "avg") <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "message"),
+    [
+        ({"language": GPTNeoXConfig(**SIZES)}, "original", "cannot hold a language model of type 'gpt_neox'"),
+        ({"language": GPTNeoXConfig(**SIZES)}, "llava-next", "the vocabulary of a gpt_neox cannot be resized"),
+        ({"granularities": [4, 16]}, "llava-next", "the finest level 16, as it always uses 64 tokens per crop"),
+    ],
+)
+def test_models_that_a_layout_cannot_hold_are_refused(tmp_path, fields, target, message):
+    tiny_model(**fields).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=message):
+        plan_conversion(tmp_path / "own", target)
+
+
+def test_adapters_are_merged(tmp_path, own):
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(own), "r": 2, "lora_alpha": 4}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    save_file(
+        {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    plan = plan_conversion(tmp_path / "lora", "llava-next")
+    assert [fate.target for fate in plan.fates if "adapters merged" in fate.note] == [
+        "language_model.model.layers.0.self_attn.q_proj.weight"
+    ]
+    assert convert(plan, tmp_path / "next") <= 1e-6
+    merged = load_model(tmp_path / "next").state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(merged, load_model(own).state_dict()[f"{name}.weight"] + 2 * up @ down)
+    load(tmp_path / "next")
+
+
+def test_pickled_weights_are_converted_too(tmp_path):
+    shutil.copytree(HF45, tmp_path / "pickled")
+    for file in (*(tmp_path / "pickled").glob("*.safetensors"), tmp_path / "pickled" / INDEX_NAME):
+        file.unlink()
+    torch.save(read_tensors(HF45), tmp_path / "pickled" / "pytorch_model.bin")
+    run(tmp_path / "pickled", tmp_path / "next", "llava-next")
+    assert fingerprint(stored_tensors(tmp_path / "next")) == fingerprint(stored_tensors(HF45))
 
 
 def test_another_data_type_is_the_only_change_of_values(tmp_path, own):
@@ -272,7 +363,7 @@ def test_an_output_with_other_logits_is_not_written(tmp_path, own, monkeypatch):
     before = {file: file.read_bytes() for file in output.iterdir()}
     monkeypatch.setattr(same_logits, "TOLERANCE", -1.0)
     with pytest.raises(CheckpointError, match="gives other logits"):
-        run(own, output, "avg", overwrite=True)
+        run(own, output, "avg", check=True, overwrite=True)
     assert {file: file.read_bytes() for file in output.iterdir()} == before
 
 

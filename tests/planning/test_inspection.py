@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from avg_llava import cli
+from avg_llava import cli, load_model
 from avg_llava.planning.inspection import inspect
 from avg_llava.training.checkpoint import StageManifest, write_manifest
 from tests.parity.golden import GOLDEN
@@ -136,6 +136,25 @@ def test_other_folders_are_told_apart(tmp_path):
     assert (found.kind, found.parameters["total"]) == ("projector", 8)
     with pytest.raises(ValueError, match="no such folder or file"):
         inspect(tmp_path / "absent")
+
+
+def test_adapters_are_described_with_their_base_model(tmp_path, own):
+    base = load_model(own)
+    layer = "model.language_model.layers.0.self_attn.q_proj"
+    width = base.config.text_config.hidden_size
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(own), "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    names = {"lora_A": torch.ones(2, width), "lora_B": torch.ones(width, 2)}
+    save_file(
+        {f"base_model.model.{layer}.{name}.weight": tensor for name, tensor in names.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    found = inspect(tmp_path)
+    assert (found.kind, found.problems, found.behavior) == ("adapter", [], "paper")
+    assert found.parameters["total"] == sum(parameter.numel() for parameter in base.parameters())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in inspect(tmp_path).problems[0]
+    assert inspect(tmp_path).starts == []
 
 
 def test_the_text_names_the_facts(capsys, own):
