@@ -7,18 +7,20 @@ does the head, whose errors would change the answer's tokens directly.
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from avg_llava.model.language import language_parts
 
 Quantization = Literal["8bit", "4bit"]
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.router", "lm_head"]
-BLOCKS = "model.language_model.layers."
 BLOCK_SIZE = 64  # weights that share one float32 scale in NF4
+BYTES_PER_WEIGHT = 0.5 + 4 / BLOCK_SIZE
 
 
 def quantization_arguments(quantization: Quantization, device: torch.device | str | None) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
 
 
-def freeze_in_4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def freeze_in_4bit(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces the linear layers of the language model's blocks by frozen 4-bit ones, for training adapters on them.
 
     The weights are those of `load_model(..., quantization="4bit")`. They are no part of the state dict: a run that
@@ -85,9 +87,7 @@ def freeze_in_4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -
     """
     from bitsandbytes.nn import Params4bit
 
-    for name, layer in list(model.named_modules()):
-        if not name.startswith(BLOCKS) or not isinstance(layer, nn.Linear):
-            continue
+    for name, layer in list(quantizable_layers(model)):
         if layer.in_features % BLOCK_SIZE:
             raise ValueError(
                 f"{name} has {layer.in_features} inputs; 4-bit weights need a multiple of {BLOCK_SIZE}: load them whole"
@@ -101,6 +101,14 @@ def freeze_in_4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -
         if layer.bias is not None:
             frozen.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
         model.set_submodule(name, frozen)
+
+
+def quantizable_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and linear layers of the language model's blocks, without adapters."""
+    blocks = f"model.language_model.{language_parts(model.config.text_config).layers}."
+    for name, layer in model.named_modules():
+        if name.startswith(blocks) and isinstance(layer, nn.Linear) and ".lora_" not in name:
+            yield name, layer
 
 
 @cache

@@ -129,7 +129,8 @@ def _is_capped_head(model: Any, head_name: str, softcap: float | None, width: in
     """Tries out a causal LM without its layers and with a small head: its logits are those of the head, capped."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, width, generator=generator, device="cpu", dtype=torch.float32)
-    head = nn.Linear(width, 4, bias=False, device="cpu", dtype=torch.float32)
+    # Without initialisation, which would advance the random numbers of the caller.
+    head = nn.utils.skip_init(nn.Linear, width, 4, bias=False, device="cpu", dtype=torch.float32)
     head.weight.copy_(torch.randn(4, width, generator=generator, device="cpu") * 30 / width**0.5)
     setattr(model, model.base_model_prefix, _Echo())
     model.set_submodule(head_name, head)

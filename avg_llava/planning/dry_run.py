@@ -23,11 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
-from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import instantiate
-from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.weight_files import list_tensors, weight_files
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset
@@ -38,7 +35,14 @@ from avg_llava.model.images import load_image
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.planning.meta_model import find_model_config, meta_model
-from avg_llava.training.assembly import build_dataset, check_compilation, check_quantization, load_processor
+from avg_llava.training.assembly import (
+    build_dataset,
+    check_compilation,
+    check_quantization,
+    load_processor,
+    start_checkpoint,
+    weights_dtype,
+)
 from avg_llava.training.checkpoint import checkpoint_bytes, describe_start, find_earlier_run
 from avg_llava.training.config import TrainConfig, load_config
 from avg_llava.training.feedback_store import FeedbackStore
@@ -163,16 +167,9 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
     """
     settings = config.model
     replaces_router = settings.router is not None or settings.granularities is not None
-    if settings.start is None:
-        assert settings.vision is not None, "checked by TrainConfig"
-        assert settings.language is not None, "checked by TrainConfig"
-        checkpoint = join_backbones(settings.vision, settings.language, **config.architecture())
-    else:
-        checkpoint = open_checkpoint(settings.start)
-        if replaces_router:
-            checkpoint = replace(checkpoint, fresh=(*checkpoint.fresh, ROUTER_KEYS))
-    if settings.projector is not None:
-        checkpoint = with_projector(checkpoint, settings.projector)
+    checkpoint = start_checkpoint(config)
+    if replaces_router:
+        checkpoint = replace(checkpoint, fresh=(*checkpoint.fresh, ROUTER_KEYS))
 
     def read(folder: Path) -> dict[str, Tensor]:
         return {
@@ -189,8 +186,7 @@ def check_weights(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
 def bytes_to_write(config: TrainConfig, model_config: AvgLlavaConfig) -> int:
     """Approximate peak of a run's disk usage: its checkpoints, one more while it is being written, and the result."""
     without_store = replace(config, objective=replace(config.objective, feedback_store=None))
-    is_wide = config.runtime.deepspeed is None or config.runtime.precision == "fp32"
-    model = meta_model(without_store, model_config).to(torch.float32 if is_wide else torch.bfloat16)
+    model = meta_model(without_store, model_config).to(weights_dtype(config))
     if "router" in STAGES[config.stage].trains:
         model.model.router.float()
     result = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from avg_llava.checkpoints.quantization import quantizable_layers
 from avg_llava.common.machine import GPUS
 from avg_llava.common.settings import ConfigError
 from avg_llava.common.tables import render_table
@@ -19,7 +20,7 @@ from avg_llava.data.verify import TOTAL
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.planning.memory import FLOAT32, SHARDINGS, Activations, activation_memory, sharding_of, state_memory
 from avg_llava.planning.meta_model import find_model_config, meta_model
-from avg_llava.training.assembly import build_dataset, load_processor
+from avg_llava.training.assembly import build_dataset, load_processor, weights_dtype
 from avg_llava.training.config import SourceSettings, TrainConfig, load_config
 from avg_llava.training.flops import SampleShape, shapes_of, step_flops
 from avg_llava.training.lora import AdapterShape, adapter_shapes
@@ -83,14 +84,19 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     num_trained = sum(count.trainable for count in counts.values())
 
     deepspeed = None if config.runtime.deepspeed is None else read_deepspeed_file(config.runtime.deepspeed)
-    chosen = sharding_of(deepspeed)
+    chosen, possible, quantized = sharding_of(deepspeed), SHARDINGS, []
     if request.zero is not None:
         chosen = next(sharding for sharding in SHARDINGS if sharding.name == request.zero)
+    if config.lora is not None and config.lora.quantization is not None:
+        if chosen.zero == 3:
+            raise ConfigError("lora.quantization: ZeRO-3 cannot shard 4-bit weights; choose another ZeRO stage")
+        possible = tuple(sharding for sharding in SHARDINGS if sharding.zero != 3)
+        quantized = [layer.weight.numel() for _, layer in quantizable_layers(model)]
     trains = STAGES[config.stage].trains
     element_size = 4 if config.runtime.precision == "fp32" else 2
     activations = _activations(config, model_config, shapes, adapters, element_size)
     memory: dict[str, dict[str, Any]] = {}
-    for sharding in dict.fromkeys((*SHARDINGS, chosen)):
+    for sharding in dict.fromkeys((*possible, chosen)):
         state = state_memory(
             sharding,
             num_parameters,
@@ -100,6 +106,8 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
             model_config.text_config.hidden_size,
             zero=None if deepspeed is None else deepspeed.get("zero_optimization"),
             trained_size=FLOAT32 if "router" in trains else element_size,
+            frozen_size=weights_dtype(config).itemsize,
+            quantized=quantized,
         )
         parts = asdict(state) | {"activations": activations.kept, "logits": activations.logits}
         total = sum(parts[part] for part in PARTS)
@@ -123,7 +131,13 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
     if steps is None and num_samples is not None:
         steps = math.ceil(math.ceil(num_samples / step_samples) * config.optim.epochs)
     peak = GPUS[request.gpu].peak(config.runtime.precision, config.runtime.tf32)
-    seconds = flops / (peak * request.mfu * request.num_gpus)
+    speed = peak * request.mfu * request.num_gpus
+    seconds = flops / speed
+    feedback = None
+    if config.objective.feedback_store is not None:
+        total, sample_flops = _feedback(config, model_config, shapes, element_size)
+        hours = None if num_samples is None else num_samples * sample_flops / speed / 3600
+        feedback = {"memory": total, "fits": total <= GPUS[request.gpu].memory * (1 - RESERVED), "hours": hours}
     return {
         "config": str(path),
         "stage": config.stage,
@@ -150,6 +164,7 @@ def estimate(path: Path, request: Request) -> dict[str, Any]:
         "samples": num_samples,
         "steps": steps,
         "hours": None if steps is None else steps * seconds / 3600,
+        "feedback": feedback,
     }
 
 
@@ -179,6 +194,12 @@ def table_lines(result: dict[str, Any]) -> list[str]:
         f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.2f} TFLOP, {step['seconds']:.3g} s at an MFU of "
         f"{result['mfu']:.0%}",
     ]
+    feedback = result["feedback"]
+    if feedback is not None:
+        duration = "" if feedback["hours"] is None else f", {feedback['hours']:.3g} hours"
+        verdict = "fits" if feedback["fits"] else "does not fit"
+        amount = f"{feedback['memory'] / unit:.2f} {unit_name} per GPU"
+        lines.append(f"the feedback, once: {amount}, which {verdict}{duration}")
     if result["steps"] is None:
         return [*lines, "a run: the number of samples is not known; give it with --num-samples"]
     return [*lines, f"a run: {result['steps']:,} steps, {result['hours']:.3g} hours"]
@@ -209,6 +230,21 @@ def _activations(
     )
 
 
+def _feedback(
+    config: TrainConfig, model_config: AvgLlavaConfig, shapes: Sequence[SampleShape], element_size: int
+) -> tuple[float, float]:
+    """Bytes per GPU and operations per sample of collecting the feedback that a run reads from its store."""
+    without_store = replace(config, objective=replace(config.objective, feedback_store=None))
+    counts = count_parameters(meta_model(without_store, model_config))
+    passes = replace(without_store.passes, router=False)
+    longest = max(shapes, key=lambda shape: shape.length(model_config.granularities[-1], model_config))
+    samples = [longest] * config.optim.micro_batch_size
+    activations = activation_memory((), passes, samples, model_config, element_size, recompute=False)
+    weights = element_size * sum(count.total for count in counts.values())
+    flops = step_flops((), passes, shapes, model_config).total / len(shapes)
+    return weights + activations.kept + activations.logits, flops
+
+
 def _samples(
     config: TrainConfig, model_config: AvgLlavaConfig, request: Request
 ) -> tuple[list[SampleShape], int | None, str]:
@@ -234,11 +270,15 @@ def _samples(
 
 
 def _expected_records(sources: Sequence[SourceSettings]) -> int | None:
-    """Samples per epoch, if all sources have an expected number of records."""
-    expected = [
-        source.expected[TOTAL] * source.weight for source in sources if source.expected and TOTAL in source.expected
-    ]
-    return round(sum(expected)) if len(expected) == len(sources) else None
+    """Samples per epoch, if all sources sample a fixed number of records or have an expected one."""
+    total = 0.0
+    for source in sources:
+        _, _, count = (source.sampling or "").partition(":")
+        known = int(count) if count.isdigit() else (source.expected or {}).get(TOTAL)
+        if known is None:
+            return None
+        total += known * source.weight
+    return round(total)
 
 
 def _is_available(config: TrainConfig) -> bool:

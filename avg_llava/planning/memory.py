@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from avg_llava.checkpoints.quantization import BYTES_PER_WEIGHT
 from avg_llava.model.anyres import num_crops
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.language import language_parts
@@ -93,10 +94,12 @@ def state_memory(
     hidden_size: int,
     zero: Mapping[str, Any] | None = None,
     trained_size: int | None = None,
+    frozen_size: int = FLOAT32,
+    quantized: Sequence[int] = (),
 ) -> StateMemory:
     """Memory of parameters, gradients, AdamW's states and DeepSpeed's buffers.
 
-    Without DeepSpeed, weights are float32, and autocast keeps a copy of the trained ones in the run's precision. With
+    Without DeepSpeed, trained weights are float32, and autocast keeps a copy of them in the run's precision. With
     DeepSpeed, the optimizer holds float32 master weights. ZeRO-1 shards optimizer states, ZeRO-2 also gradients, ZeRO-3
     also parameters. Offloaded tensors are sharded in the same way.
 
@@ -105,17 +108,25 @@ def state_memory(
         hidden_size: Width of the language model; bucket sizes "auto" are its square.
         zero: Section `zero_optimization` of the DeepSpeed file, for bucket sizes.
         trained_size: Bytes of a trained weight and of its gradient; None: `element_size`.
+        frozen_size: Bytes of a frozen weight without DeepSpeed.
+        quantized: Frozen weights of each 4-bit layer. The weights of one layer at a time are dequantised. ZeRO-3 cannot
+            shard them.
     """
+    num_parameters -= sum(quantized)
+    packed, dequantized = BYTES_PER_WEIGHT * sum(quantized), element_size * max(quantized, default=0)
     if sharding.zero is None:
         autocast = element_size * num_trained if element_size < FLOAT32 else 0
-        return StateMemory(FLOAT32 * num_parameters, FLOAT32 * num_trained, MOMENT_BYTES * num_trained, autocast, 0)
+        whole = frozen_size * (num_parameters - num_trained) + FLOAT32 * num_trained
+        trained = FLOAT32 * num_trained, MOMENT_BYTES * num_trained
+        return StateMemory(whole + packed, *trained, autocast + dequantized, 0)
+    assert not quantized or sharding.zero < 3, "refused by check_quantization"
     trained_size = trained_size or element_size
     parts = [num_gpus if sharding.zero >= stage else 1 for stage in (1, 2, 3)]
     optimizer = (MASTER_WEIGHT_BYTES + MOMENT_BYTES) * num_trained / parts[0]
     gradients = trained_size * num_trained / parts[1]
-    parameters = (element_size * (num_parameters - num_trained) + trained_size * num_trained) / parts[2]
+    parameters = (element_size * (num_parameters - num_trained) + trained_size * num_trained) / parts[2] + packed
     settings = dict(zero or {})
-    buffers = 0.0
+    buffers = float(dequantized)
     if sharding.zero >= 1:
         bucket = _number(settings.get("reduce_bucket_size"), hidden_size**2)
         buffers += trained_size * min(bucket, num_trained) * (2 if settings.get("overlap_comm", True) else 1)

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from avg_llava.checkpoints.backbones import config_from_backbones
+from avg_llava.checkpoints.backbones import config_from_backbones, join_backbones
+from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config, open_processor
+from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import check_available, freeze_in_4bit
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import resolve_folder
@@ -44,13 +47,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     A router that is trained is float32 in any precision. Every process loads the whole model into host memory, from
     where DeepSpeed takes its shard.
     """
-    dtype = torch.float32
-    quantizes = config.lora is not None and config.lora.quantization is not None
-    if config.runtime.deepspeed is not None or quantizes:
-        # DeepSpeed keeps float32 master weights; without it, the model itself holds float32 weights for autocast, or
-        # those that are trained with a quantised language model.
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
-    settings = config.model
+    dtype, settings = weights_dtype(config), config.model
     if settings.start is not None:
         if config.objective.feedback_store is None:
             model, processor = load(settings.start, projector=settings.projector, dtype=dtype)
@@ -73,10 +70,10 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
     if config.runtime.attention is not None:
         model.set_attn_implementation({"text_config": config.runtime.attention})
     if config.lora is not None:
-        if quantizes:
+        if config.lora.quantization is not None:
             freeze_in_4bit(model, dtype, device_of(config))
         add_adapters(model, config.lora, config.seed)
-        if quantizes and config.runtime.deepspeed is None:
+        if config.lora.quantization is not None and config.runtime.deepspeed is None:
             set_trainable(model, STAGES[config.stage])
             for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
                 parameter.data = parameter.data.float()
@@ -111,6 +108,30 @@ def choose_template(config: TrainConfig, processor: AvgLlavaProcessor, model_con
         f"data.template is {wanted}, but model.start was trained with {trained}; leave data.template out to go on with "
         f"{trained}, or set data.force_template to teach it {wanted}"
     )
+
+
+def start_checkpoint(config: TrainConfig) -> Checkpoint:
+    """The checkpoint or the backbones that the run starts from, not read yet."""
+    settings = config.model
+    if settings.start is not None:
+        checkpoint = open_checkpoint(settings.start)
+    else:
+        assert settings.vision is not None, "checked by TrainConfig"
+        assert settings.language is not None, "checked by TrainConfig"
+        checkpoint = join_backbones(settings.vision, settings.language, **config.architecture())
+    return checkpoint if settings.projector is None else with_projector(checkpoint, settings.projector)
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Data type in which a run loads its start: its precision, or float32 where autocast needs it.
+
+    DeepSpeed keeps float32 copies of what it trains. Without it the trained weights are float32 themselves; the others
+    too, unless the stage trains only the router or a quantised model's adapters, which are widened after loading.
+    """
+    quantizes = config.lora is not None and config.lora.quantization is not None
+    if config.runtime.deepspeed is None and STAGES[config.stage].trains != ("router",) and not quantizes:
+        return torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.runtime.precision]
 
 
 def check_quantization(deepspeed: Mapping[str, Any] | None, config: TrainConfig) -> None:

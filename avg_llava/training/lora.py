@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.common.settings import ConfigError
+from avg_llava.model.language import language_parts
 from avg_llava.training.config import LoraSettings
 from avg_llava.training.stages import Part, is_adapter, part_of
 
@@ -122,13 +123,13 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
     return merged
 
 
-def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: Checkpoint) -> dict[str, Tensor]:
     """State dict with the weights of a start's files in place of the frozen ones, which are quantised or rounded.
 
     Args:
         model: The model in training.
         weights: Its state dict, without quantised weights.
-        start: Folder or hub id of the checkpoint that it was loaded from.
+        start: The checkpoint that it was loaded from.
 
     Returns:
         Frozen weights mapped from the files, and trained ones rounded to the data types of the files. Parts that the
@@ -137,21 +138,24 @@ def with_start_weights(model: nn.Module, weights: Mapping[str, Tensor], start: s
     Raises:
         CheckpointError: The files lack a quantised weight.
     """
-    stored = open_checkpoint(start).tensors()
+    stored = start.stored()
     whole = dict(weights)
     for name, parameter in model.named_parameters():
         original = stored.get(name.replace(_BASE, "."))
         if original is not None:
-            whole[name] = weights[name].to(original.dtype) if parameter.requires_grad else original
+            whole[name] = weights[name].to(original.dtype) if parameter.requires_grad else original.read()
         elif name not in weights:
-            raise CheckpointError(f"{start} no longer holds {name.replace(_BASE, '.')}, which the adapters belong to")
+            raise CheckpointError(
+                f"{start.name} no longer holds {name.replace(_BASE, '.')}, which the adapters belong to"
+            )
     return whole
 
 
 def without_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model on the meta device as its start is, without adapters and quantised layers, to save `weights` with."""
+    embeddings = language_parts(model.config.text_config).embeddings
     with torch.device("meta"):
-        whole = type(model)(model.config).to(weights["model.image_newline"].dtype)
+        whole = type(model)(model.config).to(weights[f"model.language_model.{embeddings}.weight"].dtype)
     whole.generation_config = model.generation_config
     return whole
 

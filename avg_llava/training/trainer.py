@@ -27,6 +27,7 @@ from avg_llava.checkpoints.loading import load_model
 from avg_llava.checkpoints.routing_model import RoutingModel, load_routing_model
 from avg_llava.data.dataset import ConversationDataset
 from avg_llava.data.sampler import MicroBatches
+from avg_llava.training.assembly import start_checkpoint
 from avg_llava.training.card import write_card
 from avg_llava.training.checkpoint import (
     CHECKPOINT_PREFIX,
@@ -216,8 +217,8 @@ class StageTrainer(Trainer):
         model, lora = self.model.model, self.config.lora
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
         if lora is not None:
-            start = str(self.config.model.start)
-            save_adapters(folder, model, weights, start)
+            start = start_checkpoint(self.config)
+            save_adapters(folder, model, weights, start.name)
             if lora.quantization is not None:
                 weights = with_start_weights(model, weights, start)
                 model = without_adapters(model, weights)

@@ -115,6 +115,12 @@ def test_other_language_models_are_refused(config, message):
         language_parts(config)
 
 
+def test_the_callers_random_numbers_are_left_alone():
+    before = torch.get_rng_state()
+    language_parts(language_config(vocab_size=65))  # of no other test, so that it is not remembered
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_capped_logits_change_the_loss():
     """The cap of the head is not lost: without it the families' tests above could not fail."""
     config = language_models()["gemma2"]

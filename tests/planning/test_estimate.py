@@ -166,6 +166,31 @@ def test_states_by_hand(sharding, expected):
     assert [value / B for value in found] == pytest.approx(expected)
 
 
+def test_quantised_states_by_hand():
+    """5e9 of the 7e9 weights in 4 bits with a float32 scale per 64; the largest layer is dequantised."""
+    sizes = {"num_parameters": 7 * B, "num_trained": B, "element_size": 2, "num_gpus": 4, "hidden_size": 4096}
+    state = state_memory(Sharding(None), **sizes, frozen_size=2, quantized=[3 * B, 2 * B])
+    assert state.parameters / B == pytest.approx(5 * 0.5625 + 2 + 4)
+    assert state.buffers / B == pytest.approx(2 + 3 * 2)
+    state = state_memory(Sharding(0), **sizes, quantized=[3 * B, 2 * B])
+    assert (state.parameters / B, state.buffers / B) == pytest.approx((5 * 0.5625 + 2 + 2, 3 * 2))
+
+
+def test_hub_ids_that_are_not_downloaded(tmp_path, capsys):
+    """A known start has its published shape; of another one the error says what is missing."""
+    path = tmp_path / "stage3.yaml"
+    text = Path("configs/mini/stage3.yaml").read_text()
+    path.write_text(text.replace("runs/mini/stage2", "lmms-lab/llama3-llava-next-8b"))
+    result = estimate.estimate(path, estimate.Request(num_gpus=1))
+    assert result["assumptions"][0] == "lmms-lab/llama3-llava-next-8b has its published shape"
+    assert result["model"]["by_part"]["llm"]["total"] == 8_030_261_248
+    path.write_text(text.replace("runs/mini/stage2", "someone/their-llava"))
+    assert cli.main(["estimate", "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "model.start someone/their-llava is neither a folder nor a downloaded hub repository" in error
+    assert "Traceback" not in error
+
+
 def test_shipped_deepspeed_files():
     found = {
         path.stem: sharding_of(read_deepspeed_file(str(path))) for path in Path("configs/deepspeed").glob("*.json")

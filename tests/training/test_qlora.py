@@ -17,8 +17,9 @@ from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.checkpoints.quantization import freeze_in_4bit
 from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
 from avg_llava.model.processing import AvgLlavaProcessor
-from avg_llava.planning import dry_run
+from avg_llava.planning import dry_run, estimate
 from avg_llava.training import run
+from avg_llava.training.assembly import build_model
 from avg_llava.training.config import ConfigError, LoraSettings, ObjectiveSettings, TrainConfig, load_config
 from avg_llava.training.lora import add_adapters
 from avg_llava.training.objectives import objective_class
@@ -232,3 +233,18 @@ def test_a_checkpoint_without_its_adapters(world, monkeypatch):
     (world / "broken/checkpoint-1/adapter/other_parts.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no .*other_parts\.safetensors; pass --output\.overwrite"):
         run.run_stage(config)
+
+
+def test_the_estimate_counts_what_is_in_memory(world):
+    """Parameters as they are held, 4-bit scales too; never under ZeRO-3."""
+    config = config_of(world)
+    model, _ = build_model(config)
+    counts = set_trainable(model, STAGES[3])
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(weight.quant_state.absmax.nbytes for weight in model.parameters() if hasattr(weight, "quant_state"))
+    found = estimate.estimate(world / "stage3.yaml", estimate.Request(num_gpus=1))
+    assert found["model"]["by_part"] == {part: vars(count) for part, count in counts.items()}
+    assert found["memory"]["none"]["parameters"] == held
+    assert found["memory"].keys() == {"none", "0", "1", "2"}
+    with pytest.raises(ConfigError, match=r"lora\.quantization: ZeRO-3 cannot shard"):
+        estimate.estimate(world / "stage3.yaml", estimate.Request(num_gpus=1, zero="3"))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from avg_llava.checkpoints.formats import KNOWN_TOWERS
 from avg_llava.model.templates import TEMPLATES
+from avg_llava.planning.estimate import Request, estimate
+from avg_llava.planning.meta_model import KNOWN_BACKBONES, KNOWN_STARTS
 from avg_llava.training.checkpoint import changed_keys
 from avg_llava.training.config import RouterSettings, load_config
 from avg_llava.training.processes import read_deepspeed_file
@@ -21,6 +23,12 @@ ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
 MIXTURES = sorted((ROOT / "configs/mixtures").glob("*.yaml"))
 MINI_ABLATIONS = sorted((ROOT / "configs/mini/ablations").glob("*.yaml"))
+FAMILIES = {  # published start
+    "llava-v1.6-vicuna-7b": "liuhaotian/llava-v1.6-vicuna-7b",
+    "llava-v1.6-mistral-7b": "liuhaotian/llava-v1.6-mistral-7b",
+    "llama3-llava-next-8b": "lmms-lab/llama3-llava-next-8b",
+}
+STARTS = sorted(path for family in FAMILIES for path in (ROOT / "configs" / family).rglob("*.yaml"))
 LORA = sorted((ROOT / "configs/vicuna-7b/lora").glob("*.yaml"))
 SHIPPED = sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(ABLATIONS) - set(MIXTURES))
 # Some of the things that ablations change, each one.
@@ -33,9 +41,11 @@ def test_shipped_configuration(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     assert path.stem == f"stage{config.stage}"
-    assert config.data.template in TEMPLATES
+    assert config.data.template in {None, *TEMPLATES}
     assert config.output.dir == f"runs/{path.parent.name}/stage{config.stage}"
-    if config.stage > 1:
+    if config.model.force_start:
+        assert (config.stage, config.model.start in KNOWN_STARTS) == (3, True)
+    elif config.stage > 1:
         assert config.model.start == f"runs/{path.parent.name}/stage{config.stage - 1}"
     settings = read_deepspeed_file(config.runtime.deepspeed)
     assert settings["zero_optimization"]["stage"] == (2 if config.stage == 1 else 3)
@@ -54,6 +64,44 @@ def test_shipped_lora(path, monkeypatch):
         f"optim.lora_lr: None -> {config['optim']['lora_lr']}"
     ]
     assert config["output"]["dir"] == f"runs/vicuna-7b/lora/{path.stem}"
+
+
+@pytest.mark.parametrize("path", STARTS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
+def test_shipped_start(path, monkeypatch):
+    """The families differ in start and folders only; stage 3 starts from a published model."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    family, *kind, name = path.relative_to(ROOT / "configs").with_suffix("").parts
+    folder = "/".join(("runs", family, *kind))
+    assert path.read_text().count(f"stage: {config.stage}") == 1, "what the scripts look for"
+    assert (name, config.output.dir) == (f"stage{config.stage}", f"{folder}/{name}")
+    expected = (FAMILIES[family], True) if config.stage == 3 else (f"{folder}/stage3", False)
+    assert (config.model.start, config.model.force_start) == expected
+    assert config.data.template is None, "the start's"
+    vicuna = load_config(ROOT.joinpath("configs", "llava-v1.6-vicuna-7b", *kind, path.name))
+    changed = {line.partition(":")[0] for line in changed_keys(vicuna.to_dict(), config.to_dict())}
+    assert changed <= {"model.start", "objective.feedback_store"}
+    assert (config.lora is not None) == (bool(kind) and config.stage == 3)
+    if kind == ["qlora"]:
+        stage3, stage4 = (load_config(path.with_name(f"stage{stage}.yaml")) for stage in (3, 4))
+        assert stage3.data.sources == stage4.data.sources
+        assert stage3.lora.quantization == "4bit"
+        assert stage4.objective.feedback_store == f"{folder}/feedback"
+
+
+@pytest.mark.parametrize("stage", [3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qlora_fits_into_24_gb(family, stage, monkeypatch):
+    """With a margin of 2 GB for an image of the largest number of tokens; feedback on the largest model just fits."""
+    monkeypatch.chdir(ROOT)
+    path = Path(f"configs/{family}/qlora/stage{stage}.yaml")
+    largest = estimate(path, Request(num_gpus=1, gpu="rtx4090", image_size=(672, 672)))
+    assert largest["sharding"] == "none"
+    assert largest["memory"]["none"]["total"] < 22e9
+    usual = estimate(path, Request(num_gpus=1, gpu="rtx4090"))
+    assert usual["steps"] == 625
+    assert (stage == 3) == (usual["feedback"] is None)
+    assert stage == 3 or (usual["feedback"]["fits"] and usual["hours"] < 1 < usual["feedback"]["hours"])
 
 
 def _changed(path: Path, base: dict, output: str, store: str) -> list[str]:
@@ -153,6 +201,25 @@ def test_the_papers_values(stage, monkeypatch):
         assert config.accumulation_steps(world_size) >= 1
     objective = config.objective
     assert (objective.rank_loss_weight, objective.cross_entropy_weight, objective.tie_tolerance) == (1.0, 0.1, 0.0)
+
+
+# Published numbers of parameters; of a tower, with all its parts.
+SIZES = {
+    "openai/clip-vit-large-patch14-336": 303_507_456,
+    "google/siglip2-so400m-patch14-384": 428_225_600,
+    "lmsys/vicuna-7b-v1.5": 6_738_415_616,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_BACKBONES)
+def test_known_backbones_have_the_published_number_of_parameters(name):
+    config = AutoConfig.for_model(**KNOWN_BACKBONES[name])
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if "vocab_size" in KNOWN_BACKBONES[name] else AutoModel).from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SIZES[name]
 
 
 def test_the_7b_model_has_the_real_number_of_parameters(monkeypatch):
