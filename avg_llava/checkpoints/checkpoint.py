@@ -44,7 +44,6 @@ class Checkpoint:
 
     Attributes:
         name: Path or hub id, for messages.
-        native_folder: Folder that transformers' `from_pretrained` can read; None if keys have to be renamed first.
         fresh: Key prefixes of parts that may be missing and are then initialised.
         folder: Folder of its `config.json`, and of its `generation_config.json` if it has one.
         tokenizer: Folder of its tokenizer.
@@ -56,7 +55,6 @@ class Checkpoint:
     name: str
     config: AvgLlavaConfig
     sources: tuple[WeightSource, ...]
-    native_folder: Path | None = None
     fresh: tuple[str, ...] = ()
     folder: Path | None = None
     tokenizer: Path | None = None

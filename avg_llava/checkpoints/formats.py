@@ -111,7 +111,6 @@ def _transformers(name: str, folder: Path, raw_config: Mapping[str, Any], behavi
         name,
         config,
         (WeightSource(folder, TRANSFORMERS_KEYS),),
-        native_folder=folder,
         fresh=fresh,
         folder=folder,
         tokenizer=folder,

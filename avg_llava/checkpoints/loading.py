@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
 from avg_llava.checkpoints.backbones import join_backbones
@@ -17,6 +19,7 @@ from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
+from avg_llava.checkpoints.reading import read_weights
 from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
@@ -168,36 +171,55 @@ def instantiate(
         model_class: The model, or a part of it that ignores other weights.
         checkpoint: Its weights and configuration.
         dtype: Data type of the weights; None keeps the checkpoint's.
-        read: Gives the tensors of a folder; None reads its safetensors files.
+        read: Gives the tensors of a folder; None reads its files.
         **kwargs: Passed on to `from_pretrained`.
 
     Raises:
         CheckpointError: Keys are missing, unexpected or of the wrong shape; all are listed.
     """
-    folder = checkpoint.native_folder if read is None else None
-    if folder is None:
+    wanted = _data_type(dtype)
+    if read is not None:
         tensors = checkpoint.tensors(read)
-        kwargs["state_dict"] = tensors
-        embeddings = tensors.get(_embeddings(checkpoint.config))
-        if dtype is None and embeddings is not None:
-            dtype = embeddings.dtype
+    else:
+        stored = checkpoint.stored()
+        ignored = model_class._keys_to_ignore_on_load_unexpected or ()
+        for name in [name for name in stored if any(re.search(pattern, name) for pattern in ignored)]:
+            del stored[name]
+        wanted = wanted or _data_type(checkpoint.config.dtype)
+        embeddings = stored.get(_embeddings(checkpoint.config))
+        if wanted is None and embeddings is not None:
+            wanted = embeddings.dtype
+        # Quantisation and ZeRO-3 take whole tensors one by one, and cast what they keep.
+        casts_itself = "quantization_config" in kwargs or is_deepspeed_zero3_enabled()
+        tensors = read_weights(stored, checkpoint.name, None if casts_itself else wanted)
     with _without_load_report():
         model, info = model_class.from_pretrained(
-            folder,
+            None,
             config=checkpoint.config,
-            dtype=dtype or "auto",
+            dtype=wanted or "auto",
+            state_dict=tensors,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **kwargs,
         )
     _check_loaded(info, checkpoint.name, checkpoint.fresh)
-    if folder is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+    if read is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
 
 
 def _embeddings(config: AvgLlavaConfig) -> str:
     return f"model.language_model.{language_parts(config.text_config).embeddings}.weight"
+
+
+def _data_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A data type by its name in PyTorch; None, and "auto", stand for the checkpoint's."""
+    if dtype in (None, "auto"):
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype is a data type of PyTorch, such as bfloat16, or 'auto', not {dtype!r}")
+    return found
 
 
 def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...]) -> None:

@@ -74,7 +74,7 @@ def with_projector(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
         )
     fresh = tuple(prefix for prefix in checkpoint.fresh if prefix != _PROJECTOR)
     source = WeightSource(file, _PROJECTOR_KEYS)
-    return replace(checkpoint, sources=(*checkpoint.sources, source), native_folder=None, fresh=fresh)
+    return replace(checkpoint, sources=(*checkpoint.sources, source), fresh=fresh)
 
 
 def open_adapter(
@@ -112,7 +112,7 @@ def open_adapter(
         checkpoint = open_original(name, folder, raw_config, behavior, sources)
     else:
         base = open_base(base_folder, behavior)
-        checkpoint = replace(base, name=name, sources=(*base.sources, *added), native_folder=None)
+        checkpoint = replace(base, name=name, sources=(*base.sources, *added))
     if checkpoint.adapter is not None:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: the base model {adapter.base} is made of adapters itself")
     return replace(checkpoint, adapter=adapter, tokenizer=tokenizer_folder(folder, checkpoint.tokenizer or base_folder))

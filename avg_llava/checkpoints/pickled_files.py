@@ -61,14 +61,14 @@ def pickled_tensors(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: tensor {name} of shape {tuple(tensor.shape)} repeats its bytes")
         tensors[name] = tensor.detach()
     starts = _match_records(file, content, records) if is_archive else {}
-    return {name: _stored(file, tensor, starts) for name, tensor in tensors.items()}
+    return {name: _stored(file, name, tensor, starts) for name, tensor in tensors.items()}
 
 
-def _stored(file: Path, tensor: Tensor, starts: Mapping[int, int]) -> StoredTensor:
+def _stored(file: Path, name: str, tensor: Tensor, starts: Mapping[int, int]) -> StoredTensor:
     """Describes a tensor of a file whose storages begin at `starts`, by their address."""
     start = starts.get(tensor.untyped_storage().data_ptr())
     start = start + int(tensor.storage_offset()) * tensor.itemsize if start and tensor.is_contiguous() else None
-    return StoredTensor(file, tensor.dtype, tuple(tensor.shape), start, read=lambda: tensor)
+    return StoredTensor(file, tensor.dtype, tuple(tensor.shape), start, lambda: tensor, name)
 
 
 class Record(NamedTuple):

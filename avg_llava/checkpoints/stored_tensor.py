@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 16 * 1024 * 1024  # bytes read at a time
+NUM_READERS = 4  # threads: more do not read faster
 
 
 class CheckpointError(ValueError):
@@ -16,11 +17,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file whose header was checked.
+    """A tensor in a file whose header was checked, or one that is computed from such.
 
     Attributes:
         start: Position of the tensor's bytes in the file; None if they do not lie there in order.
         read: Maps the tensor from the file: it takes memory of its own only where it is written to.
+        name: Its name in the file; empty if it is computed.
     """
 
     file: Path
@@ -28,6 +30,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int | None
     read: Callable[[], Tensor]
+    name: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -41,7 +44,7 @@ class StoredTensor:
             CheckpointError: The file became shorter.
         """
         if self.start is None:
-            yield from self.read().reshape(-1).split(_CHUNK // self.dtype.itemsize)
+            yield from split(self.read())
             return
         remaining = self.num_bytes
         buffer = memoryview(bytearray(min(remaining, _CHUNK)))
@@ -57,3 +60,8 @@ class StoredTensor:
                     filled += count
                 remaining -= len(part)
                 yield torch.frombuffer(part, dtype=self.dtype)
+
+
+def split(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements in order, as vectors."""
+    yield from tensor.reshape(-1).split(_CHUNK // tensor.itemsize)

@@ -156,6 +156,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in stored_tensors(folder).items()}
 
 
+def read_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one file, mapped into memory."""
+    return {name: tensor.read() for name, tensor in list_tensors([file]).items()}
+
+
 def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of some files, by name.
 
@@ -200,6 +205,7 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
             tuple(entry["shape"]),
             8 + length + entry["data_offsets"][0],
             partial(opened.get_tensor, name),
+            name,
         )
     return tensors
 

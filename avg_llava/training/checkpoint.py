@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from avg_llava.checkpoints.checksums import MANIFEST_NAME, Checksums
 from avg_llava.common.files import write_json
 from avg_llava.common.machine import library_versions
 from avg_llava.common.settings import ConfigError, build
@@ -32,7 +33,6 @@ from avg_llava.training.stages import STAGES, num_weights
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "stage.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 # Sections and keys that may change between a run and its continuation: they do not affect what is learned.
@@ -79,6 +79,8 @@ class StageManifest:
     """Samples of each of `data.sources` in an epoch; empty in manifests of earlier versions."""
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    weights: Checksums | None = None
+    """Checksums of the weights, compared when they are loaded; None in manifests of earlier versions."""
 
 
 @dataclass(frozen=True)

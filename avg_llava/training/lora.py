@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from avg_llava.checkpoints.checkpoint import Checkpoint
-from avg_llava.checkpoints.weight_files import CheckpointError
+from avg_llava.checkpoints.weight_files import CheckpointError, read_file
 from avg_llava.common.settings import ConfigError
 from avg_llava.model.language import language_parts
 from avg_llava.training.config import LoraSettings
@@ -195,8 +195,8 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
     missing = [str(target / name) for name in (_WEIGHTS_NAME, _OTHERS_NAME) if not (target / name).is_file()]
     if missing:
         raise CheckpointError(f"no {' and no '.join(missing)}; pass --output.overwrite to train from the beginning")
-    saved = load_file(target / _OTHERS_NAME)
-    for name, tensor in load_file(target / _WEIGHTS_NAME).items():
+    saved = read_file(target / _OTHERS_NAME)
+    for name, tensor in read_file(target / _WEIGHTS_NAME).items():
         saved[name.removeprefix(_PEFT_PREFIX).replace(".weight", f"{_ADAPTER}weight")] = tensor
     names = model.state_dict().keys()
     adapted = _adapted_parts(names)

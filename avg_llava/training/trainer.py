@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import seed_worker
 
+from avg_llava.checkpoints.checksums import compute_checksums
 from avg_llava.checkpoints.loading import load_model
 from avg_llava.checkpoints.routing_model import RoutingModel, load_routing_model
 from avg_llava.data.dataset import ConversationDataset
@@ -71,7 +72,7 @@ class StageTrainer(Trainer):
         collator: Turns samples into micro-batches with the arguments of `Objective.forward` and `index`.
         sampler: The micro-batches; its `set_epoch` is called at the start of every epoch.
         processor: Saved with the model.
-        manifest: Its `finished` and `step` are set when it is written.
+        manifest: Its `finished`, `step` and `weights` are set when it is written.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -254,7 +255,7 @@ class StageTrainer(Trainer):
             with self._writing(folder):
                 if finished:
                     write_card(folder, manifest)
-                write_manifest(folder, manifest)
+                write_manifest(folder, replace(manifest, weights=compute_checksums(folder)))
             remove_checkpoints(Path(self.args.output_dir), keep=0 if finished else self.config.output.keep)
         self.accelerator.wait_for_everyone()
 

@@ -36,7 +36,7 @@ def test_other_model_types_are_refused(tmp_path, model_type):
 def test_folders_of_transformers_are_described_without_weights(tmp_path, model_type, fresh):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     checkpoint = open_checkpoint(tmp_path, "released")
-    assert (checkpoint.native_folder, checkpoint.fresh) == (tmp_path, fresh)
+    assert (checkpoint.folder, checkpoint.fresh) == (tmp_path, fresh)
     assert checkpoint.config.behavior == "released"
 
 
@@ -48,7 +48,7 @@ def test_original_folders_are_described_from_file_headers():
         return {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
 
     checkpoint = open_checkpoint(GOLDEN / "checkpoint")
-    assert (checkpoint.native_folder, checkpoint.fresh, checkpoint.config.behavior) == (None, (), "released")
+    assert (checkpoint.fresh, checkpoint.config.behavior) == ((), "released")
     described, loaded = checkpoint.tensors(read), checkpoint.tensors()
     assert {name: tensor.shape for name, tensor in described.items()} == {
         name: tensor.shape for name, tensor in loaded.items()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
 from avg_llava import AvgLlavaConfig, load
+from avg_llava.checkpoints.checksums import compute_checksums
 from avg_llava.model.templates import TEMPLATES, ConversationTemplate
 from avg_llava.planning.dry_run import dry_run
 from avg_llava.training import assembly, run
@@ -68,6 +69,7 @@ def test_a_stage_says_what_it_is(stages, stage):
             "created": parent.created,
         }
     config = load_config(folder / "train_config.yaml")
+    assert manifest.weights == compute_checksums(folder)
     assert config.to_dict() == manifest.config
     assert not list(folder.glob("checkpoint-*"))
 

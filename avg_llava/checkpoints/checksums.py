@@ -1,0 +1,65 @@
+"""Checksums of weights, which training writes into a checkpoint's manifest and loading compares.
+
+A checksum is the SHA-256 of a tensor's type, shape and bytes: it names the tensor that has changed, and several are
+computed at a time.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avg_llava.checkpoints.stored_tensor import NUM_READERS, CheckpointError, StoredTensor
+from avg_llava.checkpoints.weight_files import WEIGHT_NAMES, list_tensors, read_json, weight_files
+
+MANIFEST_NAME = "stage.json"
+_KEY = "weights"
+
+REMEDY = (
+    "the weights are not those that training wrote: copy them again, or, if they were changed on purpose, remove "
+    f"{_KEY!r} from {MANIFEST_NAME}"
+)
+
+Checksums = dict[str, dict[str, str]]
+"""Of every tensor, by the name of its file and its own name in it."""
+
+
+def new_digest(tensor: StoredTensor) -> Any:
+    """A hash object that the tensor's bytes are to be added to."""
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+
+
+def compute_checksums(folder: Path) -> Checksums | None:
+    """Checksums of all weights in a folder; None if it holds none, as a checkpoint of shards of ZeRO-3 may."""
+    if not any((folder / name).is_file() for name in WEIGHT_NAMES):
+        return None
+    checksums: Checksums = {}
+    tensors = list_tensors(weight_files(folder)).values()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for tensor, checksum in zip(tensors, pool.map(_checksum, tensors), strict=True):
+            checksums.setdefault(tensor.file.name, {})[tensor.name] = checksum
+    return checksums
+
+
+def _checksum(tensor: StoredTensor) -> str:
+    digest = new_digest(tensor)
+    for chunk in tensor.chunks():
+        digest.update(chunk.view(torch.uint8).numpy())
+    return str(digest.hexdigest())
+
+
+def recorded_checksums(folder: Path) -> Checksums | None:
+    """The checksums in the manifest of a folder; None if it has none.
+
+    Raises:
+        CheckpointError: The manifest is damaged.
+    """
+    file = folder / MANIFEST_NAME
+    recorded = read_json(file).get(_KEY) if file.is_file() else None
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict) or not all(isinstance(names, dict) for names in recorded.values()):
+        raise CheckpointError(f"{file}: {_KEY} must be a mapping of files to checksums of their tensors")
+    return recorded

@@ -1,0 +1,98 @@
+"""Reads the weights of a checkpoint in one pass: checksums, NaN and infinite values, and a cast, tensor by tensor.
+
+The pass goes through small buffers. Weights that keep their data type are then mapped from their files: they take no
+memory of their own, and processes of one machine share them. Only weights that are cast are copied.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from avg_llava.checkpoints.checksums import REMEDY, Checksums, new_digest, recorded_checksums
+from avg_llava.checkpoints.stored_tensor import NUM_READERS, CheckpointError, StoredTensor, split
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BUFFERS = ("position_ids", "num_batches_tracked")
+
+
+class _Pass(NamedTuple):
+    """A tensor that was read: as it is used, its values that are no numbers, its checksum if that was wanted."""
+
+    tensor: Tensor
+    num_not_finite: int
+    checksum: str | None
+
+
+def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by the names in `tensors`.
+
+    The first process of a machine compares checksums, where the checkpoint has some, and warns of values that are NaN
+    or infinite.
+
+    Args:
+        tensors: The weights in their files.
+        source: Name of the checkpoint, for messages.
+        dtype: Data type to cast to; None keeps every tensor's own.
+
+    Raises:
+        CheckpointError: A tensor is of another kind than weights are, or differs from its checksum.
+    """
+    for name, stored in tensors.items():
+        if stored.dtype not in _WEIGHT_DTYPES and not name.endswith(_BUFFERS):
+            raise CheckpointError(
+                f"{stored.file}: tensor {stored.name} is of type {stored.dtype}; weights are 16, 32 or 64 bit "
+                "floating-point numbers here, quantise while loading instead"
+            )
+    checks = os.environ.get("LOCAL_RANK", "0") == "0"
+    recorded = _recorded(tensors) if checks else {}
+
+    def read(stored: StoredTensor) -> _Pass:
+        return _read(stored, dtype, checks, hashes=bool(stored.name) and stored.file.parent in recorded)
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        passes = dict(zip(tensors, pool.map(read, tensors.values()), strict=True))
+    for name, stored in tensors.items():
+        found, checksums = passes[name].checksum, recorded.get(stored.file.parent, {})
+        if found is not None and found != checksums.get(stored.file.name, {}).get(stored.name):
+            raise CheckpointError(f"{stored.file}: tensor {stored.name} differs from its checksum; {REMEDY}")
+    bad = {name: each.num_not_finite for name, each in passes.items() if each.num_not_finite}
+    if bad:
+        logger.warning(
+            "%s: %d values of %d weights are NaN or infinite, first in %s",
+            source,
+            sum(bad.values()),
+            len(bad),
+            tensors[next(iter(bad))].name,
+        )
+    return {name: each.tensor for name, each in passes.items()}
+
+
+def _recorded(tensors: Mapping[str, StoredTensor]) -> dict[Path, Checksums]:
+    """The checksums of all folders that have some."""
+    recorded = {folder: recorded_checksums(folder) for folder in {stored.file.parent for stored in tensors.values()}}
+    return {folder: checksums for folder, checksums in recorded.items() if checksums is not None}
+
+
+def _read(stored: StoredTensor, dtype: torch.dtype | None, counts: bool, hashes: bool) -> _Pass:
+    casts = dtype is not None and stored.dtype in _WEIGHT_DTYPES and stored.dtype != dtype
+    tensor = torch.empty(stored.shape, dtype=dtype) if casts else stored.read()
+    digest = new_digest(stored) if hashes else None
+    position = num_not_finite = 0
+    if casts or counts or hashes:
+        for chunk in split(tensor) if stored.start is None and not casts else stored.chunks():
+            if digest is not None:
+                digest.update(chunk.view(torch.uint8).numpy())
+            if counts and chunk.is_floating_point() and not all(bound.isfinite() for bound in chunk.aminmax()):
+                num_not_finite += int(chunk.isfinite().logical_not().sum())
+            if casts:
+                tensor.view(-1)[position : position + len(chunk)] = chunk
+                position += len(chunk)
+    return _Pass(tensor, num_not_finite, digest and digest.hexdigest())
