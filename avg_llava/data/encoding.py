@@ -99,7 +99,10 @@ def render_conversation(
         text, spans = chat.render_answers(messages)
     except ValueError as error:
         raise DataError(f"template {template!r} {error}; use {_others()}") from error
-    if chat.end_token is None and not entry.is_for_captions:
+    end = chat.end_token
+    if not entry.is_for_captions and (
+        end is None or not all(text[slice(*span)].rstrip().endswith(end) for span in spans)
+    ):
         raise DataError(
             f"template {template!r} ends answers with no token that this tokenizer has, so that the model would not "
             f"learn to stop; use {_others()}"

@@ -111,11 +111,15 @@ class ChatFormat:
             answer = re.compile(rf"\s*{re.escape(str(message['content']).strip())}\s*").match(text, begin, end)
             if not text.startswith(prompt) or answer is None:
                 raise ValueError("writes an answer otherwise than after its prompt, or otherwise in later turns")
-            found = [each for each in self.added_tokens if text.startswith(each, answer.end(), end)]
-            if not found:
+            token = self.added_token_at(text[:end], answer.end())
+            if token is None:
                 raise ValueError("writes no token that ends an answer")
-            spans.append((begin, answer.end() + max(map(len, found))))
+            spans.append((begin, answer.end() + len(token)))
         return text, spans
+
+    def added_token_at(self, text: str, begin: int) -> str | None:
+        """The longest of `added_tokens` that a text has at a position."""
+        return max((token for token in self.added_tokens if text.startswith(token, begin)), key=len, default=None)
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
         try:
@@ -133,27 +137,18 @@ class ChatFormat:
 
 @lru_cache(16)
 def chat_format(jinja: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """A chat template with a tokenizer, and what a short conversation shows of it."""
+    """A chat template with a tokenizer, and what a question and its answer show of it."""
     added = tuple(tokenizer.added_tokens_encoder)
     chat = ChatFormat(jinja, MARKS.search(jinja) is not None, tokenizer.special_tokens_map, added)
-    question, answer = (
-        {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\nWhat?"},
-        {"role": "assistant", "content": "No"},
-    )
+    answer = "Quartz"
     try:
-        text, spans = chat.render_answers([question, answer])
+        text = chat.render([{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}])
     except ValueError:
         return chat
-    end = text[slice(*spans[-1])].rpartition("No")[2].strip() if spans else ""
-    others = (IMAGE_PLACEHOLDER, tokenizer.bos_token)
-    markers = [token for token in (*added, *PLAIN_MARKERS) if token in text and token not in others]
-    known = end in added
-    return replace(
-        chat,
-        end_token=end if known else None,
-        end_token_id=tokenizer.convert_tokens_to_ids(end) if known else None,
-        markers=tuple(markers),
-    )
+    end = chat.added_token_at(text.rpartition(answer)[2].lstrip(), 0)
+    markers = [token for token in (*added, *PLAIN_MARKERS) if token in text and token != tokenizer.bos_token]
+    end_id = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    return replace(chat, end_token=end, end_token_id=end_id, markers=tuple(markers))
 
 
 def read_chat_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -283,24 +283,21 @@ TEMPLATES: dict[str, ConversationTemplate] = {
 """
 
 FAMILIES = {
-    "gemma": "gemma",
-    "gemma2": "gemma",
-    "gemma3_text": "gemma",
-    "mistral": "mistral",
-    "mixtral": "mistral",
-    "phi3": "phi_3",
-    "qwen2": "chatml",
-    "qwen2_moe": "chatml",
-    "qwen3": "chatml",
-    "qwen3_moe": "chatml",
+    "gemma": ("gemma", "gemma"),
+    "gemma2": ("gemma", "gemma"),
+    "gemma3_text": ("gemma", "gemma"),
+    "mistral": ("mistral", "mistral_instruct"),
+    "mixtral": ("mistral", "mistral_instruct"),
+    "phi3": ("phi_3", "phi_3"),
+    "qwen2": ("chatml", "chatml"),
+    "qwen2_moe": ("chatml", "chatml"),
+    "qwen3": ("chatml", "chatml"),
+    "qwen3_moe": ("chatml", "chatml"),
 }
-"""Templates by `model_type` of the language model. Models of type `llama` are told apart by `LLAMA_FAMILIES`."""
+"""By `model_type` of the language model: its own template, and that of LLaVA's models with it."""
 
-LLAMA_FAMILIES = {"<|eot_id|>": "llama_3", "<|im_end|>": "chatml_direct"}
-"""Templates of models of Llama's architecture by a token that only their tokenizers have; others are Vicuna's."""
-
-LLAVA_FAMILIES = {"llama_3": "llava_llama_3", "mistral": "mistral_instruct"}
-"""What LLaVA trained models of these templates with instead."""
+LLAMA_FAMILIES = {"<|eot_id|>": ("llama_3", "llava_llama_3"), "<|im_end|>": ("chatml", "chatml_direct")}
+"""The same for models of type `llama`, by a token that only their tokenizers have; others are Vicuna's."""
 
 
 def template_of_text(jinja: str) -> str:
@@ -317,9 +314,9 @@ def template_of_family(text_type: str, tokens: Collection[str], of_llava: bool) 
         of_llava: The language model is that of a LLaVA model.
     """
     if text_type == "llama":
-        template = next((name for token, name in LLAMA_FAMILIES.items() if token in tokens), "vicuna_v1")
+        known = next((names for token, names in LLAMA_FAMILIES.items() if token in tokens), ("vicuna_v1", "vicuna_v1"))
     elif text_type in FAMILIES:
-        template = FAMILIES[text_type]
+        known = FAMILIES[text_type]
     else:
         return None
-    return LLAVA_FAMILIES.get(template, template) if of_llava else template
+    return known[of_llava]

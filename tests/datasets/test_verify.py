@@ -11,6 +11,7 @@ from avg_llava.data import ConversationDataset, DataError, DataSource
 from avg_llava.data import verify as verification
 from avg_llava.data.skip_list import read_skip_list
 from avg_llava.data.verify import verify
+from avg_llava.model.templates import CONTENT_AS_TEXT, TEMPLATES, ConversationTemplate
 from avg_llava.training.run import message_of
 from tests.datasets.faults import write_faults
 from tests.tiny import record, write_records
@@ -201,3 +202,28 @@ def test_sources_are_counted_apart_and_records_once(folder, make):
     found = verify(make(DataSource(first, weight=3), second), 1)
     assert [source.num_records for source in found.sources] == [3, 1]
     assert [source.problems for source in found.sources] == [{}, {"missing": 1}]
+
+
+@pytest.mark.parametrize(
+    ("jinja", "message"),
+    [
+        (
+            "{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}{{- ' ; ' -}}",
+            "2 supervised spans for 1 answers",
+        ),
+        (
+            "{{- content[:2] -}}{%- if message.role == 'assistant' -%}"
+            "{%- generation -%}{{- content[2:] + eos_token -}}{%- endgeneration -%}{%- endif -%}",
+            "is not the answer",
+        ),
+    ],
+    ids=["questions", "half answers"],
+)
+def test_labels_are_compared_with_the_answers(folder, processor, config, monkeypatch, jinja, message):
+    loop = "{%- for message in messages -%}\n" + CONTENT_AS_TEXT + jinja + "{%- endfor -%}"
+    monkeypatch.setitem(TEMPLATES, "own", ConversationTemplate(loop))
+    path = write_records(folder, record("a", "<image>\nWhat?", "A car.", WIDE), record("b", "Why?", "So."))
+    found = verify(ConversationDataset([DataSource(path)], processor, "own", config, on_bad_sample="skip"), 1)
+    assert found.sources[0].problems == {"mislabelled": 2}
+    (records,) = found.skip_list.files.values()
+    assert all(re.match(f"mislabelled: .*{message}", reason) for reason in records.skip.values())

@@ -25,7 +25,7 @@ QUESTION = [{"role": "user", "content": "<image>\nWhat?"}]
     [
         ("llama", ["</s>"], "vicuna_v1", "vicuna_v1"),
         ("llama", ["<|eot_id|>", "<|begin_of_text|>"], "llama_3", "llava_llama_3"),
-        ("llama", ["<|im_start|>", "<|im_end|>"], "chatml_direct", "chatml_direct"),
+        ("llama", ["<|im_start|>", "<|im_end|>"], "chatml", "chatml_direct"),
         ("mistral", ["</s>"], "mistral", "mistral_instruct"),
         ("mixtral", ["</s>"], "mistral", "mistral_instruct"),
         ("qwen2", ["<|im_end|>"], "chatml", "chatml"),
