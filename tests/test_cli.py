@@ -33,6 +33,7 @@ OPTIONS = {
     "convert": "SOURCE OUTPUT --to --dtype --max-shard-size --dry-run --overwrite --no-check --json",
     "export model": "--model --dtype --output --json",
     "export prompts": f"{MODEL} --input --image-root --output --format {ANSWER} --json",
+    "push": "FOLDER OWNER/NAME --license --results --private --yes --json",
     "demo": f"{MODEL} --host --port",
     "serve": f"{MODEL} --name --host --port --api-key-file --max-batch --batch-wait-ms --max-queue --timeout --grace "
     "--max-body-mib --max-images --max-pixels --max-tokens --remote-images",

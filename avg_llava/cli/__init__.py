@@ -23,6 +23,7 @@ from avg_llava.cli.export import EXPORT
 from avg_llava.cli.inference import Chat, Generate
 from avg_llava.cli.mini import MINI
 from avg_llava.cli.options import CLOSED_OUTPUT, FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
+from avg_llava.cli.publishing import Push
 from avg_llava.cli.serving import Demo, Serve
 from avg_llava.cli.training import Estimate, Feedback, Train, VerifyData
 
@@ -39,6 +40,7 @@ COMMANDS = Group(
         "inspect": Inspect,
         "convert": Convert,
         "export": EXPORT,
+        "push": Push,
         "demo": Demo,
         "serve": Serve,
         "evaluate": Evaluate,

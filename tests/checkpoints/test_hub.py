@@ -1,12 +1,10 @@
 """Downloads from a hub: a server of this machine that answers as the hub's does, asked through `HF_ENDPOINT`."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -15,65 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from avg_llava.checkpoints.weight_files import read_tensors
+from tests.hub import COMMITS, Hub
 from tests.parity.golden import GOLDEN
 
 CHECKPOINTS = Path(__file__).parents[1] / "data/checkpoints"
-COMMITS = {"main": "a" * 40, "old": "b" * 40}
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves `folder`/owner/name/revision; `requested` lists the files that were asked for."""
-
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.requested: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, content: bytes, status=200, **headers):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            repository, action, revision = "/".join(parts[2:4]), parts[4], parts[5]
-        else:
-            repository, action, revision = "/".join(parts[:2]), parts[2], parts[3]
-        branch = next((name for name, commit in COMMITS.items() if revision in (name, commit)), "")
-        folder = self.server.folder / repository / branch
-        if not branch or not folder.is_dir():
-            code = "RevisionNotFound" if (self.server.folder / repository).is_dir() else "RepoNotFound"
-            self.reply(b"", 404, X_Error_Code=code, X_Error_Message=f"no {repository} {revision}")
-        elif action == "revision":
-            self.reply(json.dumps({"id": repository, "sha": COMMITS[branch], "siblings": []}).encode())
-        elif action == "tree":
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            entries = [
-                {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": "c" * 40}
-                for file in files
-            ]
-            self.reply(json.dumps(entries).encode())
-        else:
-            name = "/".join(parts[4:])
-            content = (folder / name).read_bytes()
-            if self.command == "GET":
-                self.server.requested.append(name)
-            self.reply(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMITS[branch])
 
 
 @pytest.fixture

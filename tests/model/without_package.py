@@ -18,9 +18,9 @@ from pathlib import Path
 ABSENT = ("accelerate", "deepspeed", "docstring_parser", "einops", "numba", "open_clip", "peft", "pydantic", "tyro")
 
 
-def run(image_file: Path, output: Path, *folders: Path) -> None:
-    """Runs this script."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(output / "modules"), "HF_HUB_OFFLINE": "1"}
+def run(image_file: Path, output: Path, *folders: Path | str, **environment: str) -> None:
+    """Runs this script, offline unless the environment's variables say otherwise."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(output / "modules"), "HF_HUB_OFFLINE": "1"} | environment
     paths = [__file__, sysconfig.get_paths()["purelib"], image_file, output, *folders]
     command = [sys.executable, "-I", "-S", *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=output)
