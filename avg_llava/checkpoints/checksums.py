@@ -15,11 +15,11 @@ from avg_llava.checkpoints.stored_tensor import NUM_READERS, CheckpointError, St
 from avg_llava.checkpoints.weight_files import WEIGHT_NAMES, list_tensors, read_json, weight_files
 
 MANIFEST_NAME = "stage.json"
-_KEY = "weights"
+CHECKSUMS_KEY = "weights"
 
 REMEDY = (
     "the weights are not those that training wrote: copy them again, or, if they were changed on purpose, remove "
-    f"{_KEY!r} from {MANIFEST_NAME}"
+    f"{CHECKSUMS_KEY!r} from {MANIFEST_NAME}"
 )
 
 Checksums = dict[str, dict[str, str]]
@@ -57,9 +57,9 @@ def recorded_checksums(folder: Path) -> Checksums | None:
         CheckpointError: The manifest is damaged.
     """
     file = folder / MANIFEST_NAME
-    recorded = read_json(file).get(_KEY) if file.is_file() else None
+    recorded = read_json(file).get(CHECKSUMS_KEY) if file.is_file() else None
     if recorded is None:
         return None
     if not isinstance(recorded, dict) or not all(isinstance(names, dict) for names in recorded.values()):
-        raise CheckpointError(f"{file}: {_KEY} must be a mapping of files to checksums of their tensors")
+        raise CheckpointError(f"{file}: {CHECKSUMS_KEY} must be a mapping of files to checksums of their tensors")
     return recorded

@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, rename_keys
+from avg_llava.checkpoints.checksums import (
+    CHECKSUMS_KEY,
+    MANIFEST_NAME,
+    REMEDY,
+    compute_checksums,
+    recorded_checksums,
+)
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import open_processor
 from avg_llava.checkpoints.problems import has_tokenizer, weight_problems
 from avg_llava.checkpoints.same_logits import compare_logits, fits_in_memory
 from avg_llava.checkpoints.shards import SINGLE_NAME, PlannedTensor, split_shards, write_shards
 from avg_llava.checkpoints.targets import TARGETS, TOWER_KEYS, Model, OutputLayout, Target
-from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, stored_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, read_json, stored_tensors
+from avg_llava.common.files import write_json
 from avg_llava.model.saving import NEW_FOLDER, replaced_model
 
 # Names of weights with a row for each token.
@@ -28,7 +36,14 @@ VOCABULARY_KEYS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 # Files of tokenizers, processors and training, which must not stay beside a model in another layout.
 OTHER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.*", "stage.json"),
+    *(
+        "vocab.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.*",
+        MANIFEST_NAME,
+    ),
 )
 # Names of values that are computed when a model is built, with which older files are written.
 COMPUTED = (".inv_freq", ".position_ids")
@@ -127,7 +142,7 @@ def plan_conversion(
     assert source.tokenizer is not None, "set by every layout"
     processor = open_processor(path, source.config) if has_tokenizer(source.tokenizer) else None
     has_router = any(name.startswith(ROUTER_KEYS) for name in weights)
-    model = Model(source.folder, source.tokenizer, source.image_settings, source.config, processor, has_router)
+    model = Model(source.folder, source.tokenizer, source.config, processor, has_router)
     layout = TARGETS[target](model)
     if layout.vocabulary_size != source.config.text_config.vocab_size and VOCABULARY_KEYS[0] not in weights:
         raise ValueError(f"--to {target}: the vocabulary of a {source.config.text_config.model_type} cannot be resized")
@@ -182,12 +197,35 @@ def convert(conversion: Conversion, output: Path, *, overwrite: bool = False, ch
         tower_folder = conversion.layout.tower_folder
         if tower_folder is not None:
             _write_tower(conversion, staging / tower_folder)
+        _keep_manifest(conversion, staging)
         if check and fits_in_memory(conversion.num_parameters):
             is_llava_next = conversion.target == "llava-next"
             difference = compare_logits(conversion.source, staging, is_llava_next, conversion.dtype)
         if tower_folder is not None:
             shutil.rmtree(output / tower_folder, ignore_errors=True)  # of an earlier conversion
     return difference
+
+
+def _keep_manifest(conversion: Conversion, folder: Path) -> None:
+    """Compares the output with the checksums in the source's manifest, which goes with this package's layout.
+
+    Raises:
+        CheckpointError: A weight differs.
+    """
+    assert conversion.source.folder is not None, "set by every layout"
+    recorded = recorded_checksums(conversion.source.folder)
+    found = None
+    if recorded is not None:
+        found = compute_checksums(folder) or {}
+        expected = {name: checksum for names in recorded.values() for name, checksum in names.items()}
+        written = {name: checksum for names in found.values() for name, checksum in names.items()}
+        for fate in conversion.fates:
+            is_comparable = fate.target is not None and not fate.note and fate.key in expected
+            if is_comparable and written[str(fate.target)] != expected[fate.key]:
+                raise CheckpointError(f"{conversion.source.name}: {fate.key} differs from its checksum; {REMEDY}")
+    manifest = conversion.source.folder / MANIFEST_NAME
+    if conversion.target == "avg" and manifest.is_file():
+        write_json(folder / MANIFEST_NAME, read_json(manifest) | {CHECKSUMS_KEY: found})
 
 
 def _write_tower(conversion: Conversion, folder: Path) -> None:

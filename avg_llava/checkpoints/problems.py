@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.checksums import MANIFEST_NAME, compute_checksums, recorded_checksums
 from avg_llava.checkpoints.loading import open_processor
 from avg_llava.checkpoints.weight_files import (
     WEIGHT_NAMES,
@@ -72,6 +73,18 @@ def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
     if not has_tokenizer(checkpoint.tokenizer):
         return [f"{checkpoint.tokenizer} holds no tokenizer ({', '.join(TOKENIZER_FILES)} are missing)"]
     return attempt(lambda: open_processor(checkpoint.name, checkpoint.config))
+
+
+def checksum_problems(folder: Path) -> list[str]:
+    """Weights that differ from the checksums in a folder's manifest; reads all weights."""
+    recorded = recorded_checksums(folder) or {}
+    found = compute_checksums(folder) or {}
+    return [
+        f"{file}: {name} differs from its checksum in {MANIFEST_NAME}"
+        for file, names in recorded.items()
+        for name, checksum in names.items()
+        if found.get(file, {}).get(name) != checksum
+    ]
 
 
 def non_finite(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, int]]:

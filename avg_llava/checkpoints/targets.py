@@ -44,7 +44,6 @@ class Model:
     Attributes:
         folder: Folder of its configuration.
         tokenizer: Folder of its tokenizer.
-        image_settings: Folder of its image settings; None: CLIP's.
         config: Its configuration.
         processor: Its processor; None if the folder has no tokenizer.
         has_router: The folder has a router's weights.
@@ -52,7 +51,6 @@ class Model:
 
     folder: Path
     tokenizer: Path
-    image_settings: Path | None
     config: AvgLlavaConfig
     processor: AvgLlavaProcessor | None
     has_router: bool
@@ -142,10 +140,7 @@ def original(model: Model) -> OutputLayout:
         if not is_known:
             (folder / TOWER_FOLDER).mkdir(exist_ok=True)
             vision.save_pretrained(folder / TOWER_FOLDER)
-            if model.processor is not None:
-                write_json(folder / TOWER_FOLDER / IMAGE_SETTINGS, _pixel_settings(model, "CLIPImageProcessor"))
-            elif model.image_settings is not None:
-                _copy(model.image_settings / IMAGE_SETTINGS, folder / TOWER_FOLDER)
+            write_json(folder / TOWER_FOLDER / IMAGE_SETTINGS, _pixel_settings(model, "CLIPImageProcessor"))
         _write_generation_config(model, folder)
         write_json(folder / CONFIG_NAME, original_config(model, rows, dtype, keeps_router), sort_keys=True)
 
@@ -292,12 +287,12 @@ def _write_generation_config(model: Model, folder: Path) -> None:
 
 def _pixel_settings(model: Model, processor_type: str) -> dict[str, Any]:
     """Fields of an image processor file, as transformers wrote them before version 5."""
-    crop = model.config.crop_size
-    assert model.processor is not None
-    settings = {
-        name: getattr(model.processor.image_processor, name)
-        for name in ("do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor", "resample")
-    }
+    config = model.config
+    crop = config.crop_size
+    settings: dict[str, Any] = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    settings |= config.tower.pixel_statistics(config.vision_config)
+    if model.processor is not None:
+        settings = {name: getattr(model.processor.image_processor, name) for name in settings}
     return settings | {
         "crop_size": {"height": crop, "width": crop},
         "do_center_crop": True,

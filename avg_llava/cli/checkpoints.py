@@ -71,7 +71,7 @@ class Inspect(ReportingCommand):
     path: Annotated[Path, Positional, arg(metavar="DIR")]
     """Folder of a model, a backbone, an adapter, a training run or data; or a file of weights."""
     scan: bool = False
-    """Read all weights and count values that are not finite."""
+    """Read all weights: count values that are not finite, and compare the checksums of the manifest."""
 
     def compute(self) -> Outcome:
         from avg_llava.planning.inspection import inspect
@@ -130,13 +130,14 @@ def _inspection_lines(found: "Inspection") -> Iterator[str]:
         "longest sequence": found.max_sequence_length and f"{found.max_sequence_length:,} tokens",
         "parameters": listed(found.parameters),
         "data types": listed(found.dtypes),
+        "checksums": "in the manifest; --scan compares them" if found.has_checksums else None,
         "can start": "; ".join(found.starts),
     }
     yield render_table(("", ""), [(name, str(value)) for name, value in facts.items() if value], num_left=2)
     yield ""
     yield render_table(
-        ("file", "bytes", "sha256"),
-        [(file["name"], f"{file['bytes']:,}", file.get("sha256", "")) for file in found.files],
+        ("file", "bytes"),
+        [(file["name"], f"{file['bytes']:,}") for file in found.files],
     )
     yield from _notes(found.notes)
     yield from (f"problem: {problem}" for problem in found.problems)

@@ -15,7 +15,14 @@ from avg_llava.checkpoints.backbones import vision_part
 from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.formats import detect_layout, open_checkpoint
 from avg_llava.checkpoints.parts import PROJECTOR_NAME, check_whole
-from avg_llava.checkpoints.problems import attempt, file_problems, non_finite, tokenizer_problems, weight_problems
+from avg_llava.checkpoints.problems import (
+    attempt,
+    checksum_problems,
+    file_problems,
+    non_finite,
+    tokenizer_problems,
+    weight_problems,
+)
 from avg_llava.checkpoints.weight_files import StoredTensor, list_tensors, read_config, stored_tensors
 from avg_llava.model.towers import TOWERS, find_tower
 from avg_llava.training.checkpoint import CHECKPOINT_PREFIX, read_manifest
@@ -44,7 +51,8 @@ class Inspection:
         max_sequence_length: In tokens.
         parameters: Number of weights by part of the model, and in total.
         dtypes: Number of weights by data type.
-        files: `name`, `bytes` and, if the manifest has it, `sha256` of each file.
+        files: `name` and `bytes` of each file.
+        has_checksums: The manifest holds checksums of the weights, which `scan` compares.
         starts: Uses that it is ready for.
         notes: Differences from the code that wrote it, and advice.
         problems: Everything that is wrong with it.
@@ -64,13 +72,15 @@ class Inspection:
     parameters: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
+    has_checksums: bool = False
     starts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def inspect(path: Path, scan: bool = False) -> Inspection:
-    """Inspects a folder, or a file of weights; with `scan`, weights are read to find those that are not finite.
+    """Inspects a folder, or a file of weights; with `scan`, weights are read to find those that are not finite or have
+    changed.
 
     Raises:
         ValueError: There is no such folder or file.
@@ -111,7 +121,7 @@ def _inspect_adapter(found: Inspection, folder: Path, scan: bool) -> None:
         return
     assert checkpoint.adapter is not None, "the folder holds its configuration"
     found.notes.append(f"described is the model that it makes of {checkpoint.adapter.base}")
-    _inspect_model(found, checkpoint, scan)
+    found.problems += attempt(lambda: _inspect_model(found, checkpoint, scan))
 
 
 def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
@@ -122,6 +132,8 @@ def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
         found.problems.append(str(error))
         return
     found.problems += attempt(lambda: _add_stage(found, folder))
+    if scan and found.has_checksums:
+        found.problems += attempt(lambda: found.problems.extend(checksum_problems(folder)))
     try:
         found.layout = detect_layout(raw, folder)
     except ValueError as error:
@@ -138,7 +150,7 @@ def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
     if found.problems:
         _describe(found, checkpoint)
     else:
-        _inspect_model(found, checkpoint, scan)
+        found.problems += attempt(lambda: _inspect_model(found, checkpoint, scan))
 
 
 def _inspect_model(found: Inspection, checkpoint: Checkpoint, scan: bool) -> None:
@@ -194,6 +206,7 @@ def _add_stage(found: Inspection, folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         return
+    found.has_checksums = manifest.weights is not None
     found.stage = {key: getattr(manifest, key) for key in ("stage", "finished", "step", "created", "parent")}
 
 

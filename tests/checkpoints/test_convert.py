@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
+    CLIPVisionModel,
     GPTNeoXConfig,
     LlamaConfig,
     LlavaNextForConditionalGeneration,
@@ -24,6 +25,7 @@ from transformers import (
 from avg_llava import cli
 from avg_llava.checkpoints import same_logits
 from avg_llava.checkpoints.checkpoint import invert, rename_keys
+from avg_llava.checkpoints.checksums import MANIFEST_NAME, compute_checksums
 from avg_llava.checkpoints.convert import convert, plan_conversion
 from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS, open_checkpoint
 from avg_llava.checkpoints.loading import load, load_model, load_model_config, open_processor
@@ -109,6 +111,11 @@ def test_there_and_back_is_bit_exact(tmp_path, source, layout):
         assert after.get(key) == (json.loads(wanted) if isinstance(wanted, str) and wanted.startswith("[") else wanted)
     for part in ("text_config", "vision_config"):
         assert after.get(part, {}).items() >= before.get(part, {}).items()
+    if source == HF45:
+        rendered = json.loads((DATA / "hf45_vicuna.ref.json").read_text())[0]["template"]
+        for folder in ("avg", "back"):
+            processor = AutoProcessor.from_pretrained(tmp_path / folder, trust_remote_code=False)
+            assert processor.apply_chat_template([QUESTION], add_generation_prompt=True) == rendered
     if source != RELEASED:
         assert ids_of(tmp_path / "avg") == ids_of(source)
         assert ids_of(tmp_path / "back") == ids_of(source)
@@ -217,6 +224,11 @@ def test_the_original_code_gets_a_router_only_if_it_was_trained_as_there(own, tm
     assert load_model(tmp_path / "original").config.behavior == "paper"
     run(RELEASED, tmp_path / "released", "original")
     assert load_model(tmp_path / "released").config.behavior == "released"
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "released" / "vision_tower")
+    inside = load_model(RELEASED).model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, inside[name]) for name, tensor in tower.state_dict().items())
+    settings = json.loads((tmp_path / "released" / "vision_tower" / "preprocessor_config.json").read_text())
+    assert (settings["image_processor_type"], settings["size"]) == ("CLIPImageProcessor", {"shortest_edge": 96})
 
 
 def test_the_output_of_a_source_without_router_gets_a_new_one_and_starts_stage_4(tmp_path):
@@ -306,6 +318,29 @@ def test_pickled_weights_are_converted_too(tmp_path):
     torch.save(read_tensors(HF45), tmp_path / "pickled" / "pytorch_model.bin")
     run(tmp_path / "pickled", tmp_path / "next", "llava-next")
     assert fingerprint(stored_tensors(tmp_path / "next")) == fingerprint(stored_tensors(HF45))
+
+
+def test_a_manifest_goes_along_with_new_checksums_if_the_weights_are_those_of_the_old_ones(tmp_path, own):
+    stage = tmp_path / "stage2"
+    shutil.copytree(own, stage)
+    checksums = compute_checksums(stage)
+    manifest = {"stage": 2, "finished": True, "weights": checksums}
+    (stage / MANIFEST_NAME).write_text(json.dumps(manifest))
+    plan = plan_conversion(stage, "avg", max_shard_bytes=100_000)
+    convert(plan, tmp_path / "sharded", check=False)
+    written = json.loads((tmp_path / "sharded" / MANIFEST_NAME).read_text())
+    assert (written["stage"], written["finished"]) == (2, True)
+    assert written["weights"] == compute_checksums(tmp_path / "sharded")
+    load_model(tmp_path / "sharded")
+    run(stage, tmp_path / "next", "llava-next")
+    assert not (tmp_path / "next" / MANIFEST_NAME).exists()
+    with (stage / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x3c")
+    for target in ("avg", "original", "llava-next"):
+        with pytest.raises(CheckpointError, match="differs from its checksum"):
+            run(stage, tmp_path / "changed", target)
+        assert not list((tmp_path / "changed").iterdir())
 
 
 def test_another_data_type_is_the_only_change_of_values(tmp_path, own):

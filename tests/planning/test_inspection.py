@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from avg_llava import cli, load_model
+from avg_llava.checkpoints.checksums import compute_checksums
 from avg_llava.planning.inspection import inspect
 from avg_llava.training.checkpoint import StageManifest, write_manifest
 from tests.parity.golden import GOLDEN
@@ -136,6 +137,20 @@ def test_other_folders_are_told_apart(tmp_path):
     assert (found.kind, found.parameters["total"]) == ("projector", 8)
     with pytest.raises(ValueError, match="no such folder or file"):
         inspect(tmp_path / "absent")
+
+
+def test_changed_weights_are_found_by_their_checksums_on_request(own, tmp_path):
+    stage = tmp_path / "stage2"
+    shutil.copytree(own, stage)
+    write_manifest(stage, StageManifest(2, True, 7, {}, "", {}, 1, weights=compute_checksums(stage)))
+    found = inspect(stage, scan=True)
+    assert (found.has_checksums, found.problems) == (True, [])
+    with (stage / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x3c")
+    assert inspect(stage).problems == []
+    (problem,) = inspect(stage, scan=True).problems
+    assert "differs from its checksum in stage.json" in problem
 
 
 def test_adapters_are_described_with_their_base_model(tmp_path, own):
