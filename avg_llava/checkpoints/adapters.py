@@ -62,6 +62,10 @@ class Adapter:
     products: Mapping[str, LowRank]
     replaced: Mapping[str, StoredTensor]
 
+    def files(self) -> set[Path]:
+        """Files of the configuration and the weights."""
+        return {self.folder / ADAPTER_CONFIG, *(product.down.file for product in self.products.values())}
+
     def merged(self, tensors: Mapping[str, StoredTensor], rename: Callable[[str], str]) -> dict[str, StoredTensor]:
         """Weights with the adapters; `rename` gives the common name of a name in the base model.
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from avg_llava.checkpoints.adapters import Adapter
-from avg_llava.checkpoints.weight_files import StoredTensor, resolve_folder, stored_tensors
+from avg_llava.checkpoints.weight_files import StoredTensor, resolve_folder, stored_tensors, weight_files
 from avg_llava.model.configuration import AvgLlavaConfig
 
 TensorT = TypeVar("TensorT")
@@ -75,6 +75,13 @@ class Checkpoint:
             return stored
         renaming = self.sources[0].renaming  # of the base model
         return self.adapter.merged(stored, lambda name: next(iter(rename_keys({name: None}, renaming))))
+
+    def files(self) -> set[Path]:
+        """The files that the model is made of: configuration and weights, of its parts elsewhere too."""
+        files = {file for source in self.sources for file in weight_files(source.resolve())}
+        if self.folder is not None and (self.folder / "config.json").is_file():
+            files.add(self.folder / "config.json")
+        return files | (set() if self.adapter is None else self.adapter.files())
 
     def _merge(self, read: Callable[[Path], Mapping[str, TensorT]]) -> dict[str, TensorT]:
         merged: dict[str, TensorT] = {}

@@ -13,17 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig, LlavaNextConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from avg_llava.checkpoints.checkpoint import NEWLINE_KEY, ROUTER_KEYS, Checkpoint, Renaming, WeightSource, rename_keys
+from avg_llava.checkpoints.checkpoint import NEWLINE_KEY, ROUTER_KEYS, Checkpoint, Renaming, WeightSource
 from avg_llava.checkpoints.original import KNOWN_TOWERS as KNOWN_TOWERS
 from avg_llava.checkpoints.original import open_original
 from avg_llava.checkpoints.parts import check_whole, open_adapter
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import (
     CheckpointError,
-    StoredTensor,
     read_config,
     resolve_folder,
-    stored_tensors,
 )
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 
@@ -139,8 +137,3 @@ LAYOUTS: dict[str, Callable[[str, Path, Mapping[str, Any], Behavior | None], Che
     LlavaNextConfig.model_type: _transformers,
     AvgLlavaConfig.model_type: _transformers,
 }
-
-
-def list_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Positions in the files of the weights of a checkpoint of this package, under its names in memory."""
-    return rename_keys(stored_tensors(folder), TRANSFORMERS_KEYS)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from avg_llava.checkpoints.weight_files import resolve_folder
+from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.loading import load_model_config
 from avg_llava.common.files import hash_file, hash_json
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
@@ -49,7 +50,6 @@ from avg_llava.evaluation.statistics import Metric
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.predictor import Predictor
-from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.images import DataError
 from avg_llava.model.router import level_values
 
@@ -80,13 +80,12 @@ def evaluate(
         ValueError: The model lacks the requested level, or no question could be answered.
     """
     loader = loader or ModelLoader(setting.model, setting.dtype)
-    folder = resolve_folder(setting.model)
-    levels = list(AvgLlavaConfig.from_pretrained(folder).granularities or ())
+    levels = list(load_model_config(setting.model).granularities)
     if isinstance(setting.granularity, int) and setting.granularity not in levels:
         raise ValueError(f"granularity {setting.granularity} is none of the model's levels {levels}")
     questions = open_questions(setting)
     dtype = str(setting.dtype).removeprefix("torch.")
-    model = ModelFacts(str(setting.model), fingerprint_model(folder), dtype, tuple(levels))
+    model = ModelFacts(str(setting.model), fingerprint_model(setting.model), dtype, tuple(levels))
     identity = _identity(setting, questions, model)
     store = output / "store" / setting.benchmark
     lines, failures = collect_answers(setting, questions, store, identity, num_workers, loader)
@@ -137,10 +136,9 @@ def evaluate(
     return result
 
 
-def fingerprint_model(folder: Path) -> str:
-    """SHA-256 over the names and hashes of a checkpoint's weights and its configuration."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "config.json"])
-    return hash_json([(path.name, hash_file(path)) for path in files])
+def fingerprint_model(path: str | Path) -> str:
+    """SHA-256 over the names and hashes of a checkpoint's weights and its configuration; a folder or hub id."""
+    return hash_json([(file.name, hash_file(file)) for file in sorted(open_checkpoint(path).files())])
 
 
 def _identity(setting: Setting, questions: Questions, model: ModelFacts) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
-from avg_llava.checkpoints.formats import list_weights
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.weight_files import fingerprint
 from avg_llava.common.jsonl import JsonLines
 from avg_llava.common.machine import machine_facts
@@ -212,7 +212,7 @@ def _check_same_model(model: Path, routers: Sequence[Path]) -> None:
 
 
 def _weights(folder: Path) -> str:
-    tensors = list_weights(folder)
+    tensors = open_checkpoint(folder).stored()
     return fingerprint({name: tensor for name, tensor in tensors.items() if not name.startswith(ROUTER_KEYS)})
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
-from avg_llava.checkpoints.formats import list_weights
-from avg_llava.checkpoints.weight_files import fingerprint, resolve_folder
+from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.weight_files import fingerprint
 from avg_llava.common.files import atomic_write, hash_json, write_json
 from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
@@ -115,7 +115,7 @@ def describe(start: str, dataset: ConversationDataset, precision: str) -> Feedba
                 "twin: feedback knows a record by its file's content. Give one of the two files other ids"
             )
     origins = dataset.origins[dataset.unique()].tolist()
-    tensors = list_weights(resolve_folder(start))
+    tensors = open_checkpoint(start).stored()
     return FeedbackManifest(
         levels=list(dataset.config.granularities),
         model=fingerprint({name: each for name, each in tensors.items() if not name.startswith(ROUTER_KEYS)}),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from avg_llava import load_model
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS
-from avg_llava.checkpoints.formats import list_weights
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import (
     CheckpointError,
@@ -211,7 +211,7 @@ def test_the_model_without_language_model(tmp_path, tied, shard_size):
     assert configs[0] == configs[1]
     prints = set()
     for name in ("whole", "saved"):  # the files use other names for some weights
-        weights = list_weights(tmp_path / name)
+        weights = open_checkpoint(tmp_path / name).stored()
         prints.add(fingerprint({key: each for key, each in weights.items() if not key.startswith(ROUTER_KEYS)}))
     assert len(prints) == 1
     for name, tensor in whole.state_dict().items():
