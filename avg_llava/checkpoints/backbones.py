@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource
 from avg_llava.checkpoints.open_clip_models import OpenClipSource, is_open_clip, open_clip_config
-from avg_llava.checkpoints.weight_files import resolve_folder
+from avg_llava.checkpoints.weight_files import CheckpointError, read_config, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.language import language_parts
 from avg_llava.model.towers import find_tower
@@ -27,7 +29,7 @@ def join_backbones(vision_path: str | Path, language_path: str | Path, **config_
 
 def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
     """Configuration of a model of two backbones; arguments as for `build_from_backbones`."""
-    text_config = AutoConfig.from_pretrained(resolve_folder(language_path), trust_remote_code=False)
+    text_config = read_auto_config(resolve_folder(language_path))
     return join_configs(read_tower_config(vision_path), text_config, **config_fields)
 
 
@@ -46,7 +48,25 @@ def read_tower_config(path: str | Path) -> PreTrainedConfig:
     """The configuration of a vision tower in a folder, a hub repository or open_clip."""
     if is_open_clip(path):
         return open_clip_config(path)
-    return vision_part(AutoConfig.from_pretrained(resolve_folder(path), trust_remote_code=False))
+    return vision_part(read_auto_config(resolve_folder(path)))
+
+
+def read_auto_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model of transformers in a folder; code in the folder is never run.
+
+    Raises:
+        CheckpointError: It is of a type that transformers does not know, or damaged.
+    """
+    model_type = read_config(folder).get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
+            f"{transformers.__version__}; code that a model brings along is not run"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:

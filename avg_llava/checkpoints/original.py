@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.backbones import vision_part
+from avg_llava.checkpoints.backbones import read_auto_config, vision_part
 from avg_llava.checkpoints.checkpoint import (
     NEWLINE_KEY,
     ROUTER_KEYS,
@@ -312,7 +312,7 @@ def _find_tower(
             ) from error
     config = None
     if local is not None:
-        config = vision_part(AutoConfig.from_pretrained(local, trust_remote_code=False))
+        config = vision_part(read_auto_config(local))
     elif known is not None:
         config = AutoConfig.for_model(**KNOWN_TOWERS[known])
     if is_inside:

@@ -132,8 +132,7 @@ def dry_run(path: str | Path, overrides: Sequence[str] = ()) -> Report:
         num_parameters = report.attempt("weights", lambda: check_weights(config, model_config))
         if num_parameters is not None:
             report.facts.append(f"weights: all of the {num_parameters:,} parameters' names and shapes fit")
-            if config.model.start is not None:
-                report.facts += [f"model.start: {note}" for note in open_checkpoint(config.model.start).notes]
+            report.facts += [f"start: {note}" for note in start_checkpoint(config).notes]
         num_samples = _check_data(config, processor, model_config, report)
         if num_samples is not None and accumulation is not None:
             budget = config.optim.max_tokens_per_batch
