@@ -78,7 +78,7 @@ def language_keys(config: PreTrainedConfig) -> Renaming:
     """Renaming of the keys of a published causal LM."""
     parts = language_parts(config)
     return [
-        (r"^.*rotary_emb\.inv_freq$", None),
+        *((pattern, None) for pattern in parts.unused),
         (rf"^{parts.base}\.", "model.language_model."),
         *((pattern, "lm_head.") for pattern in parts.head_keys),
     ]

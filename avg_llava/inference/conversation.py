@@ -47,7 +47,8 @@ class Conversation:
         self.levels: list[int] = []
         self.num_cached = 0
         self._features: ImageFeatures | None = None
-        self._cache = DynamicCache(config=predictor.model.config.text_config)
+        # Without the model's configuration all layers keep all positions: a window that slid cannot be cropped.
+        self._cache = DynamicCache()
         self._keys: list[Key] = []
 
     @torch.inference_mode()

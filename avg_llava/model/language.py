@@ -7,6 +7,7 @@ perhaps a soft cap, lies between layers and logits.
 
 import inspect
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +31,7 @@ class LanguageParts:
         layers: The list of layers, below `base`.
         head: The head.
         head_keys: Patterns of the prefix of the head's weights in published checkpoints, of older versions too.
+        unused: Patterns of the keys of published checkpoints that are no weights.
         head_bias: The head has a bias.
         softcap: Bound of the logits, which are softcap * tanh(logits / softcap); None: there is none.
         layer_weights: Elements of the weight matrices of all layers.
@@ -42,6 +44,7 @@ class LanguageParts:
     layers: str
     head: str
     head_keys: tuple[str, ...]
+    unused: tuple[str, ...]
     head_bias: bool
     softcap: float | None
     layer_weights: int
@@ -97,6 +100,9 @@ def _language_parts(model_type: str, fields: str) -> LanguageParts:
     head_name = names[id(head)]
     renamings = [each for each in extract_weight_conversions_for_model(model) or () if isinstance(each, WeightRenaming)]
     older = [each.source_patterns[0] for each in renamings if each.target_patterns[0] == f"{head_name}."]
+    # A pattern that fits weights of this model is meant for another size of its family.
+    ignored, own = sorted(model._keys_to_ignore_on_load_unexpected), model.state_dict().keys()
+    unused = [pattern for pattern in ignored if not any(re.search(pattern, key) for key in own)]
     softcap = given.get("final_logit_softcapping")
     if not _is_capped_head(model, head_name, softcap, config.hidden_size):
         raise refuse("it computes its logits otherwise than by a linear layer and a soft cap")
@@ -109,6 +115,7 @@ def _language_parts(model_type: str, fields: str) -> LanguageParts:
         layers=stacks[0],
         head=head_name,
         head_keys=(rf"^{head_name}\.", *older),
+        unused=(r"rotary_emb\.inv_freq$", *unused),
         head_bias=head.bias is not None,
         softcap=softcap,
         layer_weights=sum(weight.numel() for weight in layers.parameters() if weight.dim() > 1),

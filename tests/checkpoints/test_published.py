@@ -36,8 +36,10 @@ from avg_llava import load, load_model
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.evaluation.llava_next import expand_placeholders
 from tests.checkpoints.test_parts import adapt
+from tests.model.test_towers import library_states
+from tests.open_clip_process import run_with_open_clip
 from tests.parity.golden import GOLDEN, SIZES, golden, golden_image
-from tests.tiny import bpe_tokenizer, llava_next, noise_images, tiny_config
+from tests.tiny import bpe_tokenizer, llava_next, noise_images, tiny_config, towers, write_backbones
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -86,8 +88,8 @@ def tower_difference(model) -> float:
     reference = AutoModel.from_config(config.vision_config).eval()
     reference.load_state_dict(model.model.vision_tower.state_dict())
     pixels = torch.randn(2, 3, config.crop_size, config.crop_size, generator=torch.Generator().manual_seed(0))
+    theirs = library_states(reference, pixels, config.vision_feature_layer)
     with torch.no_grad():
-        theirs = reference(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
         ours = config.tower.encode(model.model.vision_tower, pixels, config.num_vision_layers)
     return difference(ours, theirs[:, config.num_prefix_tokens :])
 
@@ -339,7 +341,50 @@ def peft_adapters(folder: Path) -> Measured:
     return compare_llava_next(folder / "lora", merged, folder / "base")
 
 
+def write_language_model(folder: Path):
+    write_backbones(folder)
+    return AutoModelForCausalLM.from_pretrained(folder / "language").eval()
+
+
+def compare_backbones(vision: Path, language: Path, reference, tower: Callable = tower_difference) -> Measured:
+    """Compares a model of two backbones: texts with a causal LM, crops by `tower`."""
+    model = build_from_backbones(vision, language)
+    ids = {"input_ids": torch.arange(1, 40)[None]}
+    with torch.no_grad():
+        logits = difference(model(**ids).logits, reference(**ids).logits)
+    return Measured(greedy(model, ids) == greedy(reference, ids)[-NUM_NEW:], logits, tower(model))
+
+
+def tower_of_transformers(name: str) -> Callable[[Path], Measured]:
+    """A tower of `towers`, with pooling head where the library writes one."""
+
+    def measure(folder: Path) -> Measured:
+        config = towers()[name]
+        if hasattr(config, "vision_use_head"):
+            config.vision_use_head = True
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder / "tower")
+        return compare_backbones(folder / "tower", folder / "language", write_language_model(folder))
+
+    return measure
+
+
+def tower_of_open_clip(folder: Path) -> Measured:
+    """Measured in a process that has open_clip."""
+    process = run_with_open_clip("tests.checkpoints.open_clip_row", str(folder))
+    assert process.returncode == 0, process.stdout + process.stderr
+    return Measured(*json.loads(process.stdout.splitlines()[-1]))
+
+
 TRANSFORMERS, PEFT = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft"))
+OPEN_CLIP = "open_clip 3.3.0"  # as in constraints.txt; the process above checks it
+TOWERS = {
+    "google/siglip-so400m-patch14-384": "siglip",
+    "google/siglip2-base-patch16-naflex": "siglip2",
+    "facebook/dinov2-large": "dinov2",
+    "facebook/dinov2-giant": "dinov2_swiglu",
+    "facebook/dinov2-with-registers-large": "dinov2_registers",
+}
 OLD = "transformers 4.37 (bin)"
 START = "stages 2 and 3"
 ROWS = [
@@ -357,6 +402,11 @@ ROWS = [
     ),
     Row("`llava-hf/llava-1.5-7b-hf`: text and projected crops", TRANSFORMERS, transformers_llava15, START),
     Row("LoRA of a LLaVA-NeXT, merged", PEFT, peft_adapters),
+    *(
+        Row(f"`{published}`", TRANSFORMERS, tower_of_transformers(name), "stage 1")
+        for published, name in TOWERS.items()
+    ),
+    Row("`open_clip:hf-hub:laion/CLIP-ViT-B-16-laion2B-s34B-b88K`", OPEN_CLIP, tower_of_open_clip, "stage 1"),
 ]
 
 

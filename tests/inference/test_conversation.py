@@ -4,14 +4,16 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
+from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget, BudgetError
 from avg_llava.inference.conversation import Conversation
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
+from avg_llava.model.processing import AvgLlavaProcessor
 from tests.family_tokenizers import make_tokenizer
-from tests.tiny import make_checkpoint, noise_images
+from tests.tiny import bpe_tokenizer, language_models, make_checkpoint, noise_images, write_backbones
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,21 @@ def test_turns_equal_generation_without_a_cache(predictor, images, budget):
         if budget.max_visual_tokens:
             assert answer.num_visual_tokens <= budget.max_visual_tokens
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 4
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_cache_longer_than_the_window_of_attention(tmp_path, images, name):
+    """Sliding windows of 6 tokens: the cache is cropped to a prefix that lies before the window."""
+    tokenizer = bpe_tokenizer()
+    write_backbones(tmp_path, language=language_models(tokenizer)[name], tokenizer=tokenizer)
+    model = build_from_backbones(tmp_path / "vision", tmp_path / "language", template="vicuna_v1")
+    processor = AvgLlavaProcessor.from_backbones(tmp_path / "vision", tmp_path / "language", model.config)
+    predictor = Pipeline(model, processor).predictor
+    conversation = Conversation(predictor, Budget(16), Decoding(6))
+    for question, shown in [("what color is it?", [images[0]]), ("why?", []), ("and now?", [])]:
+        answer = conversation.ask(question, shown)
+        assert answer.text == reference(predictor, conversation, [images[0]], Decoding(6)).text
+    assert conversation.num_cached > 6
 
 
 def test_the_first_turn_is_a_question_like_any_other(predictor, images):
