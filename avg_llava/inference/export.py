@@ -31,7 +31,9 @@ INDEX, ERRORS = "index.jsonl", "errors.jsonl"
 def language_model(model: AvgLlavaForConditionalGeneration) -> PreTrainedModel:
     """The language model with its head as a transformers causal LM that shares the weights."""
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(model.config.text_config, dtype=model.dtype)
+        language = AutoModelForCausalLM.from_config(
+            model.config.text_config, dtype=model.dtype, trust_remote_code=False
+        )
     parts = language_parts(model.config.text_config)
     weights = {f"{parts.base}.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()}
     weights |= {f"{parts.head}.{name}": tensor for name, tensor in model.lm_head.state_dict().items()}

@@ -147,7 +147,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel):
         self.vision_tower = config.tower.build(config.vision_config)
         self.multi_modal_projector = LlavaNextMultiModalProjector(config)
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.router = find_router(config)(config)
         self.post_init()
 

@@ -58,7 +58,7 @@ class Tower:
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The tower with random weights."""
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
 
     def crop_size(self, config: PreTrainedConfig) -> int:
         """S."""

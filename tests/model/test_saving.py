@@ -12,12 +12,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from avg_llava import AvgLlavaConfig, AvgLlavaForConditionalGeneration, AvgLlavaProcessor, load, load_model
+from avg_llava import (
+    AvgLlavaConfig,
+    AvgLlavaForConditionalGeneration,
+    AvgLlavaProcessor,
+    build_from_backbones,
+    load,
+    load_model,
+)
 from avg_llava.checkpoints.routing_model import load_routing_model
 from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.model.saving import AUTO_MAP, PREFIX, modelling_files
 from tests.model import without_package
-from tests.tiny import make_checkpoint, noise_images, tiny_model
+from tests.tiny import (
+    bpe_tokenizer,
+    language_models,
+    make_checkpoint,
+    noise_images,
+    tiny_model,
+    towers,
+    write_backbones,
+)
 
 pytestmark = pytest.mark.xdist_group("model-saving")
 
@@ -81,9 +96,31 @@ def test_every_door_names_the_modelling_files(folder, tmp_path):
     assert str(folder.parent) not in (tmp_path / "config" / "config.json").read_text(), "no path of this machine"
 
 
+FAMILIES = {"siglip": ("qwen2", "chatml"), "siglip2": ("gemma2", "gemma"), "dinov2_registers": ("phi3", "llama_3")}
+"""Language model and template that are tested with a tower."""
+
+
+def of_family(root: Path, tower: str) -> Path:
+    """A model of another tower, language model and template."""
+    language, template = FAMILIES[tower]
+    tokenizer = bpe_tokenizer()
+    write_backbones(root, towers()[tower], language_models(tokenizer)[language], tokenizer)
+    model = build_from_backbones(root / "vision", root / "language", template=template)
+    model.save_pretrained(root / tower)
+    AvgLlavaProcessor.from_backbones(root / "vision", root / "language", model.config).save_pretrained(root / tower)
+    return root / tower
+
+
 def test_without_the_package(folder, image_file, tmp_path):
     """In a fresh process, all Auto classes and the pipeline; then the model that this process saved, here."""
-    without_package.run(image_file, tmp_path, folder)
+    families = [of_family(tmp_path / f"family-{tower}", tower) for tower in FAMILIES]
+    without_package.run(image_file, tmp_path, folder, *families)
+    for number, family in enumerate(families, 1):
+        model, processor = load(family)
+        answers = without_package.answers(model, processor, Image.open(image_file), model.config.granularities)
+        found = load_file(tmp_path / f"{number}.safetensors")
+        for name, tensor in answers.items():
+            assert torch.equal(found[name], tensor), f"{family.name}: {name}"
     model, processor = load(folder)
     image = Image.open(image_file)
     expected = without_package.answers(model, processor, image, model.config.granularities)
