@@ -47,7 +47,7 @@ def load(
     processor = open_processor(path, model.config)
     if template is not None:
         trained = model.config.template
-        if trained not in (None, template):
+        if trained not in (None, template) and processor.chat_template is not None:
             raise ValueError(f"{path} was trained with the template {trained!r}, not {template!r}")
         processor.use_template(template, model.config)
     processor.end_answers(model.generation_config)

@@ -1,11 +1,11 @@
 """The conversation template that a published model was trained with, from the files of its folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from avg_llava.checkpoints.weight_files import read_json
 from avg_llava.model.chat_templates import PROCESSOR_TEMPLATE
-from avg_llava.model.templates import template_of_family
+from avg_llava.model.templates import template_of_family, template_of_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -18,25 +18,35 @@ def template_of_llava(folder: Path, text_type: str, has_own: bool) -> str | None
         text_type: `model_type` of the language model's configuration.
         has_own: The folder's own chat template counts, as in transformers' layout. In the original layout it is a rest
             of the language model: conversations are written by LLaVA's code.
+
+    Raises:
+        CheckpointError: A file is damaged.
     """
-    if has_own and has_chat_template(folder):
-        return "tokenizer"
+    own = _chat_template(folder) if has_own else None
+    if own is not None:
+        return template_of_text(own) if isinstance(own, str) else "tokenizer"
     return template_of_family(text_type, added_tokens(folder), of_llava=True)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """True if the processor or the tokenizer of a folder brings a chat template along."""
-    names = ("chat_template.jinja", PROCESSOR_TEMPLATE)
-    return any((folder / name).is_file() for name in names) or "chat_template" in _read(folder / TOKENIZER_CONFIG)
 
 
 def added_tokens(folder: Path) -> set[str]:
     """The special tokens of the tokenizer in a folder, as far as its files list them."""
-    listed = _read(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).values()
-    if not listed:
-        listed = _read(folder / "tokenizer.json").get("added_tokens", [])
-    return {token["content"] for token in listed} | _read(folder / "added_tokens.json").keys()
+    listed = _read(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
+    entries = (
+        listed.values() if isinstance(listed, dict) else _read(folder / "tokenizer.json").get("added_tokens") or ()
+    )
+    texts = (entry.get("content") for entry in entries if isinstance(entry, dict))
+    return {text for text in texts if isinstance(text, str)} | _read(folder / "added_tokens.json").keys()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+def _chat_template(folder: Path) -> Any:
+    """The chat template in the files of a folder's processor or tokenizer, or several with their names."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    return _read(folder / PROCESSOR_TEMPLATE).get("chat_template") or _read(folder / TOKENIZER_CONFIG).get(
+        "chat_template"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

@@ -130,7 +130,7 @@ class ChatFormat:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"refuses these messages: {error}") from error
         return text, spans[0] if spans else []
 
@@ -154,10 +154,15 @@ def chat_format(jinja: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 def read_chat_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that a folder brings along, in the files of its processor or of its tokenizer."""
     path = Path(folder) / PROCESSOR_TEMPLATE
-    found = json.loads(path.read_text("utf-8"))["chat_template"] if path.is_file() else tokenizer.chat_template
+    found = tokenizer.chat_template
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text("utf-8"))["chat_template"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} must hold a JSON object with the key chat_template ({error!r})") from error
     if isinstance(found, dict):  # several, by name
         found = found.get("default")
-    return found
+    return found if isinstance(found, str) else None
 
 
 def adapt(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -165,6 +170,8 @@ def adapt(jinja: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     None if `jinja` takes neither, or writes something else for an image.
     """
+    if jinja.startswith((AS_TEXT, AS_PARTS)):
+        return jinja
     question = f"{IMAGE_PLACEHOLDER}\nWhat is it?"
     for preamble, wanted in ((AS_TEXT, question), (AS_PARTS, "What is it?")):
         try:

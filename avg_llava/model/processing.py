@@ -267,7 +267,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError(
-                "this model brings no usable chat template along, and its family is not known; choose one of "
+                "this model brings no usable chat template along, and none is known for its family; choose one of "
                 f"{', '.join(TEMPLATES)} with --template, or with data.template for training"
             )
         if chat_template is None:

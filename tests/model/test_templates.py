@@ -1,6 +1,7 @@
 """Conversation templates: families, and the chat templates that folders bring along."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoTokenizer
 from avg_llava import AvgLlavaConfig, Pipeline, load
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import load_model_config
-from avg_llava.model.chat_templates import adapt
+from avg_llava.checkpoints.templates import template_of_llava
+from avg_llava.model.chat_templates import adapt, read_chat_template
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.templates import TEMPLATES, template_of_family
 from tests.family_tokenizers import make_tokenizer
@@ -62,6 +64,59 @@ def test_published_folders(tmp_path):
         assert processor.apply_chat_template(messages, add_generation_prompt=True) == reference
     processor.save_pretrained(tmp_path)
     assert AvgLlavaProcessor.from_checkpoint(tmp_path, config).chat_template == processor.chat_template
+
+
+TOKENS = {
+    "llama_3": ["<|begin_of_text|>", "<|eot_id|>"],
+    "chatml": ["<|startoftext|>", "<|im_start|>", "<|im_end|>"],
+    "others": ["<s>", "</s>"],
+}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("text_type", "tokens", "template"),
+    [
+        ("llama", "others", "vicuna_v1"),
+        ("llama", "llama_3", "llava_llama_3"),
+        ("llama", "chatml", "chatml_direct"),
+        ("mistral", "others", "mistral_instruct"),
+        ("qwen2", "chatml", "chatml"),
+        ("gpt_neox", "others", None),
+    ],
+)
+def test_original_folders_of_every_family(tmp_path, file, text_type, tokens, template):
+    """The chat template of the language model, which its tokenizer still has, does not count."""
+    entries = [{"content": text} for text in TOKENS[tokens]]
+    content = {
+        "tokenizer_config.json": {"added_tokens_decoder": dict(enumerate(entries)), "chat_template": "{{ messages }}"},
+        "tokenizer.json": {"added_tokens": entries},
+        "added_tokens.json": dict.fromkeys(TOKENS[tokens], 7),
+    }[file]
+    (tmp_path / file).write_text(json.dumps(content))
+    assert template_of_llava(tmp_path, text_type, has_own=False) == template
+    has_own = file == "tokenizer_config.json"
+    assert template_of_llava(tmp_path, text_type, has_own=True) == ("tokenizer" if has_own else template)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["phi_3"].jinja)
+    assert template_of_llava(tmp_path, text_type, has_own=True) == "phi_3"  # a text of this package
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "3", '{"a"'])
+def test_damaged_files_are_named(tmp_path, content):
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            template_of_llava(tmp_path, "llama", has_own=True)
+        if name == "chat_template.json":
+            with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} must hold a JSON object"):
+                read_chat_template(tmp_path, bpe_tokenizer())
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("listed", [None, 3, [], [3], {"0": 3}, {"0": {}}, {"0": {"content": 3}}])
+def test_lists_of_tokens_of_other_shapes_are_empty(tmp_path, listed):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    assert template_of_llava(tmp_path, "llama", has_own=True) == "vicuna_v1"
 
 
 def test_backbones(tmp_path):
@@ -138,4 +193,13 @@ def test_templates_that_write_no_placeholder_are_not_adapted():
         adapt("{% for m in messages %}{% for p in m.content %}<img>{{ p.text }}{% endfor %}{% endfor %}", tokenizer)
         is None
     )
-    assert adapt("{{ raise_exception('no') }}", tokenizer) is None
+    for hostile in (
+        "{{ raise_exception('no') }}",
+        "{% for",
+        "{{ 1 // 0 }}",
+        "{{ range(10**9) }}",
+        "{{ messages[7].x.y }}",
+    ):
+        assert adapt(hostile, tokenizer) is None
+    own = adapt("{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer)
+    assert adapt(own, tokenizer) == own

@@ -22,7 +22,9 @@ from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import TrainingError
+from tests.family_tokenizers import make_tokenizer
 from tests.model import without_package
+from tests.parity.golden import GOLDEN
 from tests.tiny import noise_images, stage_values, write_backbones, write_data
 from tests.training.interruption import interrupt_at
 
@@ -199,6 +201,28 @@ def test_the_template_is_the_starts_and_is_recorded(stages, world, tmp_path, cap
         with caplog.at_level(logging.INFO, logger="avg_llava"):
             run.run_stage(config)
         assert f"stage {stage} is already complete" in caplog.text
+
+
+def test_a_language_model_keeps_its_chat_template(tmp_path):
+    """From a backbone with a chat template: stage 2 learns it, and its result answers with it and stops at its end."""
+    tokenizer = make_tokenizer("llama_3")
+    tokenizer.chat_template = (GOLDEN.parent / "chat_templates" / "llama_3.jinja").read_text("utf-8")
+    write_backbones(tmp_path, tokenizer=tokenizer)
+    write_data(tmp_path, num_samples=4, num_text_only=0, two_images=False)
+    for stage in (1, 2):
+        overrides = ("--data.template", "null", "--optim.max_steps", "1")
+        result = run.run_stage(_config(stage, tmp_path, tmp_path, overrides))
+    assert read_manifest(result).config["data"]["template"] == "tokenizer"
+    assert AvgLlavaConfig.from_pretrained(result).template == "tokenizer"
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    eos = json.loads((result / "generation_config.json").read_text())["eos_token_id"]
+    assert end in (eos if isinstance(eos, list) else [eos])
+    _, processor = load(result)
+    messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Red."}]
+    wanted = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert processor.apply_chat_template(messages) == wanted
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert processor.apply_chat_template([{"role": "user", "content": parts}, messages[1]]) == wanted
 
 
 def test_another_template_than_the_starts_is_refused(stages, world, tmp_path, monkeypatch):
