@@ -25,6 +25,7 @@ from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
 from avg_llava.inference.predictor import EncodedRequests, LevelChoice, Predictor
 from avg_llava.model.anyres import num_visual_tokens
+from avg_llava.model.chat_templates import RefusedPromptError
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 
@@ -164,7 +165,7 @@ class _Answerer:
         try:
             encoded = self.predictor.encode(list(requests.values()))
             answers, log_probs = self._answer_keys(encoded, list(requests))
-        except PromptTooLongError as error:
+        except (PromptTooLongError, RefusedPromptError) as error:
             if len(requests) == 1:
                 (index,) = requests
                 yield Failure(str(index), f"{self.questions.label(index)}: {error}")

@@ -21,6 +21,7 @@ from avg_llava.evaluation.tasks import generation_limits
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget
 from avg_llava.inference.pipeline import Pipeline
+from avg_llava.model.chat_templates import RefusedPromptError
 from avg_llava.model.images import DataError
 from avg_llava.model.modeling import PromptTooLongError
 
@@ -78,7 +79,8 @@ class AvgLlava(lmms):
         """Answers greedily, in the order of the requests.
 
         Raises:
-            FailedSamplesError: Images cannot be read or prompts are too long; all other requests are answered first.
+            FailedSamplesError: Images cannot be read, or prompts are too long or refused; all other requests are
+                answered first.
         """
         answers: dict[int, str] = {}
         failures: list[str] = []
@@ -93,11 +95,11 @@ class AvgLlava(lmms):
             options = requests[batch[0]].args[1]
             try:
                 answers |= self._answer(readable, options)
-            except PromptTooLongError:
+            except (PromptTooLongError, RefusedPromptError):
                 for index, request in readable.items():
                     try:
                         answers |= self._answer({index: request}, options)
-                    except PromptTooLongError as error:
+                    except (PromptTooLongError, RefusedPromptError) as error:
                         failures.append(f"{_name(requests[index])}: {error}")
             progress.update(len(batch))
         progress.close()

@@ -59,6 +59,10 @@ AS_PARTS = """\
 """
 
 
+class RefusedPromptError(ValueError):
+    """A chat template refuses messages, or one of them holds a text that marks turns."""
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """A chat template with a tokenizer.

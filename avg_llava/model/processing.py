@@ -29,7 +29,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from avg_llava.common.registry import find_entry
 from avg_llava.model.anyres import image_window, select_canvas
-from avg_llava.model.chat_templates import adapt, chat_format, read_chat_template
+from avg_llava.model.chat_templates import RefusedPromptError, adapt, chat_format, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.resampling import resize
@@ -263,7 +263,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         """Renders messages as a prompt; arguments as in transformers.
 
         Raises:
-            ValueError: There is no chat template, it refuses the messages, or a question holds a text that marks turns.
+            ValueError: There is no chat template.
+            RefusedPromptError: It refuses the messages, or a question holds a text that marks turns.
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError(
@@ -275,14 +276,14 @@ class AvgLlavaProcessor(ProcessorMixin):
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise RefusedPromptError(f"the chat template refuses these messages: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, and `auto_map` for saved models."""
         return super().to_dict() | {"auto_map": AUTO_MAP}
 
     def _refuse_markers(self, conversation: Any) -> None:
-        """Raises ValueError if a message that is no answer holds a text with which the template marks turns."""
+        """Raises RefusedPromptError if a message that is no answer holds a text with which the template marks turns."""
         batch = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
         markers = chat_format(self.chat_template, self.tokenizer).markers
         for message in chain.from_iterable(batch):
@@ -290,7 +291,9 @@ class AvgLlavaProcessor(ProcessorMixin):
             parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
             found = [marker for marker in markers if any(marker in part for part in parts)]
             if found and message["role"] != "assistant":
-                raise ValueError(f"the text of a message holds {found[0]!r}, which marks turns; write it otherwise")
+                raise RefusedPromptError(
+                    f"the text of a message holds {found[0]!r}, which marks turns; write it otherwise"
+                )
 
     def use_template(self, name: str, config: AvgLlavaConfig) -> None:
         """Prompts with an entry of `TEMPLATES`, which the model's configuration names from now on.
