@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from avg_llava.checkpoints.adapters import Adapter
+from avg_llava.checkpoints.tokenizers import has_tokenizer
 from avg_llava.checkpoints.weight_files import StoredTensor, resolve_folder, stored_tensors, weight_files
 from avg_llava.model.configuration import AvgLlavaConfig
 
@@ -19,9 +20,6 @@ Renaming = list[tuple[str, str | None]]
 
 ROUTER_KEYS = "model.router."
 NEWLINE_KEY = "model.image_newline"
-
-# A folder with one of these holds a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Checkpoint:
 
 def tokenizer_folder(*folders: Path) -> Path:
     """The first of some folders with files of a tokenizer; the first one if none has any."""
-    return next((each for each in folders if any((each / name).is_file() for name in _TOKENIZER_FILES)), folders[0])
+    return next((each for each in folders if has_tokenizer(each)), folders[0])
 
 
 def rename_keys(tensors: Mapping[str, TensorT], renaming: Renaming) -> dict[str, TensorT]:

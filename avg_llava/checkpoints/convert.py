@@ -23,10 +23,11 @@ from avg_llava.checkpoints.checksums import (
 )
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import open_processor
-from avg_llava.checkpoints.problems import has_tokenizer, weight_problems
+from avg_llava.checkpoints.problems import weight_problems
 from avg_llava.checkpoints.same_logits import compare_logits, fits_in_memory
 from avg_llava.checkpoints.shards import SINGLE_NAME, PlannedTensor, split_shards, write_shards
 from avg_llava.checkpoints.targets import TARGETS, TOWER_KEYS, Model, OutputLayout, Target
+from avg_llava.checkpoints.tokenizers import has_tokenizer
 from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, read_json, stored_tensors
 from avg_llava.common.files import write_json
 from avg_llava.model.saving import NEW_FOLDER, replaced_model

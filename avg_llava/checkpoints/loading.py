@@ -20,7 +20,8 @@ from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.reading import read_weights
-from avg_llava.checkpoints.weight_files import CheckpointError
+from avg_llava.checkpoints.tokenizers import reading_tokenizer
+from avg_llava.checkpoints.weight_files import CheckpointError, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -62,9 +63,19 @@ def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcesso
     """
     checkpoint = open_checkpoint(path)
     assert checkpoint.tokenizer is not None, "set by every layout"
-    if checkpoint.tokenizer == checkpoint.image_settings:
-        return AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
-    return AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
+    with reading_tokenizer(checkpoint.tokenizer):
+        if checkpoint.tokenizer == checkpoint.image_settings:
+            return AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
+        return AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
+
+
+def processor_of_backbones(
+    vision_path: str | Path, language_path: str | Path, config: AvgLlavaConfig
+) -> AvgLlavaProcessor:
+    """The processor of a model of two backbones; arguments as for `AvgLlavaProcessor.from_backbones`."""
+    folder = resolve_folder(language_path)
+    with reading_tokenizer(folder):
+        return AvgLlavaProcessor.from_backbones(vision_path, folder, config)
 
 
 def load_model(

@@ -8,6 +8,7 @@ import torch
 from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.checksums import MANIFEST_NAME, compute_checksums, recorded_checksums
 from avg_llava.checkpoints.loading import open_processor
+from avg_llava.checkpoints.reading import foreign_types
 from avg_llava.checkpoints.weight_files import (
     WEIGHT_NAMES,
     CheckpointError,
@@ -17,14 +18,6 @@ from avg_llava.checkpoints.weight_files import (
     stored_tensors,
 )
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A folder with one of these has a tokenizer."""
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Returns True if a folder holds the vocabulary of a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def file_problems(folder: Path) -> list[str]:
@@ -47,7 +40,7 @@ def file_problems(folder: Path) -> list[str]:
 
 
 def weight_problems(checkpoint: Checkpoint) -> list[str]:
-    """Every weight that is missing, unexpected or of another shape than the configuration says."""
+    """Every weight that is missing, unexpected, or of another shape or kind than the configuration says."""
     with torch.device("meta"):
         model = AvgLlavaForConditionalGeneration(checkpoint.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -64,14 +57,11 @@ def weight_problems(checkpoint: Checkpoint) -> list[str]:
         for name in sorted(stored.keys() & expected.keys())
         if stored[name].shape != expected[name]
     ]
-    return problems
+    return problems + foreign_types(stored)
 
 
 def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
     """Problems of the tokenizer and the processor."""
-    assert checkpoint.tokenizer is not None, "set by every layout"
-    if not has_tokenizer(checkpoint.tokenizer):
-        return [f"{checkpoint.tokenizer} holds no tokenizer ({', '.join(TOKENIZER_FILES)} are missing)"]
     return attempt(lambda: open_processor(checkpoint.name, checkpoint.config))
 
 

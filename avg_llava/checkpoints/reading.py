@@ -45,12 +45,8 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
     Raises:
         CheckpointError: A tensor is of another kind than weights are, or differs from its checksum.
     """
-    for name, stored in tensors.items():
-        if stored.dtype not in _WEIGHT_DTYPES and not name.endswith(_BUFFERS):
-            raise CheckpointError(
-                f"{stored.file}: tensor {stored.name} is of type {stored.dtype}; weights are 16, 32 or 64 bit "
-                "floating-point numbers here, quantise while loading instead"
-            )
+    for problem in foreign_types(tensors):
+        raise CheckpointError(problem)
     checks = os.environ.get("LOCAL_RANK", "0") == "0"
     recorded = _recorded(tensors) if checks else {}
 
@@ -73,6 +69,16 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
             tensors[next(iter(bad))].name,
         )
     return {name: each.tensor for name, each in passes.items()}
+
+
+def foreign_types(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """One line for every tensor of another kind than weights are."""
+    return [
+        f"{stored.file}: tensor {stored.name} is of type {stored.dtype}; weights are 16, 32 or 64 bit floating-point "
+        "numbers here, quantise while loading instead"
+        for name, stored in tensors.items()
+        if stored.dtype not in _WEIGHT_DTYPES and not name.endswith(_BUFFERS)
+    ]
 
 
 def _recorded(tensors: Mapping[str, StoredTensor]) -> dict[Path, Checksums]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from avg_llava.checkpoints.adapters import ADAPTER_CONFIG
 from avg_llava.checkpoints.backbones import vision_part
@@ -136,7 +137,7 @@ def _inspect_configured(found: Inspection, folder: Path, scan: bool) -> None:
         found.problems += attempt(lambda: found.problems.extend(checksum_problems(folder)))
     try:
         found.layout = detect_layout(raw, folder)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         _inspect_backbone(found, folder, raw, str(error), scan)
         return
     found.kind = "model"
@@ -160,13 +161,16 @@ def _inspect_model(found: Inspection, checkpoint: Checkpoint, scan: bool) -> Non
     found.has_router = any(name.startswith(PART_PREFIXES["router"]) for name in stored)
     _count(found, stored, scan)
     found.problems += weight_problems(checkpoint) + tokenizer_problems(checkpoint)
+    assert checkpoint.folder is not None, "set by every layout"
+    if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+        found.problems += attempt(lambda: GenerationConfig.from_pretrained(checkpoint.folder))
     found.starts = _starts(found, found.has_router)
 
 
 def _inspect_backbone(found: Inspection, folder: Path, raw: Mapping[str, Any], problem: str, scan: bool) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         found.problems += [problem, " ".join(str(error).split())]
         return
     found.problems += file_problems(folder)

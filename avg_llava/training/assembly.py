@@ -17,11 +17,16 @@ from transformers import set_seed
 from avg_llava.checkpoints.backbones import config_from_backbones, join_backbones
 from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.formats import open_checkpoint
-from avg_llava.checkpoints.loading import build_from_backbones, load, load_model_config, open_processor
+from avg_llava.checkpoints.loading import (
+    build_from_backbones,
+    load,
+    load_model_config,
+    open_processor,
+    processor_of_backbones,
+)
 from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import check_available, freeze_in_4bit
 from avg_llava.checkpoints.routing_model import load_routing_model
-from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.common.settings import ConfigError
 from avg_llava.data.collator import Collator
 from avg_llava.data.dataset import ConversationDataset, DataSource
@@ -64,7 +69,7 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
         model = build_from_backbones(
             settings.vision, settings.language, projector=settings.projector, dtype=dtype, **config.architecture()
         )
-        processor = AvgLlavaProcessor.from_backbones(settings.vision, resolve_folder(settings.language), model.config)
+        processor = processor_of_backbones(settings.vision, settings.language, model.config)
     if "router" in STAGES[config.stage].trains:
         model.model.router.float()
     if config.runtime.attention is not None:
@@ -186,9 +191,7 @@ def load_processor(config: TrainConfig) -> tuple[AvgLlavaProcessor, AvgLlavaConf
         assert settings.vision is not None, "checked by TrainConfig"
         assert settings.language is not None, "checked by TrainConfig"
         model_config = config_from_backbones(settings.vision, settings.language, **config.architecture())
-        return AvgLlavaProcessor.from_backbones(
-            settings.vision, resolve_folder(settings.language), model_config
-        ), model_config
+        return processor_of_backbones(settings.vision, settings.language, model_config), model_config
     model_config = load_model_config(settings.start)
     adapt(model_config, settings)
     return open_processor(settings.start, model_config), model_config

@@ -1,6 +1,7 @@
 """Inspection of folders: what they are, what they can start, and everything that is wrong with them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from avg_llava import cli, load_model
+from avg_llava import cli, load, load_model
 from avg_llava.checkpoints.checksums import compute_checksums
 from avg_llava.planning.inspection import inspect
 from avg_llava.training.checkpoint import StageManifest, write_manifest
@@ -105,6 +106,35 @@ def test_all_damaged_files_are_listed(copied):
     assert len(found.problems) == 2
     assert any("git-lfs" in problem and SHARD in problem for problem in found.problems)
     assert any("model-00002-of-00002.safetensors is missing" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "", "the tokenizer or the processor in .* cannot be read"),
+        ("tokenizer.json", None, "holds no tokenizer, neither tokenizer.json"),
+        ("stage.json", "{", "stage.json is not a stage manifest"),
+    ],
+)
+def test_what_loading_refuses_is_a_problem(own, tmp_path, name, content, message):
+    shutil.copytree(own, tmp_path / "model")
+    if content is None:
+        (tmp_path / "model" / name).unlink()
+    else:
+        (tmp_path / "model" / name).write_text(content)
+    (problem,) = inspect(tmp_path / "model").problems
+    assert re.search(message, problem)
+    if name != "stage.json":  # of training
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "model")
+
+
+def test_weights_of_another_kind_are_a_problem(copied):
+    tensors = load_file(copied / SHARD)
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, copied / SHARD)
+    (problem,) = inspect(copied).problems
+    assert f"{name} is of type torch.int8" in problem
 
 
 def test_values_that_are_not_finite_are_counted_on_request(copied):
