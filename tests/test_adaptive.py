@@ -42,16 +42,16 @@ def execute(words: list[str]) -> int:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder like the project's, whose configurations start from the stand-in and train on 8 drawn samples."""
+    """A folder like the project's, whose configurations start from the stand-in and train on 4 drawn samples."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    write_world(tmp_path / "world", size=WorldSize(num_captions=0, num_instruct=8, num_router=0, num_eval=0))
+    write_world(tmp_path / "world", size=WorldSize(num_captions=0, num_instruct=4, num_router=0, num_eval=0))
     write_benchmarks(tmp_path / "benchmarks")
     for stage in (3, 4):
         path = tmp_path / f"configs/{START}/qlora/stage{stage}.yaml"
         values = yaml.safe_load(path.read_text())
-        values["data"] = {"sources": [{"path": "world/instruct.json", "sampling": "random:8"}], "num_workers": 0}
-        values["optim"] |= {"global_batch_size": 4, "micro_batch_size": 2, "epochs": 3, "lr": 1e-3}
+        values["data"] = {"sources": [{"path": "world/instruct.json", "sampling": "random:4"}], "num_workers": 0}
+        values["optim"] |= {"global_batch_size": 2, "micro_batch_size": 2, "epochs": 3, "lr": 1e-3}
         values["logging"] = {"trackers": [], "progress_bar": False}
         if stage == 3:
             values["model"] = {"start": str(STAND_IN)}
