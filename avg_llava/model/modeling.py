@@ -132,6 +132,8 @@ class AvgLlavaPreTrainedModel(LlavaNextPreTrainedModel):
             return
         names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if "max_shard_size" in kwargs:
+            hub["max_shard_size"] = kwargs["max_shard_size"]
         with replaced_model(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
         if push_to_hub:

@@ -79,8 +79,9 @@ def run_stage(config: TrainConfig) -> Path:
     deepspeed = None
     if config.runtime.deepspeed is not None:
         deepspeed = read_deepspeed_file(config.runtime.deepspeed)
-        prepare_deepspeed(use_cpu)
     check_quantization(deepspeed, config)
+    if deepspeed is not None:
+        prepare_deepspeed(use_cpu)
     if config.runtime.compile:
         check_compilation(deepspeed, use_cpu)
     set_seed(config.seed)

@@ -138,6 +138,7 @@ assert cli.main(["push", shards, "ada/shards", "--yes"]) == 0
 assert cli.main(["push", folder, "ada/shards", "--yes"]) == 0  # in place of the shards
 for part in load(folder):
     part.push_to_hub("ada/parts")
+load(folder)[0].save_pretrained(shards + "-saved", push_to_hub=True, repo_id="ada/saved", max_shard_size="100KB")
 os.environ["HF_TOKEN"] = "hf_wrong"
 assert cli.main(["push", folder, "ada/refused", "--yes"]) == 1
 constants.ENDPOINT = "http://127.0.0.1:9"
@@ -174,6 +175,9 @@ def test_upload_and_download(folder, tmp_path):
     assert "Edited" in [change for commit in hub.commits for change in decoded(commit, "README.md")][1]
     parts = load_model(tmp_path / "hub/ada/parts/main")
     assert torch.equal(parts.lm_head.weight, model.lm_head.weight)
+    saved = {path.name for path in (tmp_path / "hub/ada/saved/main").iterdir()}
+    assert saved - {"README.md"} == {path.name for path in (tmp_path / "shards-saved").iterdir()}
+    assert "model-00002-of-00005.safetensors" in saved
 
     image = noise_images()[1]
     image.save(tmp_path / "image.png")
