@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, Renaming, WeightSource
+from avg_llava.checkpoints.configs import named_errors, read_auto_config
 from avg_llava.checkpoints.open_clip_models import OpenClipSource, is_open_clip, open_clip_config
-from avg_llava.checkpoints.weight_files import CheckpointError, read_config, resolve_folder
+from avg_llava.checkpoints.weight_files import resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.language import language_parts
 from avg_llava.model.towers import find_tower
@@ -29,7 +28,10 @@ def join_backbones(vision_path: str | Path, language_path: str | Path, **config_
 
 def config_from_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> AvgLlavaConfig:
     """Configuration of a model of two backbones; arguments as for `build_from_backbones`."""
-    text_config = read_auto_config(resolve_folder(language_path))
+    folder = resolve_folder(language_path)
+    text_config = read_auto_config(folder)
+    with named_errors(folder):
+        language_parts(text_config)
     return join_configs(read_tower_config(vision_path), text_config, **config_fields)
 
 
@@ -49,24 +51,6 @@ def read_tower_config(path: str | Path) -> PreTrainedConfig:
     if is_open_clip(path):
         return open_clip_config(path)
     return vision_part(read_auto_config(resolve_folder(path)))
-
-
-def read_auto_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model of transformers in a folder; code in the folder is never run.
-
-    Raises:
-        CheckpointError: It is of a type that transformers does not know, or damaged.
-    """
-    model_type = read_config(folder).get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
-            f"{transformers.__version__}; code that a model brings along is not run"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:

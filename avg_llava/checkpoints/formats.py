@@ -9,17 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig, LlavaNextConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from avg_llava.checkpoints.checkpoint import NEWLINE_KEY, ROUTER_KEYS, Checkpoint, Renaming, WeightSource
+from avg_llava.checkpoints.configs import named_errors
 from avg_llava.checkpoints.original import KNOWN_TOWERS as KNOWN_TOWERS
 from avg_llava.checkpoints.original import open_original
 from avg_llava.checkpoints.parts import check_whole, open_adapter
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import (
-    CheckpointError,
     read_config,
     resolve_folder,
 )
@@ -74,13 +73,8 @@ def open_checkpoint(path: str | Path, behavior: Behavior | None = None) -> Check
         return adapted
     raw_config = read_config(folder)
     layout = detect_layout(raw_config, folder)
-    try:
+    with named_errors(folder):
         return LAYOUTS[layout](str(path), folder, raw_config, behavior)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise CheckpointError(f"{folder / 'config.json'}: {reason}") from error
 
 
 def _transformers(name: str, folder: Path, raw_config: Mapping[str, Any], behavior: Behavior | None) -> Checkpoint:

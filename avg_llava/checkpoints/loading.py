@@ -16,12 +16,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
 from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
+from avg_llava.checkpoints.fit import check_fit, empty_model, misfit
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.reading import read_weights
 from avg_llava.checkpoints.tokenizers import reading_tokenizer
-from avg_llava.checkpoints.weight_files import CheckpointError, resolve_folder
+from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, read_json, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -191,15 +192,15 @@ def instantiate(
     wanted = _data_type(dtype)
     if read is not None:
         tensors = checkpoint.tensors(read)
+        empty_model(model_class, checkpoint, len(tensors))
     else:
         stored = checkpoint.stored()
+        empty = empty_model(model_class, checkpoint, len(stored))
         ignored = model_class._keys_to_ignore_on_load_unexpected or ()
         for name in [name for name in stored if any(re.search(pattern, name) for pattern in ignored)]:
             del stored[name]
-        wanted = wanted or _data_type(checkpoint.config.dtype)
-        embeddings = stored.get(_embeddings(checkpoint.config))
-        if wanted is None and embeddings is not None:
-            wanted = embeddings.dtype
+        check_fit(empty, stored, checkpoint)
+        wanted = wanted or _own_data_type(checkpoint, stored)
         # Quantisation and ZeRO-3 take whole tensors one by one, and cast what they keep.
         casts_itself = "quantization_config" in kwargs or is_deepspeed_zero3_enabled()
         tensors = read_weights(stored, checkpoint.name, None if casts_itself else wanted)
@@ -215,12 +216,26 @@ def instantiate(
         )
     _check_loaded(info, checkpoint.name, checkpoint.fresh)
     if read is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config = _generation_config(checkpoint.folder / GENERATION_CONFIG_NAME)
     return model.eval()
 
 
-def _embeddings(config: AvgLlavaConfig) -> str:
-    return f"model.language_model.{language_parts(config.text_config).embeddings}.weight"
+def _generation_config(file: Path) -> GenerationConfig:
+    values = read_json(file)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _own_data_type(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """The data type in a checkpoint's configuration, else that of its embeddings."""
+    try:
+        written = _data_type(checkpoint.config.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.name}: config.json: {error}") from error
+    embeddings = stored.get(f"model.language_model.{language_parts(checkpoint.config.text_config).embeddings}.weight")
+    return written if written is not None or embeddings is None else embeddings.dtype
 
 
 def _data_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -242,8 +257,7 @@ def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...]) 
         for key, found, wanted in sorted(info["mismatched_keys"])
     ]
     if problems:
-        listing = "\n  ".join(problems)
-        raise CheckpointError(f"{source} does not fit its configuration ({len(problems)} keys):\n  {listing}")
+        raise misfit(source, problems)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from avg_llava.checkpoints.backbones import read_auto_config, vision_part
+from avg_llava.checkpoints.backbones import vision_part
 from avg_llava.checkpoints.checkpoint import (
     NEWLINE_KEY,
     ROUTER_KEYS,
@@ -26,6 +26,7 @@ from avg_llava.checkpoints.checkpoint import (
     rename_keys,
     tokenizer_folder,
 )
+from avg_llava.checkpoints.configs import read_auto_config
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import resolve_folder, stored_tensors
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from avg_llava.checkpoints.checkpoint import Checkpoint
 from avg_llava.checkpoints.checksums import MANIFEST_NAME, compute_checksums, recorded_checksums
+from avg_llava.checkpoints.fit import empty_model, foreign_types, misfits
 from avg_llava.checkpoints.loading import open_processor
-from avg_llava.checkpoints.reading import foreign_types
 from avg_llava.checkpoints.weight_files import (
     WEIGHT_NAMES,
     CheckpointError,
@@ -40,24 +38,10 @@ def file_problems(folder: Path) -> list[str]:
 
 
 def weight_problems(checkpoint: Checkpoint) -> list[str]:
-    """Every weight that is missing, unexpected, or of another shape or kind than the configuration says."""
-    with torch.device("meta"):
-        model = AvgLlavaForConditionalGeneration(checkpoint.config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model._tied_weights_keys) if checkpoint.config.tie_word_embeddings else set()
+    """Every weight that is missing, unexpected, or of another shape or type than the configuration says."""
     stored = checkpoint.stored()
-    problems = [
-        f"missing    {name}"
-        for name in sorted(expected.keys() - stored.keys() - tied)
-        if not name.startswith(checkpoint.fresh)
-    ]
-    problems += [f"unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
-    problems += [
-        f"shape      {name}: {stored[name].shape} in the checkpoint, {expected[name]} in the model"
-        for name in sorted(stored.keys() & expected.keys())
-        if stored[name].shape != expected[name]
-    ]
-    return problems + foreign_types(stored)
+    model = empty_model(AvgLlavaForConditionalGeneration, checkpoint, len(stored))
+    return misfits(model, stored, checkpoint.fresh) + foreign_types(model, stored)
 
 
 def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:

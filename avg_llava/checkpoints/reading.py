@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from avg_llava.checkpoints.checksums import REMEDY, Checksums, new_digest, recorded_checksums
-from avg_llava.checkpoints.stored_tensor import NUM_READERS, CheckpointError, StoredTensor, split
+from avg_llava.checkpoints.stored_tensor import NUM_READERS, WEIGHT_DTYPES, CheckpointError, StoredTensor, split
 
 logger = logging.getLogger(__name__)
-
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BUFFERS = ("position_ids", "num_batches_tracked")
 
 
 class _Pass(NamedTuple):
@@ -43,10 +40,8 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
         dtype: Data type to cast to; None keeps every tensor's own.
 
     Raises:
-        CheckpointError: A tensor is of another kind than weights are, or differs from its checksum.
+        CheckpointError: A tensor differs from its checksum.
     """
-    for problem in foreign_types(tensors):
-        raise CheckpointError(problem)
     checks = os.environ.get("LOCAL_RANK", "0") == "0"
     recorded = _recorded(tensors) if checks else {}
 
@@ -71,16 +66,6 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
     return {name: each.tensor for name, each in passes.items()}
 
 
-def foreign_types(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """One line for every tensor of another kind than weights are."""
-    return [
-        f"{stored.file}: tensor {stored.name} is of type {stored.dtype}; weights are 16, 32 or 64 bit floating-point "
-        "numbers here, quantise while loading instead"
-        for name, stored in tensors.items()
-        if stored.dtype not in _WEIGHT_DTYPES and not name.endswith(_BUFFERS)
-    ]
-
-
 def _recorded(tensors: Mapping[str, StoredTensor]) -> dict[Path, Checksums]:
     """The checksums of all folders that have some."""
     recorded = {folder: recorded_checksums(folder) for folder in {stored.file.parent for stored in tensors.values()}}
@@ -88,7 +73,7 @@ def _recorded(tensors: Mapping[str, StoredTensor]) -> dict[Path, Checksums]:
 
 
 def _read(stored: StoredTensor, dtype: torch.dtype | None, counts: bool, hashes: bool) -> _Pass:
-    casts = dtype is not None and stored.dtype in _WEIGHT_DTYPES and stored.dtype != dtype
+    casts = dtype is not None and stored.dtype in WEIGHT_DTYPES and stored.dtype != dtype
     tensor = torch.empty(stored.shape, dtype=dtype) if casts else stored.read()
     digest = new_digest(stored) if hashes else None
     position = num_not_finite = 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 16 * 1024 * 1024  # bytes read at a time
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUM_READERS = 4  # threads: more do not read faster
 
 

@@ -51,6 +51,7 @@ _DTYPES = {  # by safetensors' names
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_COUNTS, _MAX_COUNT = ("num_hidden_layers", "num_labels"), 10_000
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -75,11 +76,20 @@ def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a folder."""
+    """The parsed `config.json` of a folder.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged, or it asks for more layers than any model has.
+    """
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
-    return read_json(file)
+        raise CheckpointError(f"{folder} holds no config.json, so it is not a model folder")
+    raw = read_json(file)
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key in _COUNTS:  # libraries build lists of these lengths
+            if isinstance(part.get(key), (int, float)) and part[key] > _MAX_COUNT:
+                raise CheckpointError(f"{file}: {key} is {part[key]}, more than {_MAX_COUNT}")
+    return raw
 
 
 def read_json(file: Path) -> dict[str, Any]:

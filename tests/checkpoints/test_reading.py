@@ -47,9 +47,12 @@ def test_values_that_are_no_numbers_are_counted(tmp_path, caplog, dtype):
 
 
 def test_weights_of_other_types_are_refused(tmp_path):
-    save_file({"linear.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor linear\.weight is of type torch\.int8"):
-        read_weights(stored_tensors(tmp_path), "x", None)
+    tiny_model().save_pretrained(tmp_path)
+    _change(
+        tmp_path / "model.safetensors", lambda weights: weights.update({"lm_head.weight": torch.zeros(64, 64).char()})
+    )
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight is of type torch\.int8"):
+        load_model(tmp_path)
 
 
 @pytest.fixture
