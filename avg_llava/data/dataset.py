@@ -177,10 +177,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         index_dir: str | Path | None = None,
     ) -> None:
         if not find_entry(TEMPLATES, template, "template").is_for_captions:
-            probe = [Turn(HUMAN, "?"), Turn(ASSISTANT, "!")]
-            render_conversation(
-                probe, template, processor.tokenizer, processor.chat_template
-            )  # refuses unfit templates
+            probe = [Turn(HUMAN, "?"), Turn(ASSISTANT, "!")]  # a template that cannot be learned is refused at once
+            render_conversation(probe, template, processor.tokenizer, processor.chat_template)
         if on_bad_sample not in ("error", "skip"):
             raise ValueError(f"on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
         self.processor = processor

@@ -16,7 +16,7 @@ from tests.datasets.conversations import CONVERSATIONS
 from tests.family_tokenizers import make_tokenizer, sentencepiece, special
 from tests.parity.golden import GOLDEN
 
-REFERENCES = GOLDEN.parent / "chat_templates"
+REFERENCES, CHECKPOINTS = GOLDEN.parent / "chat_templates", GOLDEN.parent / "checkpoints"
 LLAVA = json.loads((REFERENCES / "llava.json").read_text("utf-8"))
 ENDS = {
     "llama_3": "<|eot_id|>",
@@ -141,6 +141,12 @@ def test_labels_are_the_answers_and_their_ends(template, tokenizer, number):
         assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
         assert encoded.labels[len(prompt.input_ids) - 1] == IGNORE_INDEX
         assert encoded.labels[len(prompt.input_ids)] != IGNORE_INDEX
+    # A system message, which records have not, changes nothing.
+    if not is_refused(template, CONVERSATIONS[number]):
+        text, found = chat.render_answers(CONVERSATIONS[number])
+        written = [text[slice(*span)].removesuffix(ENDS[template]).strip() for span in found]
+        assert written == [answer.strip() for answer in answers]
+        assert all(text[slice(*span)].endswith(ENDS[template]) for span in found)
     # The published template has no marks: the same labels by its prompts.
     if template in PUBLISHED:
         own = encode_conversation(turns, tokenizer, "tokenizer", image, adapt(tokenizer.chat_template, tokenizer))
@@ -185,6 +191,11 @@ def test_a_tokenizer_without_the_end_token_is_refused():
             "{% if add_generation_prompt %}assistant:{% endif %}",
             "writes an answer otherwise",
         ),
+        (
+            "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}",
+            "ends answers with no token",
+        ),
+        (json.loads((CHECKPOINTS / "hf45_vicuna" / "chat_template.json").read_text())["chat_template"], "no token"),
         ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ raise_exception('never') }}", "no usable"),
         (None, "no usable"),
     ],
