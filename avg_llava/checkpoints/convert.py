@@ -145,8 +145,6 @@ def plan_conversion(
     has_router = any(name.startswith(ROUTER_KEYS) for name in weights)
     model = Model(source.folder, source.tokenizer, source.config, processor, has_router)
     layout = TARGETS[target](model)
-    if layout.vocabulary_size != source.config.text_config.vocab_size and VOCABULARY_KEYS[0] not in weights:
-        raise ValueError(f"--to {target}: the vocabulary of a {source.config.text_config.model_type} cannot be resized")
     tensors = []
     for name, weight in weights.items():
         key = keys.get(name, name)

@@ -21,7 +21,7 @@ from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.parts import with_projector
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.reading import read_weights
-from avg_llava.checkpoints.tokenizers import reading_tokenizer
+from avg_llava.checkpoints.tokenizers import check_vocabulary, reading_tokenizer
 from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, read_json, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
@@ -66,8 +66,11 @@ def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcesso
     assert checkpoint.tokenizer is not None, "set by every layout"
     with reading_tokenizer(checkpoint.tokenizer):
         if checkpoint.tokenizer == checkpoint.image_settings:
-            return AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
-        return AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
+            processor = AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
+        else:
+            processor = AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
+    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, checkpoint.tokenizer)
+    return processor
 
 
 def processor_of_backbones(
@@ -76,7 +79,9 @@ def processor_of_backbones(
     """The processor of a model of two backbones; arguments as for `AvgLlavaProcessor.from_backbones`."""
     folder = resolve_folder(language_path)
     with reading_tokenizer(folder):
-        return AvgLlavaProcessor.from_backbones(vision_path, folder, config)
+        processor = AvgLlavaProcessor.from_backbones(vision_path, folder, config)
+    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, folder)
+    return processor
 
 
 def load_model(

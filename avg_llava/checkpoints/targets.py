@@ -158,6 +158,8 @@ def llava_next(model: Model) -> OutputLayout:
         {
             f"a vision tower of type {config.vision_config.model_type!r}": config.vision_config.model_type
             != "clip_vision_model",
+            f"a language model of type {config.text_config.model_type!r}": (parts.base, parts.embeddings, parts.head)
+            != ("model", "embed_tokens", "lm_head"),
             "a language model with a bias or a soft cap of its logits": parts.head_bias or parts.softcap is not None,
             f"the finest level {config.granularities[-1]}, as it always uses {finest} tokens per crop": (
                 config.granularities[-1] != finest

@@ -281,7 +281,7 @@ def test_language_models_keep_their_type_and_their_positions(tmp_path, language,
     ("fields", "target", "message"),
     [
         ({"language": GPTNeoXConfig(**SIZES)}, "original", "cannot hold a language model of type 'gpt_neox'"),
-        ({"language": GPTNeoXConfig(**SIZES)}, "llava-next", "the vocabulary of a gpt_neox cannot be resized"),
+        ({"language": GPTNeoXConfig(**SIZES)}, "llava-next", "cannot hold a language model of type 'gpt_neox'"),
         ({"granularities": [4, 16]}, "llava-next", "the finest level 16, as it always uses 64 tokens per crop"),
     ],
 )

@@ -129,6 +129,18 @@ def test_what_loading_refuses_is_a_problem(own, tmp_path, name, content, message
             load(tmp_path / "model")
 
 
+def test_a_tokenizer_of_a_larger_vocabulary_is_a_problem(tmp_path):
+    """That of the golden data has 512 tokens; its model comes without one."""
+    released = tmp_path / "released"
+    shutil.copytree(GOLDEN / "checkpoint", released)
+    for file in (GOLDEN / "tokenizer_tiny").iterdir():
+        shutil.copy(file, released)
+    (problem,) = inspect(released).problems
+    assert "gives ids up to 511, but the model embeds 320 tokens" in problem
+    with pytest.raises(ValueError, match="do not belong together"):
+        load(released)
+
+
 def test_weights_of_another_kind_are_a_problem(copied):
     tensors = load_file(copied / SHARD)
     name = next(name for name in tensors if name.endswith("down_proj.weight"))
