@@ -64,13 +64,16 @@ KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-KNOWN_STARTS: dict[str, tuple[str, str]] = {
-    "Lin-Chen/open-llava-next-vicuna-7b": (_CLIP, _VICUNA),
-    "liuhaotian/llava-v1.6-vicuna-7b": (_CLIP, _VICUNA),
-    "liuhaotian/llava-v1.6-mistral-7b": (_CLIP, _MISTRAL),
-    "lmms-lab/llama3-llava-next-8b": (_CLIP, _LLAMA),
+KNOWN_STARTS: dict[str, tuple[str, str, int]] = {
+    "Lin-Chen/open-llava-next-vicuna-7b": (_CLIP, _VICUNA, 32_000),
+    "liuhaotian/llava-v1.6-vicuna-7b": (_CLIP, _VICUNA, 32_000),
+    "liuhaotian/llava-v1.6-mistral-7b": (_CLIP, _MISTRAL, 32_000),
+    "lmms-lab/llama3-llava-next-8b": (_CLIP, _LLAMA, 128_256),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (_CLIP, _VICUNA, 32_064),
+    "llava-hf/llava-v1.6-mistral-7b-hf": (_CLIP, _MISTRAL, 32_064),
+    "llava-hf/llama3-llava-next-8b-hf": (_CLIP, _LLAMA, 128_320),
 }
-"""Vision tower and language model of published LLaVA-NeXT models."""
+"""Vision tower, language model and vocabulary (which transformers' layout pads) of published LLaVA-NeXT models."""
 
 
 def find_model_config(
@@ -103,7 +106,9 @@ def find_model_config(
         found, assumptions = find_model_config(load_config(source), source)
         assumptions.insert(0, f"{start} does not exist; its shape follows from {source}")
     elif start in KNOWN_STARTS:
-        found, _ = _from_backbones(*KNOWN_STARTS[start], {})
+        vision, language, vocabulary = KNOWN_STARTS[start]
+        found, _ = _from_backbones(vision, language, {})
+        found.text_config.vocab_size = vocabulary
         assumptions = [f"{start} has its published shape"]
     else:
         raise ConfigError(

@@ -184,6 +184,9 @@ def test_hub_ids_that_are_not_downloaded(tmp_path, capsys):
     result = estimate.estimate(path, estimate.Request(num_gpus=1))
     assert result["assumptions"][0] == "lmms-lab/llama3-llava-next-8b has its published shape"
     assert result["model"]["by_part"]["llm"]["total"] == 8_030_261_248
+    path.write_text(text.replace("runs/mini/stage2", "llava-hf/llama3-llava-next-8b-hf"))
+    padded = estimate.estimate(path, estimate.Request(num_gpus=1))
+    assert padded["model"]["by_part"]["llm"]["total"] == 8_030_261_248 + 2 * 64 * 4096
     path.write_text(text.replace("runs/mini/stage2", "someone/their-llava"))
     assert cli.main(["estimate", "--config", str(path)]) == 1
     error = capsys.readouterr().err

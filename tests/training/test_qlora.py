@@ -1,6 +1,7 @@
 """4-bit blocks under trained adapters (QLoRA), against a model that holds the dequantised weights."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 
 from avg_llava import load_model
-from avg_llava.checkpoints.checkpoint import rename_keys
-from avg_llava.checkpoints.formats import TRANSFORMERS_KEYS
+from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.checkpoints.quantization import freeze_in_4bit
-from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.planning import dry_run, estimate
 from avg_llava.training import run
@@ -40,6 +40,7 @@ from tests.training.interruption import interrupt_at
 pytestmark = pytest.mark.xdist_group("training-qlora")  # the trained stages are shared
 
 CPU = torch.device("cpu")
+ROUTER = {"num_text_tokens": 6, "num_attention_heads": 2}
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "quantization": "4bit"}
 
 
@@ -126,8 +127,7 @@ def world(tmp_path_factory) -> Path:
     language = language_config(tokenizer, intermediate_size=128, max_position_embeddings=4096)
     write_backbones(root, language=language, tokenizer=tokenizer)
     write_data(root)
-    router = {"num_text_tokens": 6, "num_attention_heads": 2}
-    model = build_from_backbones(root / "vision", root / "language", dtype=torch.bfloat16, router_config=router)
+    model = build_from_backbones(root / "vision", root / "language", dtype=torch.bfloat16, router_config=ROUTER)
     model.save_pretrained(root / "start")
     AvgLlavaProcessor.from_backbones(root / "vision", root / "language", model.config).save_pretrained(root / "start")
     run.run_stage(config_of(root))
@@ -153,7 +153,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_result_is_the_start_with_merged_adapters(world):
     """The adapters are added to the weights of the start's files in float32; the rest is the start's, or trained."""
     assert losses(world / "stage3")[-1] < losses(world / "stage3")[0]
-    start, result = (rename_keys(read_tensors(world / name), TRANSFORMERS_KEYS) for name in ("start", "stage3"))
+    start, result = (open_checkpoint(world / name).tensors() for name in ("start", "stage3"))
     others = load_file(world / "stage3/adapter/other_parts.safetensors")
     adapters = load_file(world / "stage3/adapter/adapter_model.safetensors")
     assert result.keys() == start.keys()
@@ -248,3 +248,41 @@ def test_the_estimate_counts_what_is_in_memory(world):
     assert found["memory"].keys() == {"none", "0", "1", "2"}
     with pytest.raises(ConfigError, match=r"lora\.quantization: ZeRO-3 cannot shard"):
         estimate.estimate(world / "stage3.yaml", estimate.Request(num_gpus=1, zero="3"))
+
+
+def test_stage_2(world, tmp_path):
+    """Only the adapted layers of the language model differ from the start."""
+    values = stage_values(2, tmp_path, world)
+    values["model"] = {"start": str(world / "start"), "force_start": True}
+    values["lora"] = LORA
+    (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(values))
+    folder = run.run_stage(load_config(tmp_path / "stage2.yaml", ["--optim.max_steps", "2"]))
+    start, result = (open_checkpoint(path).tensors() for path in (world / "start", folder))
+    changed = {
+        name for name, tensor in result.items() if part_of(name) == "llm" and not torch.equal(tensor, start[name])
+    }
+    assert changed == {name for name in start if "language_model.layers" in name and "proj" in name}
+
+
+@pytest.mark.slow
+def test_zero_2(world, tmp_path):
+    """DeepSpeed shards the adapters' optimizer; the result is as whole as without it."""
+    config = config_of(
+        world, "--runtime.deepspeed", "configs/deepspeed/zero2.json", "--output.dir", str(tmp_path / "run")
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "avg_llava.training.run", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    expected, found = (load_model(folder).state_dict() for folder in (world / "stage3", tmp_path / "run"))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(world, tmp_path):
+    """The loss falls as on the CPU, up to the kernels' rounding."""
+    run.run_stage(config_of(world, "--runtime.device", "auto", "--output.dir", str(tmp_path / "run")))
+    assert losses(tmp_path / "run") == pytest.approx(losses(world / "stage3"), rel=0.05)
