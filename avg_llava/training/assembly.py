@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from avg_llava.checkpoints.backbones import config_from_backbones, join_backbones
-from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.loading import (
     build_from_backbones,
@@ -60,7 +60,8 @@ def build_model(config: TrainConfig) -> tuple[AvgLlavaForConditionalGeneration, 
             model = load_routing_model(settings.start, dtype=dtype)
             processor = open_processor(settings.start, model.config)
         adapt(model.config, settings)
-        if settings.router is not None or settings.granularities is not None:
+        is_new = settings.router is not None or settings.granularities is not None
+        if is_new or ROUTER_KEYS in open_checkpoint(settings.start).fresh:
             set_seed(config.seed)  # the same router in any way of loading the model
             model.model.router = find_router(model.config)(model.config).to(model.dtype)
     else:

@@ -21,6 +21,7 @@ from avg_llava.checkpoints.weight_files import (
     stored_tensors,
     weight_files,
 )
+from tests.parity.golden import GOLDEN
 from tests.tiny import images, pad, prompt, tiny_model
 
 
@@ -218,7 +219,15 @@ def test_the_model_without_language_model(tmp_path, tied, shard_size):
         assert torch.equal(found.state_dict()[name], tensor + 1 if name == "model.router.voter" else tensor), name
 
 
-def test_a_source_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(ValueError, match=r"no checkpoint of this package .*avg-llava convert"):
-        load_routing_model(tmp_path)
+@pytest.mark.parametrize("source", [GOLDEN / "checkpoint", GOLDEN.parent / "checkpoints" / "llava16_vicuna"])
+def test_the_model_without_language_model_of_published_layouts(tmp_path, source):
+    """What it saves is the whole model under this package's names; a router that the source lacks is its own."""
+    whole, routing = load_model(source), load_routing_model(source)
+    routing.save_pretrained(tmp_path)
+    found = load_model(tmp_path).state_dict()
+    has_router = source.parent == GOLDEN
+    for name, tensor in whole.state_dict().items():
+        if has_router or not name.startswith(ROUTER_KEYS):
+            assert torch.equal(found[name], tensor), name
+    for name, tensor in routing.model.router.state_dict().items():
+        assert torch.equal(found[ROUTER_KEYS + name], tensor), name

@@ -221,11 +221,19 @@ def test_levels_that_see_different_tokens_are_not_compared():
     assert feedback._status(item, feedback.Answer([-1.0, -2.0], [3, 2])) == "cut off"
 
 
+def forget_checksums(folder):
+    """Lets the weights of a stage's result be changed."""
+    manifest = json.loads((folder / "stage.json").read_text())
+    del manifest["weights"]
+    (folder / "stage.json").write_text(json.dumps(manifest))
+
+
 def test_a_log_probability_that_is_not_finite_names_its_sample(root, tmp_path):
     broken = shutil.copytree(root / "stage3", tmp_path / "stage3")
     weights = load_file(broken / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] * float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    forget_checksums(broken)
     config = configuration(root, 4, "--model.start", str(broken))
     with pytest.raises(FeedbackError, match=r"answer of sample '.*' .* is \[nan.*levels \[4, 8"):
         collect(config, tmp_path / "store", num_processes=1)
@@ -345,6 +353,7 @@ def test_the_routers_weights_do_not_matter_to_a_store(root, store, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.router.voter"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    forget_checksums(other)
     overrides = ("--model.start", str(other), "--objective.feedback_store", str(store), "--optim.max_steps", "1")
     run.run_stage(configuration(root, 4, *overrides, "--output.dir", str(tmp_path / "run")))
 
