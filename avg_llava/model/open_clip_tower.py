@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from PIL.Image import Resampling
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class OpenClipVisionConfig(PreTrainedConfig):
 
 
 class OpenClipVisionModel(PreTrainedModel):
-    """open_clip's `VisionTransformer` without its pooling and projection; weights have open_clip's names."""
+    """The layers of open_clip's `VisionTransformer`, without its pooling and projection."""
 
     config_class = OpenClipVisionConfig
     main_input_name = "pixel_values"
@@ -110,19 +111,17 @@ class OpenClipVisionModel(PreTrainedModel):
     def __init__(self, config: OpenClipVisionConfig):
         super().__init__(config)
         build = import_open_clip(".model")._build_vision_tower
-        self.visual = build(config.embed_dim, config.vision_cfg, config.quick_gelu)
-        self.visual.attn_pool, self.visual.proj, self.visual.ln_post = None, None, nn.Identity()
+        whole = build(config.embed_dim, config.vision_cfg, config.quick_gelu)
+        self.conv1, self.ln_pre, self.layers = whole.conv1, whole.ln_pre, whole.transformer.resblocks
+        self.class_embedding, self.positional_embedding = whole.class_embedding, whole.positional_embedding
         self.gradient_checkpointing = False
         self.post_init()
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The Transformer layers."""
-        return self.visual.transformer.resblocks
-
-    def embed(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """(C, 3, S, S) pixels to the input (C, 1 + P, D) of the first layer."""
-        return self.visual._embeds(pixels)
+        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.to(patches).expand(len(patches), 1, -1)
+        return self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches))
 
     def run_layer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states after a layer, recomputed in the backward pass under gradient checkpointing."""

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -77,7 +78,10 @@ class Tower:
         return {"image_mean": list(self.mean), "image_std": list(self.std), "resample": Resampling.BICUBIC}
 
     def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
-        """(C, 3, S, S) pixels to the input (C, X + P, D) of the first layer."""
+        """(C, 3, S, S) pixels to the input (C, X + P, D) of the first layer.
+
+        Calls modules and uses no parameters of theirs: ZeRO-3 gathers those of a module when it is called.
+        """
         return tower.pre_layrnorm(tower.embeddings(pixels))
 
     def layers(self, tower: PreTrainedModel) -> nn.ModuleList:
@@ -129,9 +133,9 @@ class Siglip2Tower(SiglipTower):
         size = tower.config.patch_size
         # Pixels of a patch row by row, channels last, as Siglip2ImageProcessor orders them.
         patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-        embeddings = tower.embeddings
         # Positions are resized to the grid of an image, which here is the grid of the table.
-        return embeddings.patch_embedding(patches) + embeddings.position_embedding.weight
+        positions = torch.arange(patches.shape[1], device=patches.device)
+        return tower.embeddings.patch_embedding(patches) + tower.embeddings.position_embedding(positions)
 
 
 class Dinov2Tower(Tower):
@@ -162,8 +166,8 @@ class OpenClipTower(Tower):
     """open_clip's own vision transformers; those that it takes from timm are refused by their configuration."""
 
     keys = [
-        (r"^(?:module\.)?visual\.(?:proj|attn_pool.*|ln_post\..*)$", None),
-        (r"^(?:module\.)?visual\.", f"{_TOWER}visual."),
+        (r"^(?:module\.)?visual\.transformer\.resblocks\.", f"{_TOWER}layers."),
+        (r"^(?:module\.)?visual\.(?=conv1\.|ln_pre\.|class_embedding|positional_embedding)", _TOWER),
         (r"^.*$", None),
     ]
 
@@ -174,7 +178,7 @@ class OpenClipTower(Tower):
         return {name: getattr(config, name) for name in ("image_mean", "image_std", "resample")}
 
     def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
-        return tower.embed(pixels)
+        return tower(pixels)
 
     def layers(self, tower: PreTrainedModel) -> nn.ModuleList:
         return tower.layers

@@ -55,11 +55,16 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int) -> N
 
 
 def _linear_layers(model: nn.Module, part: Part) -> set[str]:
-    """Last components of the names of a part's linear layers, without the language model's head."""
+    """Last components of the names of a part's linear layers, without the language model's head.
+
+    PyTorch's own attention (of open_clip's towers) reads the weights of its layers without calling them.
+    """
     return {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("lm_head") and part_of(f"{name}.weight") == part
+        f"{name}.{child}".rsplit(".", 1)[-1]
+        for name, parent in model.named_modules()
+        for child, module in parent.named_children()
+        if isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention)
+        if name and part_of(f"{name}.{child}.weight") == part
     }
 
 

@@ -15,6 +15,8 @@ from avg_llava.checkpoints.weight_files import CheckpointError
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.processing import AvgLlavaProcessor
+from avg_llava.training.config import LoraSettings
+from avg_llava.training.lora import add_adapters
 from tests.checkpoints.test_backbones import train_and_ask
 from tests.tiny import tiny_config, write_backbones, write_data
 
@@ -63,7 +65,7 @@ def test_hidden_states_are_open_clip_s(world, tmp_path, variant, layer):
     write_model(tmp_path / "tower", variant)
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'tower'}", load_weights=True).visual.eval()
     model = build_from_backbones(tmp_path / "tower", world / "language", vision_feature_layer=layer)
-    assert "proj" not in model.model.vision_tower.visual.state_dict()
+    assert not [name for name in model.model.vision_tower.state_dict() if "proj" in name.split(".") or "pool" in name]
     pixels = torch.randn(3, 3, 32, 32)
     index = layer - 1 if layer > 0 else layer  # of a layer; hidden state 0 is the input of the first
     with torch.no_grad():
@@ -97,9 +99,23 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
             assert model.model.vision_tower.gradient_checkpointing
         model.zero_grad()
         model.model.encode_crops(pixels).square().sum().backward()
-        gradients.append(model.model.vision_tower.visual.conv1.weight.grad.clone())
+        gradients.append(model.model.vision_tower.conv1.weight.grad.clone())
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients)
+
+
+def test_adapters_of_a_tower_are_all_trained(world, tmp_path):
+    """Not in the attention, which reads the weights of its linear layer without calling it."""
+    write_model(tmp_path / "tower")
+    model = build_from_backbones(tmp_path / "tower", world / "language", vision_feature_layer=-1)
+    add_adapters(model, LoraSettings(rank=2, vision=True), seed=0)
+    adapters = {
+        name: weight for name, weight in model.named_parameters() if "vision_tower" in name and ".lora_B." in name
+    }
+    assert len(adapters) == 3 * 2, "the two matrices of the feed-forward part of each layer"
+    model.model.encode_crops(torch.randn(1, 3, 32, 32)).square().sum().backward()
+    for name, weight in adapters.items():
+        assert weight.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -126,7 +142,7 @@ def test_models_on_the_hub(world, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     tower = build_from_backbones("open_clip:hf-hub:owner/name", world / "language").model.vision_tower
-    assert torch.equal(tower.visual.conv1.weight, model.visual.conv1.weight)
+    assert torch.equal(tower.conv1.weight, model.visual.conv1.weight)
     with pytest.raises(CheckpointError, match=r"^open_clip:hf-hub:owner/other: Failed to download file"):
         read_tower_config("open_clip:hf-hub:owner/other")
 

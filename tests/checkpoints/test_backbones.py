@@ -53,6 +53,8 @@ def train_and_ask(vision: str, folder: Path, root: Path) -> Pipeline:
         answer = pipeline.ask(image, "What colour is it?", granularity=level, max_new_tokens=3)
         assert answer.granularity == (level,)
         assert 0 < answer.num_new_tokens <= 3
+    routed = pipeline.ask(image, "What colour is it?", max_new_tokens=1)
+    assert set(routed.granularity) <= set(pipeline.model.config.granularities)
     return pipeline
 
 

@@ -29,7 +29,7 @@ from avg_llava.training.feedback import collect
 from avg_llava.training.monitor import MACHINE_METRICS
 from avg_llava.training.run import run_stage
 from avg_llava.training.stages import STAGES, part_of
-from tests.tiny import stage_values, write_backbones, write_data
+from tests.tiny import bpe_tokenizer, language_models, stage_values, towers, write_backbones, write_data
 
 ROOT = Path(__file__).parents[2]
 STEPS = {1: 3, 2: 3, 3: 7, 4: 3}  # four steps see all 16 samples: stage 3 runs into a second epoch
@@ -350,6 +350,21 @@ def test_the_disk_of_one_rank_is_full(one_process, world, tmp_path):
     assert "continuing from step" in _finish(config, tmp_path)
     run_stage(load_config(_with_lora(one_process / "stage3.yaml")))
     assert _losses(output) == pytest.approx(_losses(one_process / "lora"), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tower", "language"), [("siglip2", "gemma2"), ("dinov2_registers", "gpt_neox")])
+def test_other_backbones_equal_one_process(tmp_path, tower, language):
+    """Stage 2 trains both under ZeRO-3, which shards every parameter: none is used outside of its module's call."""
+    tokenizer = bpe_tokenizer()
+    write_backbones(tmp_path, towers()[tower], language_models(tokenizer)[language], tokenizer)
+    write_data(tmp_path, NUM_IMAGE_SAMPLES, NUM_TEXT_SAMPLES)
+    run_stage(load_config(_write_config(1, tmp_path, tmp_path, deepspeed=None)))
+    sharded = _write_config(2, tmp_path, tmp_path, _deepspeed_file(tmp_path, 3, persistence=0))
+    alone = _vary(sharded, "alone", deepspeed=None)
+    run_stage(load_config(alone))
+    _finish(sharded, tmp_path)
+    assert _losses(tmp_path / "stage2") == pytest.approx(_losses(tmp_path / "alone"), abs=1e-4)
 
 
 def test_nothing_was_compiled(two_processes):
