@@ -17,11 +17,15 @@ from avg_llava.model.towers import find_tower
 def join_backbones(vision_path: str | Path, language_path: str | Path, **config_fields: Any) -> Checkpoint:
     """A vision tower and a causal LM; arguments as for `build_from_backbones`."""
     config = config_from_backbones(vision_path, language_path, **config_fields)
-    source = OpenClipSource if is_open_clip(vision_path) else WeightSource
+    vision = OpenClipSource if is_open_clip(vision_path) else WeightSource
+    text = config.text_config
     return Checkpoint(
         f"{vision_path} + {language_path}",
         config,
-        (source(vision_path, config.tower.keys), WeightSource(language_path, language_keys(config.text_config))),
+        (
+            vision(vision_path, config.tower.keys),
+            WeightSource(language_path, language_keys(text), base=f"{language_parts(text).base}."),
+        ),
         fresh=(ROUTER_KEYS, "model.multi_modal_projector.", "model.image_newline"),
     )
 

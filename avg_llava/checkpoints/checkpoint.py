@@ -10,7 +10,13 @@ from torch import Tensor
 
 from avg_llava.checkpoints.adapters import Adapter
 from avg_llava.checkpoints.tokenizers import has_tokenizer
-from avg_llava.checkpoints.weight_files import StoredTensor, resolve_folder, stored_tensors, weight_files
+from avg_llava.checkpoints.weight_files import (
+    CheckpointError,
+    StoredTensor,
+    resolve_folder,
+    stored_tensors,
+    weight_files,
+)
 from avg_llava.model.configuration import AvgLlavaConfig
 
 TensorT = TypeVar("TensorT")
@@ -24,11 +30,17 @@ NEWLINE_KEY = "model.image_newline"
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights in a file, a folder (perhaps below `relative_to`) or a hub repository, and the renaming of their keys."""
+    """Weights in a file, a folder (perhaps below `relative_to`) or a hub repository, and the renaming of their keys.
+
+    Attributes:
+        base: Prefix of the keys of a causal language model's layers; without a key that has it, the folder holds the
+            layers alone.
+    """
 
     path: str | Path
     renaming: Renaming
     relative_to: Path | None = None
+    base: str = ""
 
     def resolve(self) -> Path:
         """The folder, or the file, that holds the weights; what is on the hub is downloaded."""
@@ -84,7 +96,13 @@ class Checkpoint:
     def _merge(self, read: Callable[[Path], Mapping[str, TensorT]]) -> dict[str, TensorT]:
         merged: dict[str, TensorT] = {}
         for source in self.sources:
-            merged |= rename_keys(read(source.resolve()), source.renaming)
+            found = read(source.resolve())
+            if not any(key.startswith(source.base) for key in found):
+                raise CheckpointError(
+                    f"{source.path}: no weight's name begins with {source.base!r}; these are not the weights of a "
+                    "causal language model with its head"
+                )
+            merged |= rename_keys(found, source.renaming)
         return merged
 
 

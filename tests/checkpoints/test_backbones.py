@@ -18,7 +18,7 @@ from transformers import (
 
 from avg_llava import Pipeline
 from avg_llava.checkpoints.loading import build_from_backbones
-from avg_llava.checkpoints.weight_files import read_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError, read_tensors
 from avg_llava.common.settings import build
 from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.model.templates import TEMPLATES
@@ -99,6 +99,13 @@ def test_towers_are_taken_from_whole_models(world, tmp_path):
         assert not [key for key in tower.state_dict() if key.startswith("head.")]
         for key, tensor in tower.state_dict().items():
             assert torch.equal(tensor, expected[key]), key
+
+
+def test_layers_without_a_head_are_refused(world, tmp_path):
+    config = language_models(bpe_tokenizer())["llama"]
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no weight's name begins with 'model\.'; these are not"):
+        build_from_backbones(world / "vision", tmp_path)
 
 
 def test_gpt_neox_as_published(tmp_path):
