@@ -25,7 +25,7 @@ from avg_llava.model.anyres import num_visual_tokens
 from tests.parity.golden import GOLDEN
 from tests.tiny import bpe_tokenizer, images, prompt, vision_config
 
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 LANGUAGE_MODELS = {
     "llava_llama": (LlamaForCausalLM, {"num_key_value_heads": 2, "rope_theta": 5e5}),
     "llava_mistral": (MistralForCausalLM, {"num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": None}),
@@ -40,11 +40,11 @@ ARCHITECTURES = {
 }
 
 
-def write_original(folder, variant="llava_llama", tower=None, tower_inside=True, **changes):
+def write_original(folder, variant="llava_llama", tower=None, tower_inside=True, vocab_size=64, **changes):
     """Writes a LLaVA-NeXT as the original code saves it, and returns its language model and its tower."""
     kind, fields = LANGUAGE_MODELS[variant]
     torch.manual_seed(0)
-    language = kind(kind.config_class(**TEXT, **fields)).eval()
+    language = kind(kind.config_class(**TEXT, vocab_size=vocab_size, **fields)).eval()
     tower = tower or CLIPVisionModel(vision_config(num_hidden_layers=3)).eval()
     width, vision_width = language.config.hidden_size, tower.config.hidden_size
     language.save_pretrained(folder)
@@ -57,7 +57,7 @@ def write_original(folder, variant="llava_llama", tower=None, tower_inside=True,
     weights["model.image_newline"] = torch.randn(width)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     tower.save_pretrained(folder / "tower")
-    raw = json.loads((folder / "config.json").read_text()) | TEXT | fields
+    raw = json.loads((folder / "config.json").read_text()) | TEXT | fields | {"vocab_size": vocab_size}
     raw = {name: value for name, value in raw.items() if name not in ("rope_parameters", "layer_types")} | {
         "model_type": variant,
         "architectures": [ARCHITECTURES[variant]],
@@ -270,12 +270,13 @@ def test_levels_without_a_router_are_released_behaviour(tmp_path):
 
 def test_generation_config_and_tokenizer_are_the_folders(tmp_path):
     """Several ends of sequence, as Llama-3 has; a tokenizer without tokenizer.json is that of the language model."""
-    write_original(tmp_path)
-    bpe_tokenizer().save_pretrained(tmp_path)
+    tokenizer = bpe_tokenizer()
+    write_original(tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9], "pad_token_id": 0}')
     model, processor = load(tmp_path)
     assert model.generation_config.eos_token_id == [2, 9]
-    assert processor.image_token_id == model.config.image_token_id == 64
+    assert processor.image_token_id == model.config.image_token_id == len(tokenizer)
 
 
 def test_a_repository_with_code_ends_in_one_line(tmp_path):
