@@ -29,6 +29,14 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, keys of its storages
 
 
+class Record(NamedTuple):
+    """Position and size of a storage's bytes in an archive, and their CRC-32; 0 if PyTorch was told to write none."""
+
+    start: int
+    num_bytes: int
+    crc: int
+
+
 def pickled_tensors(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a pickled file, by name.
 
@@ -60,22 +68,18 @@ def pickled_tensors(file: Path) -> dict[str, StoredTensor]:
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{file}: tensor {name} of shape {tuple(tensor.shape)} repeats its bytes")
         tensors[name] = tensor.detach()
-    starts = _match_records(file, content, records) if is_archive else {}
-    return {name: _stored(file, name, tensor, starts) for name, tensor in tensors.items()}
+    known = _match_records(file, content, records) if is_archive else {}
+    return {name: _stored(file, name, tensor, known) for name, tensor in tensors.items()}
 
 
-def _stored(file: Path, name: str, tensor: Tensor, starts: Mapping[int, int]) -> StoredTensor:
-    """Describes a tensor of a file whose storages begin at `starts`, by their address."""
-    start = starts.get(tensor.untyped_storage().data_ptr())
-    start = start + int(tensor.storage_offset()) * tensor.itemsize if start and tensor.is_contiguous() else None
-    return StoredTensor(file, tensor.dtype, tuple(tensor.shape), start, lambda: tensor, name)
-
-
-class Record(NamedTuple):
-    """Position and size of a storage's bytes in an archive."""
-
-    start: int
-    num_bytes: int
+def _stored(file: Path, name: str, tensor: Tensor, records: Mapping[int, Record]) -> StoredTensor:
+    """Describes a tensor of a file; `records` are those of its storages, by their address."""
+    start = crc = None
+    record = records.get(tensor.untyped_storage().data_ptr())
+    if record is not None and tensor.is_contiguous():
+        start = record.start + int(tensor.storage_offset()) * tensor.itemsize
+        crc = record.crc if tensor.nbytes == record.num_bytes else None
+    return StoredTensor(file, tensor.dtype, tuple(tensor.shape), start, lambda: tensor, name, crc or None)
 
 
 def _check_archive(stream: BinaryIO) -> list[Record]:
@@ -89,7 +93,7 @@ def _check_archive(stream: BinaryIO) -> list[Record]:
     for entry in sorted(zipfile.ZipFile(stream).infolist(), key=lambda entry: entry.header_offset):
         stream.seek(entry.header_offset)
         name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
-        record = Record(entry.header_offset + 30 + name_length + extra_length, entry.file_size)
+        record = Record(entry.header_offset + 30 + name_length + extra_length, entry.file_size, entry.CRC)
         if entry.compress_type != zipfile.ZIP_STORED or record.start + record.num_bytes > size:
             raise CheckpointError(f"is damaged: record {entry.filename} is compressed or longer than the file")
         name = entry.filename.partition("/")[2]
@@ -126,8 +130,8 @@ def _check_globals(stream: IO[bytes]) -> None:
             raise CheckpointError("asks for a global by a computed name, and loading weights runs no code")
 
 
-def _match_records(file: Path, content: Any, records: Sequence[Record]) -> dict[int, int]:
-    """Position in the file of every storage that the tensors in `content` use, by its address in memory.
+def _match_records(file: Path, content: Any, records: Sequence[Record]) -> dict[int, Record]:
+    """The record of every storage that the tensors in `content` use, by its address in memory.
 
     The file is mapped in one piece, so storages lie in memory as their records do in the file.
 
@@ -145,7 +149,7 @@ def _match_records(file: Path, content: Any, records: Sequence[Record]) -> dict[
                 f"{file} is damaged: a storage of {storages[address]} bytes is described where it holds "
                 f"{record.num_bytes}"
             )
-    return {address: record.start for address, record in zip(addresses, records, strict=True)}
+    return dict(zip(addresses, records, strict=True))
 
 
 def _storages(content: Any) -> Iterator[torch.UntypedStorage]:

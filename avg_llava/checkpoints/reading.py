@@ -6,6 +6,7 @@ memory of their own, and processes of one machine share them. Only weights that 
 
 import logging
 import os
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
         dtype: Data type to cast to; None keeps every tensor's own.
 
     Raises:
-        CheckpointError: A tensor differs from its checksum.
+        CheckpointError: A tensor differs from its checksum in the manifest or in an archive of PyTorch.
     """
     checks = os.environ.get("LOCAL_RANK", "0") == "0"
     recorded = _recorded(tensors) if checks else {}
@@ -76,14 +77,18 @@ def _read(stored: StoredTensor, dtype: torch.dtype | None, counts: bool, hashes:
     casts = dtype is not None and stored.dtype in WEIGHT_DTYPES and stored.dtype != dtype
     tensor = torch.empty(stored.shape, dtype=dtype) if casts else stored.read()
     digest = new_digest(stored) if hashes else None
-    position = num_not_finite = 0
+    position = num_not_finite = crc = 0
     if casts or counts or hashes:
         for chunk in split(tensor) if stored.start is None and not casts else stored.chunks():
             if digest is not None:
                 digest.update(chunk.view(torch.uint8).numpy())
+            if counts and stored.crc is not None:
+                crc = zlib.crc32(chunk.view(torch.uint8).numpy().data, crc)
             if counts and chunk.is_floating_point() and not all(bound.isfinite() for bound in chunk.aminmax()):
                 num_not_finite += int(chunk.isfinite().logical_not().sum())
             if casts:
                 tensor.view(-1)[position : position + len(chunk)] = chunk
                 position += len(chunk)
+    if counts and stored.crc not in (None, crc):
+        raise CheckpointError(f"{stored.file}: tensor {stored.name} differs from its checksum in the archive")
     return _Pass(tensor, num_not_finite, digest and digest.hexdigest())

@@ -24,6 +24,7 @@ class StoredTensor:
         start: Position of the tensor's bytes in the file; None if they do not lie there in order.
         read: Maps the tensor from the file: it takes memory of its own only where it is written to.
         name: Its name in the file; empty if it is computed.
+        crc: CRC-32 of its bytes according to the file; None if that has none.
     """
 
     file: Path
@@ -32,6 +33,7 @@ class StoredTensor:
     start: int | None
     read: Callable[[], Tensor]
     name: str = ""
+    crc: int | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -1,7 +1,12 @@
 """Every damaged or hostile checkpoint ends in one clear line or loads with the right weights, and runs nothing."""
 
+import json
 import random
+import re
+import resource
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -28,8 +33,11 @@ LAYOUTS = ("golden", "llava16_vicuna", "hf45_vicuna", "ours", "language", "visio
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Gives the whole checkpoint of a layout in a form."""
-    root = tmp_path_factory.mktemp("whole")
+    return checkpoints_in(tmp_path_factory.mktemp("whole"))
+
+
+def checkpoints_in(root):
+    """A function that gives the whole checkpoint of a layout in a form."""
     ours = make_checkpoint(root / "made")
 
     def make(layout, form):
@@ -105,3 +113,37 @@ def test_damaged_checkpoints(layout, whole, tmp_path, monkeypatch):
         assert not (tmp_path / CANARY).exists(), damage.name
         shutil.rmtree(folder)
     assert not wrong, "\n".join(wrong)
+
+
+HUNGRY = re.compile("huge|large|to the end|claimed|deep|configuration|pickled (memory|tensor|repeated|meta)|compressed")
+
+
+def load_hungry_ones(folder):
+    """Loads checkpoints that lie about sizes; prints the growth of the peak, the weights' bytes and outcomes."""
+    make, wrong, size = checkpoints_in(folder), [], 0
+    expected = {layout: load(layout, make(layout, "archive")) for layout in ("golden", "ours")}
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for layout, weights in expected.items():
+        for number, damage, form in cases(layout):
+            if HUNGRY.search(damage.name):
+                damaged_copy(make(layout, form), folder / "damaged", damage, number)
+                wrong.append(outcome(layout, damage, folder / "damaged", weights))
+                shutil.rmtree(folder / "damaged")
+        size = max(size, sum(tensor.nbytes for tensor in weights.values()))
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    print(json.dumps({"growth": growth, "size": size, "outcomes": wrong}))  # noqa: T201 - read by the test
+
+
+def test_lying_checkpoints_take_no_memory(tmp_path):
+    """With a limit of 1 GiB more than is taken before; the peak grows by twice the weights and an allowance."""
+    code = (
+        f"from pathlib import Path; from {__name__} import load_hungry_ones; load_hungry_ones(Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["outcomes"]) >= 60
+    assert set(found["outcomes"]) == {None}
+    assert found["growth"] < 2 * found["size"] + 32 * 2**20

@@ -115,3 +115,20 @@ def test_other_types_shapes_and_manifests_are_noticed(checked):
     (checked / MANIFEST_NAME).write_text(json.dumps({"stage": 2}))  # written by an earlier version
     _change(file, lambda weights: weights.update({name: weights[name] + 1}))
     load_model(checked)
+
+
+def test_an_archive_s_own_checksums_are_compared(tmp_path):
+    """PyTorch writes them and does not read them."""
+    save = {"a": torch.randn(40, 30), "b": torch.randn(50)}
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(save, file)
+    _flip(file, stored_tensors(tmp_path)["a"].start + 1000)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: tensor a differs from its checksum in the archive"):
+        read_weights(stored_tensors(tmp_path), "x", None)
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(save, file)
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    assert torch.equal(read_weights(stored_tensors(tmp_path), "x", None)["a"], save["a"])
