@@ -33,11 +33,12 @@ AUTO_MAP = {
 CONFIG_NAME = "config.json"
 NEW_FOLDER = ".new"
 """Folder inside a model's folder for files that are not complete yet."""
-# Files in which transformers, peft and the original code look for a model or a part of it.
+# Files in which transformers, peft, the original code and this program look for a model or a part of it.
 _MODEL_FILES = (
     CONFIG_NAME, "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "weights.safetensors",
     "pytorch_model*.bin", "pytorch_model*.bin.index.json", "consolidated*.pth", "consolidated*.safetensors",
     "adapter_model.*", "adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin", f"{PREFIX}*.py",
+    "stage.json",  # the manifest of the training that wrote the earlier model, with checksums of its weights
 )  # fmt: skip
 _IMPORT = re.compile(r"^(\s*from )avg_llava\.(\w+)\.(\w+)(?= import )", re.MULTILINE)
 

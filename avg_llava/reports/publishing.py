@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from transformers.utils import PROCESSOR_NAME
 
 from avg_llava.checkpoints.weight_files import read_config, stored_tensors
 from avg_llava.evaluation.evaluate import fingerprint_model
@@ -189,7 +190,11 @@ def _check_model(folder: Path) -> StageManifest | None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name the folder of a saved model")
     config = read_config(folder)
-    missing = [name for name in ("processor_config.json", *modelling_files()) if not (folder / name).is_file()]
+    if not (folder / PROCESSOR_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {PROCESSOR_NAME}, without which nobody can ask the model: save its processor"
+        )
+    missing = [name for name in modelling_files() if not (folder / name).is_file()]
     if config.get("auto_map") != AUTO_MAP or missing:
         raise ValueError(
             f"{folder} cannot be loaded without this package ({', '.join(missing) or 'config.json has no auto_map'}): "

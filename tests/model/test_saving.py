@@ -40,6 +40,7 @@ STALE = [
     "model-00001-of-00003.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.fp16.safetensors",
     "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "adapter_config.json", "mm_projector.bin",
     "adapter_model.safetensors", "non_lora_trainables.bin", f"{PREFIX}of_an_older_version.py", "weights.safetensors",
+    "stage.json",
 ]  # fmt: skip
 
 
