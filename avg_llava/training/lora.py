@@ -122,7 +122,7 @@ def merge_adapters(weights: Mapping[str, Tensor], settings: LoraSettings) -> dic
             continue
         layer = name.removesuffix(f"{_BASE}weight")
         if layer != name:
-            down, up = weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]
+            down, up = (weights[f"{layer}.lora_{side}.default.weight"].to(tensor.device) for side in "AB")
             tensor = (tensor.float() + scaling * (up.float() @ down.float())).to(tensor.dtype).cpu()
         merged[name.replace(_BASE, ".")] = tensor
     return merged
