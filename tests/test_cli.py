@@ -219,6 +219,29 @@ def test_further_options_of_training_go_to_the_configuration():
     assert command.overrides == tuple(overrides)
 
 
+@pytest.mark.parametrize(
+    "command", ["estimate --config c.yaml", "verify-data --config c.yaml", "feedback --config c.yaml --output store"]
+)
+def test_values_of_a_configuration_can_be_changed_in_every_command_that_reads_one(command):
+    overrides = ["--model.start", "dir", "--optim.lr=1e-3"]
+    assert cli.parse([*command.split(), *overrides]).overrides == tuple(overrides)
+    for wrong in (["--gpuss", "8"], ["--modle=0.4"], ["word"], ["word", *overrides]):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse([*command.split(), *wrong])
+        assert stop.value.code == 2
+
+
+def test_an_estimate_takes_changed_values():
+    words = ["estimate", "--config", "configs/mini/stage1.yaml", "--gpus", "1"]
+    halves = []
+    for batch in (8, 4):
+        outcome = cli.parse(
+            [*words, "--optim.global_batch_size", str(batch), "--optim.micro_batch_size", "1"]
+        ).compute()
+        halves.append(outcome.facts["step"]["flops"])
+    assert halves[0] == pytest.approx(2 * halves[1])
+
+
 def test_installed_command_answers():
     done = subprocess.run(
         [sys.executable, "-m", "avg_llava.cli", "generate", "--help"], capture_output=True, text=True, check=False

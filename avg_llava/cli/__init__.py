@@ -22,7 +22,7 @@ from avg_llava.cli.evaluation import Evaluate, Report
 from avg_llava.cli.export import EXPORT
 from avg_llava.cli.inference import Chat, Generate
 from avg_llava.cli.mini import MINI
-from avg_llava.cli.options import CLOSED_OUTPUT, FAILED, INTERRUPTED, WRONG_USAGE, Command, Group
+from avg_llava.cli.options import CLOSED_OUTPUT, FAILED, INTERRUPTED, WRONG_USAGE, Command, Group, StageCommand
 from avg_llava.cli.publishing import Push
 from avg_llava.cli.serving import Demo, Serve
 from avg_llava.cli.training import Estimate, Feedback, Train, VerifyData
@@ -105,14 +105,21 @@ def parse(arguments: Sequence[str]) -> Command:
     try:
         if isinstance(node, Group):
             return _subcommands(node).cli(prog=prog, description=node.description, args=rest, config=_MARKERS)
-        if issubclass(node, Train):
-            train, overrides = tyro.cli(node, prog=prog, args=rest, config=_MARKERS, return_unknown_args=True)
-            return replace(train, overrides=tuple(overrides))
+        if issubclass(node, StageCommand):
+            staged, overrides = tyro.cli(node, prog=prog, args=rest, config=_MARKERS, return_unknown_args=True)
+            if issubclass(node, Train) or _are_keys(overrides):
+                return replace(staged, overrides=tuple(overrides))
         return tyro.cli(node, prog=prog, args=rest, config=_MARKERS)
     except SystemExit as stop:
         if stop.code == 0:  # after help
             print(node.epilog(), flush=True)
         raise
+
+
+def _are_keys(words: Sequence[str]) -> bool:
+    """True if words change values of a configuration: `--section.key VALUE` or `--section.key=VALUE`."""
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return all("." in name for name in names) and all(word.startswith("--") for word in words[:1])
 
 
 def _attach_sentences(arguments: Sequence[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ class Command(ABC):
     def epilog(cls) -> str:
         """Text after the list of options."""
         return f"example:\n  {cls.example}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCommand(Command):
+    """A command that reads the YAML file of a stage, whose values its `overrides` change."""
+
+    overrides: Suppress[tuple[str, ...]] = ()
+
+    @classmethod
+    def epilog(cls) -> str:
+        from avg_llava.common.settings import describe
+        from avg_llava.training.config import TrainConfig
+
+        keys = "\n".join(describe(TrainConfig, shutil.get_terminal_size().columns))
+        return f"values of the YAML file, changed by --KEY VALUE or --KEY=VALUE:\n\n{keys}\n\n{super().epilog()}"
 
 
 CommandT = TypeVar("CommandT", bound=type[Command])

@@ -1,21 +1,20 @@
 """Commands that train, prepare training and estimate its cost."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, arg
 
 from avg_llava.cli.options import (
     COUNT,
     NUMBER,
-    Command,
     Count,
     NumWorkers,
     Outcome,
     ReportingCommand,
+    StageCommand,
     command,
     parsed_by,
     unset,
@@ -41,7 +40,7 @@ Zero = Literal["none", "0", "1", "2", "3", "3-offload"]
 
 
 @command("avg-llava train configs/mini/stage1.yaml --optim.lr 5e-4")
-class Train(Command):
+class Train(StageCommand):
     """Trains one stage, in this process or as one rank of a launcher's."""
 
     config: Annotated[Path, Positional, arg(metavar="CONFIG")]
@@ -50,15 +49,6 @@ class Train(Command):
     """Check configuration, weights, data and disk without training."""
     force_start: bool = False
     """Accept a start that is not a finished run of the parent stage."""
-    overrides: Suppress[tuple[str, ...]] = ()
-
-    @classmethod
-    def epilog(cls) -> str:
-        from avg_llava.common.settings import describe
-        from avg_llava.training.config import TrainConfig
-
-        keys = "\n".join(describe(TrainConfig, shutil.get_terminal_size().columns))
-        return f"values of the YAML file, changed by --KEY VALUE or --KEY=VALUE:\n\n{keys}\n\n{super().epilog()}"
 
     def run(self) -> int:
         words = [str(self.config), *self.overrides, *(["--force-start"] if self.force_start else [])]
@@ -72,7 +62,7 @@ class Train(Command):
 
 
 @command("avg-llava feedback --config configs/vicuna-7b/stage4.yaml --output runs/vicuna-7b/feedback --num-processes 8")
-class Feedback(ReportingCommand):
+class Feedback(StageCommand, ReportingCommand):
     """Collects the language model's feedback for stage 4 once, for any number of runs."""
 
     config: Path
@@ -86,7 +76,7 @@ class Feedback(ReportingCommand):
         from avg_llava.training.config import load_config
         from avg_llava.training.feedback import collect
 
-        collection = collect(load_config(self.config), self.output, self.num_processes)
+        collection = collect(load_config(self.config, self.overrides), self.output, self.num_processes)
         counts = ", ".join(f"{count} {status}" for status, count in collection.counts.items())
         text = f"the feedback on {collection.num_samples} samples is in {self.output}: {counts}"
         if collection.num_missing_shards:
@@ -98,7 +88,7 @@ class Feedback(ReportingCommand):
 
 
 @command("avg-llava verify-data --config configs/vicuna-7b/stage2.yaml --output skip.json")
-class VerifyData(ReportingCommand):
+class VerifyData(StageCommand, ReportingCommand):
     """Checks every sample of a configuration: missing, unreadable, malformed, too long, no supervised token."""
 
     config: Path
@@ -118,12 +108,12 @@ class VerifyData(ReportingCommand):
         from avg_llava.training.assembly import build_dataset, load_processor
         from avg_llava.training.config import load_config
 
-        config = load_config(self.config)
+        config = load_config(self.config, self.overrides)
         # Verify all records that a weight could sample from, whatever the seed.
         sources = tuple(replace(source, weight=1.0) for source in config.data.sources)
         data = replace(config.data, sources=sources, on_bad_sample="skip", skip_list=None)
         try:
-            processor, model_config = load_processor(load_config(self.model_of or self.config))
+            processor, model_config = load_processor(config if self.model_of is None else load_config(self.model_of))
         except ValueError as error:
             raise ValueError(
                 f"{error}; if model.start is not trained yet, name stage 1's file with --model-of"
@@ -152,7 +142,7 @@ class VerifyData(ReportingCommand):
 
 
 @command("avg-llava estimate --config configs/vicuna-7b/stage3.yaml --gpus 8 --gpu h100")
-class Estimate(ReportingCommand):
+class Estimate(StageCommand, ReportingCommand):
     """Estimates memory per GPU, operations and hours of a training run, without loading weights."""
 
     config: Path
@@ -190,7 +180,7 @@ class Estimate(ReportingCommand):
             num_answer_tokens=self.answer_tokens,
             model_of=self.model_of,
         )
-        result = estimate(self.config, request)
+        result = estimate(self.config, request, self.overrides)
         return Outcome(result, "\n".join(table_lines(result)))
 
 

@@ -74,8 +74,8 @@ def check_conversation(turns: Sequence[Turn], template: str) -> None:
     is_caption = len(turns) == 2 and IMAGE_PLACEHOLDER in turns[0].value
     if TEMPLATES[template].is_for_captions and not is_caption:
         raise DataError(
-            f"template {template!r} is for captions: one human turn with an image and one answer; use {_others()} for "
-            "other conversations"
+            f"template {template!r} is for captions: one human turn with an image and one answer; use "
+            f"{_others(template)} for other conversations"
         )
 
 
@@ -92,20 +92,22 @@ def render_conversation(
     entry = TEMPLATES[template]
     jinja = entry.jinja or chat_template
     if jinja is None:
-        raise DataError(f"template {template!r}: the model brings no usable chat template along; use {_others()}")
+        raise DataError(
+            f"template {template!r}: the model brings no usable chat template along; use {_others(template)}"
+        )
     chat = chat_format(jinja, tokenizer)
     messages = [{"role": ROLES[turn.role], "content": turn.value} for turn in turns]
     try:
         text, spans = chat.render_answers(messages)
     except ValueError as error:
-        raise DataError(f"template {template!r} {error}; use {_others()}") from error
+        raise DataError(f"template {template!r} {error}; use {_others(template)}") from error
     end = chat.end_token
     if not entry.is_for_captions and (
         end is None or not all(text[slice(*span)].rstrip().endswith(end) for span in spans)
     ):
         raise DataError(
             f"template {template!r} ends answers with no token that this tokenizer has, so that the model would not "
-            f"learn to stop; use {_others()}"
+            f"learn to stop; use {_others(template)}"
         )
     masked_because = None if spans else "no turn is an answer of the model"
     if entry.answer_separator is not None:
@@ -116,8 +118,9 @@ def render_conversation(
     return RenderedConversation(text, spans if masked_because is None else [], masked_because)
 
 
-def _others() -> str:
-    return ", ".join(repr(name) for name, entry in TEMPLATES.items() if not entry.is_for_captions)
+def _others(template: str) -> str:
+    names = [name for name, entry in TEMPLATES.items() if name != template and not entry.is_for_captions]
+    return ", ".join(map(repr, names))
 
 
 def find_masking_reason(text: str, spans: list[tuple[int, int]], separator: str, eos_token: str) -> str | None:

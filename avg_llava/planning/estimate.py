@@ -66,13 +66,15 @@ class Request:
     model_of: Path | None = None
 
 
-def estimate(path: Path, request: Request) -> dict[str, Any]:
+def estimate(path: Path, request: Request, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Estimates memory, operations and time of the run of a YAML file; JSON-serializable, sizes in bytes.
+
+    `overrides` change values of the file, as in :func:`load_config`.
 
     Raises:
         ConfigError: The configuration does not fit the number of GPUs, or the model's shape cannot be found.
     """
-    config = load_config(path)
+    config = load_config(path, overrides)
     if not 0 < request.mfu <= 1:
         raise ConfigError(f"the MFU is a share of the GPU's operations, above 0 and at most 1; got {request.mfu}")
     model_config, assumptions = find_model_config(config, path, request.model_of)
