@@ -56,7 +56,8 @@ def detect_layout(raw_config: Mapping[str, Any], folder: Path) -> str:
         return model_type
     raise ValueError(
         f"{folder / 'config.json'}: model_type {model_type!r} is neither an original LLaVA-NeXT checkpoint "
-        f"(llava, llava_llama, ...), nor transformers' 'llava_next' or 'llava', nor '{AvgLlavaConfig.model_type}'"
+        f"(llava, llava_llama, ...), nor transformers' 'llava_next' or 'llava', nor '{AvgLlavaConfig.model_type}'; a "
+        "language model or a vision tower starts stage 1, as model.language or model.vision"
     )
 
 

@@ -107,6 +107,12 @@ def _notes(notes: list[str]) -> list[str]:
     return [f"note: {note}" for note in notes]
 
 
+def _stage_text(stage: dict[str, Any]) -> str:
+    parent = stage["parent"].get("path") or " and ".join(map(str, stage["parent"].values()))
+    state = "finished" if stage["finished"] else "not finished"
+    return f"{stage['stage']}, {state}, step {stage['step']:,}, of {stage['created']}, from {parent}"
+
+
 def _inspection_lines(found: "Inspection") -> Iterator[str]:
     from avg_llava.common.tables import render_table
 
@@ -120,7 +126,7 @@ def _inspection_lines(found: "Inspection") -> Iterator[str]:
         "path": found.path,
         "kind": found.kind,
         "layout": found.layout,
-        "stage": listed(found.stage),
+        "stage": None if found.stage is None else _stage_text(found.stage),
         "behavior": found.behavior,
         "template": found.template,
         "levels": ", ".join(map(str, found.granularities)),

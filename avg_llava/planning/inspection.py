@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from avg_llava.checkpoints.adapters import ADAPTER_CONFIG
-from avg_llava.checkpoints.backbones import vision_part
-from avg_llava.checkpoints.checkpoint import Checkpoint
+from avg_llava.checkpoints.backbones import language_keys, vision_part
+from avg_llava.checkpoints.checkpoint import NEWLINE_KEY, Checkpoint, rename_keys
 from avg_llava.checkpoints.formats import detect_layout, open_checkpoint
 from avg_llava.checkpoints.parts import PROJECTOR_NAME, check_whole
 from avg_llava.checkpoints.problems import (
@@ -164,7 +164,7 @@ def _inspect_model(found: Inspection, checkpoint: Checkpoint, scan: bool) -> Non
     assert checkpoint.folder is not None, "set by every layout"
     if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         found.problems += attempt(lambda: GenerationConfig.from_pretrained(checkpoint.folder))
-    found.starts = _starts(found, found.has_router)
+    found.starts = _starts(found, checkpoint)
 
 
 def _inspect_backbone(found: Inspection, folder: Path, raw: Mapping[str, Any], problem: str, scan: bool) -> None:
@@ -176,14 +176,14 @@ def _inspect_backbone(found: Inspection, folder: Path, raw: Mapping[str, Any], p
     found.problems += file_problems(folder)
     if vision_part(config).model_type in TOWERS:
         found.kind = "vision tower"
-        found.vision = _vision(vision_part(config))
+        found.vision, renaming = _vision(vision_part(config)), find_tower(vision_part(config)).keys
     elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         found.kind = "language model"
-        found.language = _language(config)
+        found.language, renaming = _language(config), language_keys(config)
     else:
         found.problems.append(problem)
     if not found.problems:
-        _count(found, stored_tensors(folder), scan)
+        _count(found, rename_keys(stored_tensors(folder), renaming), scan)
         found.starts = [f"stage 1, as model.{'vision' if found.kind == 'vision tower' else 'language'}"]
 
 
@@ -244,31 +244,37 @@ def _language(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _count(found: Inspection, stored: Mapping[str, StoredTensor], scan: bool) -> None:
     """Counts weights by part and by data type, and with `scan` those that are not finite."""
-    parts: Counter[str] = Counter()
+    parts = dict.fromkeys(PART_PREFIXES, 0)
     dtypes: Counter[str] = Counter()
     for name, tensor in stored.items():
         number = tensor.num_bytes // tensor.dtype.itemsize
         part = next((part for part, prefixes in PART_PREFIXES.items() if name.startswith(prefixes)), None)
         if part is not None:
             parts[part] += number
-        parts["total"] += number
         dtypes[str(tensor.dtype).removeprefix("torch.")] += number
-    found.parameters = dict(parts)
+    found.parameters = {part: number for part, number in parts.items() if number} | {"total": dtypes.total()}
     found.dtypes = dict(dtypes)
     if scan:
         found.problems += [f"{name}: {count} values are not finite" for name, count in non_finite(stored)]
 
 
-def _starts(found: Inspection, has_router: bool) -> list[str]:
+def _starts(found: Inspection, checkpoint: Checkpoint) -> list[str]:
     stage = found.stage
     if stage is not None and not stage["finished"]:
         return [f"its stage {stage['stage']} again, from step {stage['step']}"]
-    following = [number for number, spec in STAGES.items() if spec.parent == (stage and stage["stage"])]
-    if stage is None:
-        starts = [f"stage {number} with --force-start" for number, spec in STAGES.items() if spec.parent is not None]
+    if stage is not None:
+        starts = [f"stage {number}" for number, spec in STAGES.items() if spec.parent == stage["stage"]]
     else:
-        starts = [f"stage {number}" for number in following]
-    levels = "routed, or at one level" if has_router else "at one level (--granularity), as it has no router"
+        numbers: tuple[int, ...] = (3,)
+        if NEWLINE_KEY in checkpoint.fresh:  # LLaVA-1.5, without tiles
+            numbers = (2, 3)
+        elif found.has_router:
+            numbers = (3, 4)
+        elif found.behavior == "released":  # AVG-LLaVA of stage 3
+            numbers = (4,)
+        starts = [f"stage {number} with --force-start" for number in numbers]
+    is_routed = found.has_router and (stage is None or "router" in STAGES[stage["stage"]].trains)
+    levels = "routed, or at one level" if is_routed else "at one level (--granularity), as it has no trained router"
     return [*starts, f"inference {levels}"]
 
 

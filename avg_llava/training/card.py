@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from avg_llava.checkpoints.weight_files import stored_tensors
 from avg_llava.common.files import hash_bytes, write_bytes
 from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.router import find_router
 from avg_llava.training.checkpoint import StageManifest, read_manifest
 from avg_llava.training.stages import STAGES
 
@@ -109,12 +110,19 @@ def render_card(
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         dtype=str(config.dtype).removeprefix("torch."),
         is_routed=manifest is None or "router" in STAGES[manifest.stage].trains,
+        foreign=[name for name in map(_module, (find_router(config), config.ladder, config.tower)) if name],
         runs=runs,
         stages=STAGES,
         start_name=_start_name,
         scores=scores,
     )
     return text + _MARK.format(_digest(text.encode()))
+
+
+def _module(entry: Any) -> str | None:
+    """The module of a router, a ladder or a tower that is defined outside this package, None if it is inside."""
+    name = (entry if isinstance(entry, type) else type(entry)).__module__
+    return None if name.startswith("avg_llava") else name
 
 
 def write_card(folder: Path, *arguments: Any, **options: Any) -> bool:

@@ -170,7 +170,9 @@ def check_start(start: str, stage: int, parent_stage: int, force: bool) -> dict[
         parent |= {"stage": manifest.stage, "created": manifest.created}
     if force or (manifest is not None and manifest.stage == parent_stage and manifest.finished):
         return parent
-    if manifest is None:
+    if not Path(start).exists():
+        problem = "is no folder here"
+    elif manifest is None:
         problem = "has no stage.json, so it is no checkpoint of this program's training (or is not finished)"
     elif manifest.stage != parent_stage:
         problem = f"holds stage {manifest.stage}"

@@ -75,6 +75,9 @@ def test_backbones_are_described():
     assert (vision.kind, vision.vision["crop_size"]) == ("vision tower", 336)
     assert vision.starts == ["stage 1, as model.vision"]
     assert language.problems == vision.problems == []
+    for found, part in ((language, "llm"), (vision, "vision")):
+        assert set(found.parameters) == {part, "total"}
+        assert found.parameters[part] == found.parameters["total"] == sum(found.dtypes.values())
 
 
 def test_the_stage_says_what_comes_next(own, tmp_path):
@@ -83,7 +86,16 @@ def test_the_stage_says_what_comes_next(own, tmp_path):
     write_manifest(tmp_path / "stage2", manifest)
     found = inspect(tmp_path / "stage2")
     assert (found.stage["stage"], found.stage["finished"], found.stage["parent"]["path"]) == (2, True, "runs/stage1")
-    assert found.starts[0] == "stage 3"
+    assert found.starts == ["stage 3", "inference at one level (--granularity), as it has no trained router"]
+
+
+def test_a_published_model_starts_the_stages_that_it_is_ready_for(own):
+    without_router = inspect(DATA / "llava16_vicuna")
+    assert without_router.starts[0] == "stage 3 with --force-start"
+    assert len(without_router.starts) == 2
+    assert inspect(own).starts == [
+        "stage 3 with --force-start", "stage 4 with --force-start", "inference routed, or at one level"
+    ]  # fmt: skip
 
 
 def test_all_problems_are_listed(copied):

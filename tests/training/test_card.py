@@ -1,6 +1,7 @@
 """Model cards: filled from a run, usable as they stand, and never written over an edited one."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from avg_llava.model.configuration import AvgLlavaConfig
+from avg_llava.model.router import ROUTERS, TransformerRouter
 from avg_llava.training.card import UNKNOWN_REPOSITORY, Score, is_edited, lineage, render_card, write_card
 from avg_llava.training.checkpoint import StageManifest, write_manifest
 from tests.tiny import make_checkpoint
@@ -88,6 +91,19 @@ def test_a_card_tells_the_run(folder, runs):
     assert "/home/ada" not in card
     assert "seed 7" in card
     assert "(LoRA, rank 8, alpha 16.0)" in card
+
+
+def test_a_card_says_that_a_part_is_defined_elsewhere(folder, tmp_path, monkeypatch):
+    class OwnRouter(TransformerRouter):
+        pass
+
+    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
+    shutil.copytree(folder, tmp_path / "own")
+    config = AvgLlavaConfig.from_pretrained(folder)
+    config.router_config.kind = "own"
+    config.save_pretrained(tmp_path / "own")
+    assert f"`{__name__}`" in render_card(tmp_path / "own", None)
+    assert "Python file of its author" not in render_card(folder, None)
 
 
 def test_lineage_ends_where_the_start_is_another(runs, tmp_path):
