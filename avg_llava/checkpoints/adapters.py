@@ -43,8 +43,7 @@ class LowRank:
             delta = (self.up.read().float() @ self.down.read().float()) * self.scaling
             return (weight.read().float() + delta).to(weight.dtype)
 
-        parts = (weight, self.down, self.up)
-        return StoredTensor(weight.file, weight.dtype, weight.shape, None, read, parts=parts)
+        return StoredTensor(weight.file, weight.dtype, weight.shape, None, read)
 
 
 @dataclass(frozen=True)

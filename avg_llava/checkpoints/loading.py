@@ -69,7 +69,8 @@ def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcesso
             processor = AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
         else:
             processor = AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
-    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, checkpoint.tokenizer)
+    processor.num_embeddings = config.text_config.vocab_size
+    check_vocabulary(processor.tokenizer, processor.num_embeddings, checkpoint.tokenizer)
     return processor
 
 
@@ -80,7 +81,8 @@ def processor_of_backbones(
     folder = resolve_folder(language_path)
     with reading_tokenizer(folder):
         processor = AvgLlavaProcessor.from_backbones(vision_path, folder, config)
-    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, folder)
+    processor.num_embeddings = config.text_config.vocab_size
+    check_vocabulary(processor.tokenizer, processor.num_embeddings, folder)
     return processor
 
 

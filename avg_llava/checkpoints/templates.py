@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from avg_llava.checkpoints.weight_files import read_json
-from avg_llava.model.chat_templates import PROCESSOR_TEMPLATE
+from avg_llava.model.chat_templates import PROCESSOR_TEMPLATES, default_template
 from avg_llava.model.templates import template_of_family, template_of_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -24,7 +24,8 @@ def template_of_llava(folder: Path, text_type: str, has_own: bool) -> str | None
     """
     own = _chat_template(folder) if has_own else None
     if own is not None:
-        return template_of_text(own) if isinstance(own, str) else "tokenizer"
+        default = default_template(own)
+        return "tokenizer" if default is None else template_of_text(default)
     return template_of_family(text_type, added_tokens(folder), of_llava=True)
 
 
@@ -40,12 +41,12 @@ def added_tokens(folder: Path) -> set[str]:
 
 def _chat_template(folder: Path) -> Any:
     """The chat template in the files of a folder's processor or tokenizer, or several with their names."""
+    for name in PROCESSOR_TEMPLATES:
+        found = _read(folder / name).get("chat_template")
+        if found is not None:
+            return found
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    return _read(folder / PROCESSOR_TEMPLATE).get("chat_template") or _read(folder / TOKENIZER_CONFIG).get(
-        "chat_template"
-    )
+    return file.read_text("utf-8") if file.is_file() else _read(folder / TOKENIZER_CONFIG).get("chat_template")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -261,9 +261,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         processor = self.processor
         try:
             encoded = encode_conversation(
-                sample.turns, processor.tokenizer, self.template, processor.image_token_id, processor.chat_template
+                sample.turns,
+                processor.tokenizer,
+                self.template,
+                processor.image_token_id,
+                processor.chat_template,
+                self.config.text_config.vocab_size,
             )
-        except DataError as error:
+        except ValueError as error:
             raise DataError(f"{sample.name}: {error}") from error
         finest = self.config.granularities[-1]
         length = num_images = num_tokens = 0

@@ -45,6 +45,7 @@ def encode_conversation(
     template: str,
     image_token_id: int,
     chat_template: str | None = None,
+    num_embeddings: int | None = None,
 ) -> EncodedConversation:
     """Token ids and labels of a conversation, with one `image_token_id` per `<image>`.
 
@@ -52,16 +53,18 @@ def encode_conversation(
         turns: As in a record; a leading turn of the model is dropped.
         template: A key of `TEMPLATES`.
         chat_template: Jinja source of the template `tokenizer`.
+        num_embeddings: Tokens that the model embeds, if that is known.
 
     Raises:
         DataError: The roles do not alternate, or the template cannot hold the conversation.
+        ValueError: The text cannot be tokenised for the model; see :func:`tokenize_with_images`.
     """
     used = dialogue(tuple(turns))
     if tokenizer.eos_token is None:
         raise ValueError(f"{type(tokenizer).__name__} has no eos_token, which ends every answer; set one")
     check_conversation(used, template)
     text, spans, masked_because = render_conversation(used, template, tokenizer, chat_template)
-    input_ids, starts = tokenize_with_images(text, tokenizer, image_token_id)
+    input_ids, starts = tokenize_with_images(text, tokenizer, image_token_id, num_embeddings)
     labels = [IGNORE_INDEX] * len(input_ids)
     for begin, end in spans:
         supervised = slice(bisect_left(starts, begin), bisect_left(starts, end))
@@ -113,7 +116,7 @@ def render_conversation(
     if entry.answer_separator is not None:
         masked_because = find_masking_reason(text, spans, entry.answer_separator, str(tokenizer.eos_token))
     elif not entry.is_for_captions:
-        found = next((marker for marker in chat.markers if any(marker in turn.value for turn in turns)), None)
+        found = next(filter(None, (chat.find_marker(turn.value) for turn in turns)), None)
         masked_because = masked_because if found is None else f"a turn holds {found!r}, which marks turns"
     return RenderedConversation(text, spans if masked_because is None else [], masked_because)
 
@@ -149,6 +152,8 @@ def find_wrong_label(labels: Sequence[int], turns: Sequence[Turn], tokenizer: Pr
     """Says how the labels of a supervised conversation differ from its answers, each with its end; None: not at all."""
     spans = [list(span) for kept, span in groupby(labels, lambda label: label != IGNORE_INDEX) if kept]
     answers = [turn.value for turn in dialogue(tuple(turns)) if turn.role == ASSISTANT]
+    if len(spans) != len(answers):
+        answers = [answer for answer in answers if answer]  # a template may write nothing for an empty one
     if len(spans) != len(answers):
         return f"{len(spans)} supervised spans for {len(answers)} answers"
     for span, answer in zip(spans, answers, strict=True):

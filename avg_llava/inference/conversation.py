@@ -16,9 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from avg_llava.inference.answers import Answer, Decoding, ImageInput, PhaseTimes, Request
 from avg_llava.inference.budget import Budget, BudgetError, select_levels
 from avg_llava.inference.generation import generate, now
-from avg_llava.inference.predictor import Predictor, as_images, open_image, with_placeholders
+from avg_llava.inference.predictor import Predictor, as_images, open_image, with_placeholders, without_placeholders
 from avg_llava.model.modeling import ImageFeatures
-from avg_llava.model.processing import tokenize_with_images
 from avg_llava.model.router import level_values
 
 Key = int | tuple[int, int]
@@ -34,7 +33,8 @@ class Conversation:
         decoding: Of every answer.
 
     Attributes:
-        messages: Questions and answers, in the format of transformers' chat templates.
+        messages: Questions and answers, in the format of transformers' chat templates. An `<image>` that the model
+            wrote is `< image>` in them, as it stands for no image.
         levels: Visual tokens per crop of each image so far.
         num_cached: Tokens of the last prompt that were in the cache.
     """
@@ -70,7 +70,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": with_placeholders(question, len(given))}]
         text = predictor.prompt_text(Request(messages))
         config, tokenizer = model.config, predictor.processor.tokenizer
-        ids = tokenize_with_images(text, tokenizer, config.image_token_id).input_ids
+        ids = predictor.processor.tokenize(text).input_ids
         input_ids = torch.tensor([ids], device=model.device)
         mask = torch.ones_like(input_ids)
 
@@ -86,7 +86,7 @@ class Conversation:
 
         self._keys = [*keys, *generated.ids][: self._cache.get_seq_length()]
         self._features, self.levels = features, levels
-        self.messages = [*messages, {"role": "assistant", "content": generated.text}]
+        self.messages = [*messages, {"role": "assistant", "content": without_placeholders(generated.text)}]
         return Answer(
             text=generated.text,
             granularity=tuple(levels[len(levels) - len(given) :]),

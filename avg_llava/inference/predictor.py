@@ -271,6 +271,11 @@ def with_placeholders(question: str, num_images: int) -> str:
     return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
+def without_placeholders(answer: str) -> str:
+    """An answer as a message of later prompts, in which it brings no images: `<image>` becomes `< image>`."""
+    return answer.replace(IMAGE_PLACEHOLDER, f"< {IMAGE_PLACEHOLDER[1:]}")
+
+
 def open_image(image: ImageInput, number: int) -> Image.Image:
     """Opens an image in RGB; `number` names it in errors."""
     if isinstance(image, Image.Image):

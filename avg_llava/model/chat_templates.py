@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from avg_llava.model.templates import CONTENT_AS_TEXT, IMAGE_PLACEHOLDER
@@ -22,7 +23,8 @@ Span = tuple[int, int]
 MARKS = re.compile(r"\{%-?\s*generation\b")
 PLAIN_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # of templates that mark turns without special tokens
 
-PROCESSOR_TEMPLATE = "chat_template.json"  # of older processors; tokenizers do not read it
+# Files of processors that may hold a chat template under this key, in transformers' order; tokenizers do not read them.
+PROCESSOR_TEMPLATES = (PROCESSOR_NAME, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
 
 # In front of a template whose messages are texts.
 AS_TEXT = (
@@ -73,7 +75,8 @@ class ChatFormat:
         added_tokens: Texts of all tokens that are found in a text before it is tokenised.
         end_token: Text of the token that ends an answer; None if the template writes none.
         end_token_id: Its id.
-        markers: Texts with which the template begins and ends turns; a message with one of them could feign turns.
+        markers: Texts with which the template begins and ends turns, and the tokenizer's special tokens but those for
+            the beginning of a text and unknown words; a message with one of them could feign turns.
     """
 
     jinja: str
@@ -125,6 +128,16 @@ class ChatFormat:
         """The longest of `added_tokens` that a text has at a position."""
         return max((token for token in self.added_tokens if text.startswith(token, begin)), key=len, default=None)
 
+    def find_marker(self, content: str | Sequence[Mapping[str, Any]]) -> str | None:
+        """The first of `markers` in a content as a template may write it: parts joined, and images moved away."""
+        placed = f"{IMAGE_PLACEHOLDER}\n"
+        text = content
+        if not isinstance(text, str):
+            text = "".join(placed if part.get("type") == "image" else part.get("text") or "" for part in text)
+        removed = text.replace(IMAGE_PLACEHOLDER, "")
+        texts = (text, removed, text.replace(placed, "").replace(IMAGE_PLACEHOLDER, ""))
+        return next((marker for marker in self.markers if any(marker in each for each in texts)), None)
+
     def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
         try:
             (text,), spans = render_jinja_template(
@@ -143,28 +156,47 @@ class ChatFormat:
 def chat_format(jinja: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """A chat template with a tokenizer, and what a question and its answer show of it."""
     added = tuple(tokenizer.added_tokens_encoder)
-    chat = ChatFormat(jinja, MARKS.search(jinja) is not None, tokenizer.special_tokens_map, added)
+    harmless = (tokenizer.bos_token, tokenizer.unk_token, IMAGE_PLACEHOLDER)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    markers = [token for token in added if token in special and token not in harmless]
+    has_marks = MARKS.search(jinja) is not None
+    chat = ChatFormat(jinja, has_marks, tokenizer.special_tokens_map, added, markers=tuple(markers))
     answer = "Quartz"
     try:
         text = chat.render([{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}])
     except ValueError:
         return chat
     end = chat.added_token_at(text.rpartition(answer)[2].lstrip(), 0)
-    markers = [token for token in (*added, *PLAIN_MARKERS) if token in text and token != tokenizer.bos_token]
+    markers += [token for token in (*added, *PLAIN_MARKERS) if token in text and token not in (*markers, *harmless)]
     end_id = None if end is None else tokenizer.convert_tokens_to_ids(end)
     return replace(chat, end_token=end, end_token_id=end_id, markers=tuple(markers))
 
 
 def read_chat_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template that a folder brings along, in the files of its processor or of its tokenizer."""
-    path = Path(folder) / PROCESSOR_TEMPLATE
-    found = tokenizer.chat_template
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8"))["chat_template"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} must hold a JSON object with the key chat_template ({error!r})") from error
-    if isinstance(found, dict):  # several, by name
+    """The chat template that a folder brings along, in the files of its processor or of its tokenizer.
+
+    In the order of transformers, and of several by name `default`; None if there is none.
+
+    Raises:
+        ValueError: A file of the processor is damaged.
+    """
+    for name in PROCESSOR_TEMPLATES:
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text("utf-8")).get("chat_template")
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} must hold a JSON object with the key chat_template ({error!r})") from error
+            if found is not None:
+                return default_template(found)
+    return default_template(tokenizer.chat_template)
+
+
+def default_template(found: Any) -> str | None:
+    """A chat template as files hold it: a text, or of several by name `default`."""
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else None
 

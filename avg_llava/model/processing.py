@@ -29,11 +29,11 @@ from transformers.utils import PROCESSOR_NAME
 
 from avg_llava.common.registry import find_entry
 from avg_llava.model.anyres import image_window, select_canvas
-from avg_llava.model.chat_templates import RefusedPromptError, adapt, chat_format, read_chat_template
+from avg_llava.model.chat_templates import RefusedPromptError, adapt, chat_format, default_template, read_chat_template
 from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.open_clip_tower import OpenClipVisionConfig
 from avg_llava.model.resampling import resize
-from avg_llava.model.saving import AUTO_MAP, write_modelling_files
+from avg_llava.model.saving import AUTO_MAP, remove_chat_templates, write_modelling_files
 from avg_llava.model.templates import IMAGE_PLACEHOLDER, TEMPLATES, template_of_family, template_of_text
 
 
@@ -44,14 +44,17 @@ class TokenizedText(NamedTuple):
     starts: list[int]
 
 
-def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> TokenizedText:
+def tokenize_with_images(
+    text: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int, num_embeddings: int | None = None
+) -> TokenizedText:
     """Tokenises `text`, with `image_token_id` for every `<image>`.
 
     The pieces between placeholders are tokenised separately, with a single BOS at the start if the tokenizer adds one.
     The ids are those of LLaVA's `tokenizer_image_token`, with a word-boundary token before a newline after an image.
 
     Raises:
-        ValueError: The tokenizer has no character offsets, or the text has a token of id `image_token_id`.
+        ValueError: The tokenizer has no character offsets, or the text has a token of id `image_token_id`, or one that
+            is not below `num_embeddings`, if that is given.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -73,6 +76,12 @@ def tokenize_with_images(text: str, tokenizer: PreTrainedTokenizerBase, image_to
             raise ValueError(
                 f"the text {piece!r} has a token of id {image_token_id}, which is image_token_id: the model's "
                 "image_token_id must be one that its tokenizer never gives"
+            )
+        beyond = next((number for number in ids if num_embeddings is not None and number >= num_embeddings), None)
+        if beyond is not None:
+            raise ValueError(
+                f"the text holds {tokenizer.convert_ids_to_tokens(beyond)!r}, a token of id {beyond}, but the model "
+                f"embeds {num_embeddings} tokens; write it otherwise"
             )
         input_ids += ids
         starts += [cursor + start for start in piece_starts]
@@ -184,7 +193,10 @@ class AvgLlavaProcessor(ProcessorMixin):
         image_processor: An :class:`AvgLlavaImageProcessor`.
         tokenizer: Tokenizer of the language model, with character offsets.
         image_token_id: `config.image_token_id` of the model.
-        chat_template: Jinja source; None: messages cannot be rendered.
+        chat_template: Jinja source, or several by name, of which `default` is taken; None: messages cannot be rendered.
+
+    Attributes:
+        num_embeddings: Tokens that the model embeds, if that is known: a text with others is refused.
     """
 
     chat_template: str | None
@@ -194,11 +206,12 @@ class AvgLlavaProcessor(ProcessorMixin):
         image_processor: AvgLlavaImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         image_token_id: int,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=default_template(chat_template))
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = image_token_id
+        self.num_embeddings: int | None = None
         if tokenizer.pad_token is None:
             # Vicuna has no padding token. As padding is masked, any token will do; LLaVA takes this one.
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -244,7 +257,7 @@ class AvgLlavaProcessor(ProcessorMixin):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         prompts = [text] if isinstance(text, str) else list(text)
         flat_images = _matched_images(images, prompts)
-        rows = [tokenize_with_images(prompt, self.tokenizer, self.image_token_id).input_ids for prompt in prompts]
+        rows = [self.tokenize(prompt).input_ids for prompt in prompts]
         longest = max(map(len, rows))
         if not padding and any(len(row) != longest for row in rows):
             raise ValueError("prompts differ in length: pass padding=True, or one prompt at a time")
@@ -259,6 +272,10 @@ class AvgLlavaProcessor(ProcessorMixin):
             data.update(self.image_processor(flat_images, return_tensors="pt"))
         return BatchFeature(data)
 
+    def tokenize(self, text: str) -> TokenizedText:
+        """Token ids of a prompt, with one `image_token_id` for each `<image>`; see :func:`tokenize_with_images`."""
+        return tokenize_with_images(text, self.tokenizer, self.image_token_id, self.num_embeddings)
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Renders messages as a prompt; arguments as in transformers.
 
@@ -272,7 +289,7 @@ class AvgLlavaProcessor(ProcessorMixin):
                 f"{', '.join(TEMPLATES)} with --template, or with data.template for training"
             )
         if chat_template is None:
-            self._refuse_markers(conversation)
+            self.refuse_markers(conversation)
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
@@ -282,17 +299,17 @@ class AvgLlavaProcessor(ProcessorMixin):
         """The settings, and `auto_map` for saved models."""
         return super().to_dict() | {"auto_map": AUTO_MAP}
 
-    def _refuse_markers(self, conversation: Any) -> None:
-        """Raises RefusedPromptError if a message that is no answer holds a text with which the template marks turns."""
+    def refuse_markers(self, conversation: Any, in_answers: bool = False) -> None:
+        """Raises RefusedPromptError if a message, other than an answer by default, holds a text that marks turns."""
         batch = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
-        markers = chat_format(self.chat_template, self.tokenizer).markers
+        chat = chat_format(self.chat_template, self.tokenizer)
         for message in chain.from_iterable(batch):
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-            found = [marker for marker in markers if any(marker in part for part in parts)]
-            if found and message["role"] != "assistant":
+            found = None
+            if in_answers or message["role"] != "assistant":
+                found = chat.find_marker(message["content"])
+            if found is not None:
                 raise RefusedPromptError(
-                    f"the text of a message holds {found[0]!r}, which marks turns; write it otherwise"
+                    f"the text of a message holds {found!r}, which marks turns; write it otherwise"
                 )
 
     def use_template(self, name: str, config: AvgLlavaConfig) -> None:
@@ -319,11 +336,16 @@ class AvgLlavaProcessor(ProcessorMixin):
             generation_config.eos_token_id = [*known, end]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
-        """Saves the processor and the modelling files that it names; arguments as in transformers."""
+        """Saves the processor and the modelling files that it names; arguments as in transformers.
+
+        Chat templates of an earlier processor are removed from the folder. Its tokenizer is saved with the processor's.
+        """
         if hasattr(self.tokenizer, "legacy"):
             # Transformers 5.23 does not save it, and without it a reloaded tokenizer has other ids after `</s>`.
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        self.tokenizer.chat_template = self.chat_template
         write_modelling_files(save_directory)
+        remove_chat_templates(save_directory)
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
+
 from avg_llava.common.files import write_bytes
 
 PREFIX = "avg_llava_"
@@ -78,27 +80,38 @@ def replaced_model(folder: str | os.PathLike[str], others: Iterable[str] = ()) -
     Nothing of the earlier model stays: no shard, index, pickled weights or adapter. Its files may be mapped into memory
     while the new ones are written. `config.json` is removed first and written last, so that a folder that has one holds
     one whole model, however the process ended. `others` are patterns of further files that must not stay.
+
+    Raises:
+        ValueError: A folder has the name of a file of a model; the earlier model stays.
     """
     folder = Path(folder)
-    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
-        raise ValueError(f"{folder} exists and is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / NEW_FOLDER
-    if new.is_symlink() or new.is_file():
-        raise ValueError(f"{new} is not a folder: remove it, as the new files are gathered there")
+    patterns = (*_MODEL_FILES, *others)
+    _stale_files(folder, patterns)  # refuses folders before anything is written
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir()
     try:
         yield new
-        files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
-        for parent in {file.parent for file in files} - {Path()}:
-            if (folder / parent).is_symlink() or (folder / parent).is_file():
-                raise ValueError(f"{folder / parent} is not a folder of its own: remove it")
-        for pattern in (*_MODEL_FILES, *others):
-            for stale in folder.glob(pattern):
-                stale.unlink()
-        for file in sorted(files, key=lambda file: (file == Path(CONFIG_NAME), file)):
-            (folder / file.parent).mkdir(exist_ok=True)
-            os.replace(new / file, folder / file)
+        for stale in _stale_files(folder, (*patterns, *(file.name for file in new.iterdir() if file.is_file()))):
+            stale.unlink(missing_ok=True)  # may match two patterns
+        for file in sorted(new.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):
+            os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _stale_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in a folder that match patterns, in their order. Raises ValueError if one of them is a folder."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            raise ValueError(f"{path} is a folder, but its name is that of a model's file: move it, or save elsewhere")
+    return found
+
+
+def remove_chat_templates(folder: str | os.PathLike[str]) -> None:
+    """Removes the chat templates of an earlier processor, some of which transformers prefers to a newer file."""
+    for name in (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE):
+        (Path(folder) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / CHAT_TEMPLATE_DIR, ignore_errors=True)

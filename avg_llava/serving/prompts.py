@@ -11,8 +11,7 @@ from PIL import Image
 
 from avg_llava.inference.answers import Decoding, Request
 from avg_llava.inference.budget import Budget, BudgetError, select_levels
-from avg_llava.inference.predictor import Predictor
-from avg_llava.model.processing import tokenize_with_images
+from avg_llava.inference.predictor import Predictor, without_placeholders
 from avg_llava.model.templates import IMAGE_PLACEHOLDER
 from avg_llava.serving.images import read_images
 from avg_llava.serving.limits import Limits
@@ -86,12 +85,12 @@ class PromptBuilder:
                     parts.append({"type": "image"})
                     continue
                 text = part if isinstance(part, str) else part.text
-                if IMAGE_PLACEHOLDER in text:
-                    raise invalid_request(f"text must not contain {IMAGE_PLACEHOLDER}, the placeholder of images")
                 num_characters += len(text)
                 parts.append({"type": "text", "text": text})
             # Not every template accepts lists of parts in system and assistant messages.
             content = parts if message.role == "user" else "".join(part["text"] for part in parts)
+            if message.role == "assistant":
+                content = without_placeholders(str(content))
             messages.append({"role": "system" if is_system else message.role, "content": content})
         if messages[-1]["role"] != "user":
             raise invalid_request("the last message must be a user message")
@@ -106,12 +105,15 @@ class PromptBuilder:
             ApiError: The images do not fit into the budget, or the prompt into the context.
         """
         predictor = self._predictor
-        config, tokenizer = predictor.model.config, predictor.processor.tokenizer
+        config, processor = predictor.model.config, predictor.processor
         try:
             prompt = predictor.prompt_text(request)
-        except ValueError as error:  # a role or a text that the chat template refuses
+            processor.refuse_markers(request.prompt, in_answers=True)  # the client sends them
+            ids = processor.tokenize(prompt).input_ids
+        except ValueError as error:  # a role or a text that the chat template or the model refuses
             raise invalid_request(str(error)) from error
-        ids = tokenize_with_images(prompt, tokenizer, config.image_token_id).input_ids
+        if prompt.count(IMAGE_PLACEHOLDER) != len(images):
+            raise invalid_request(f"text must not contain {IMAGE_PLACEHOLDER}, the placeholder of images")
         num_text = len(ids) - len(images)
         sizes = [(image.height, image.width) for image in images]
         try:

@@ -172,6 +172,20 @@ def test_turns_that_feign_turns_are_not_supervised(template, tokenizer):
         assert encoded.masked_because == f"a turn holds {marker!r}, which marks turns"
 
 
+def test_all_special_tokens_of_a_family_are_markers():
+    for template, token in [("phi_3", "<|system|>"), ("chatml", "<|endoftext|>"), ("llama_3", "<|end_of_text|>")]:
+        chat = chat_format(TEMPLATES[template].jinja, make_tokenizer(template))
+        assert chat.find_marker(f"a{token}b") == token
+        assert chat.find_marker("a b <unk> <s> <image>") is None
+
+
+def test_empty_answers_that_vicuna_writes_nothing_for_are_not_missed():
+    turns = [Turn("human", "q"), Turn("gpt", ""), Turn("human", "q2"), Turn("gpt", "b")]
+    tokenizer = sentencepiece()
+    encoded = encode_conversation(turns, tokenizer, "vicuna_v1", 99_999)
+    assert find_wrong_label(encoded.labels, turns, tokenizer) is None
+
+
 def test_a_tokenizer_without_the_end_token_is_refused():
     tokenizer = sentencepiece()
     with pytest.raises(DataError, match=r"template 'chatml' ends answers with no token that this tokenizer has"):

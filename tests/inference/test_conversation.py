@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import AutoTokenizer, TextIteratorStreamer
 
 from avg_llava.checkpoints.loading import build_from_backbones
 from avg_llava.inference.answers import Decoding, Request
@@ -119,3 +119,34 @@ def test_every_template_keeps_the_cache(tmp_path, images, template):
         assert answer.text == reference(predictor, conversation, shown[: len(conversation.levels)], Decoding(5)).text
         assert conversation.num_cached >= before - 2  # white space at the end of a prompt may join with the answer
         before = answer.num_prompt_tokens
+
+
+def test_a_placeholder_in_an_answer_is_no_image(tmp_path, images):
+    predictor = Pipeline.load(make_checkpoint(tmp_path, tokenizer=bpe_tokenizer())).predictor
+    tokenizer = predictor.processor.tokenizer
+    written = iter(tokenizer("a <image>", add_special_tokens=False).input_ids)
+
+    def write(module, inputs, output):
+        return torch.zeros_like(output).index_fill_(-1, torch.tensor(next(written, tokenizer.eos_token_id)), 9.0)
+
+    hook = predictor.model.lm_head.register_forward_hook(write)
+    conversation = Conversation(predictor, decoding=Decoding(20))
+    assert conversation.ask("what?", images[0]).text == "a <image>"
+    hook.remove()
+    answer = conversation.ask("why?")
+    assert conversation.messages[1]["content"] == "a < image>"
+    assert answer.text == reference(predictor, conversation, images[:1], Decoding(20)).text
+
+
+def test_tokens_beyond_the_embedding_are_refused(tmp_path):
+    folder = make_checkpoint(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["flint", "quartz"])  # the first has the id of images
+    tokenizer.save_pretrained(folder)
+    pipeline = Pipeline.load(folder)
+    with pytest.raises(ValueError, match=r"'quartz', a token of id \d+, but the model embeds \d+ tokens"):
+        pipeline.ask(None, "Is it quartz?")
+    conversation = Conversation(pipeline.predictor)
+    with pytest.raises(ValueError, match="'quartz', a token of id"):
+        conversation.ask("Is it quartz?")
+    assert conversation.messages == []

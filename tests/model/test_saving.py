@@ -259,3 +259,26 @@ def test_weights_of_another_configuration_are_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="does not fit its configuration"):
         load_model(tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_file_keeps_the_earlier_model(folder, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    (tmp_path / "model-x.safetensors").mkdir()
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"model-x\.safetensors is a folder"):
+        tiny_model(seed=2).save_pretrained(tmp_path)
+    assert names(tmp_path) == before
+    assert torch.equal(load_model(tmp_path).lm_head.weight, tiny_model(seed=1).lm_head.weight)
+
+
+def test_chat_templates_of_an_earlier_model_do_not_stay(folder, tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "earlier"}))
+    (tmp_path / "chat_template.jinja").write_text("earlier")
+    processor = AvgLlavaProcessor.from_pretrained(folder)
+    processor.tokenizer.chat_template = {"default": "other", "tool_use": "other"}
+    processor.save_pretrained(tmp_path)
+    assert names(tmp_path) == names(folder) - {"config.json", "generation_config.json", "model.safetensors"}
+    saved = AvgLlavaProcessor.from_pretrained(tmp_path)
+    assert saved.chat_template == saved.tokenizer.chat_template == processor.chat_template

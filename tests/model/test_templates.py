@@ -142,6 +142,36 @@ def test_backbones(tmp_path):
         processor.apply_chat_template(QUESTION)
 
 
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    """In all files, which have the order of transformers; without a default there is none."""
+    write_backbones(tmp_path)
+    own = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
+    for number, (name, found) in enumerate([("default", "[user]hi"), ("rag", None)]):
+        tokenizer.chat_template = {name: own, "tool_use": "{{ tools }}"}
+        folder = tmp_path / str(number)
+        tokenizer.save_pretrained(folder)
+        processor = AvgLlavaProcessor.from_backbones(None, folder, tiny_config(template="tokenizer"))
+        processor.save_pretrained(tmp_path / "saved")
+        loaded = AvgLlavaProcessor.from_pretrained(tmp_path / "saved")
+        assert loaded.chat_template == processor.chat_template == loaded.tokenizer.chat_template
+        assert (found is None) == (loaded.chat_template is None)
+        if found is not None:
+            assert loaded.apply_chat_template([{"role": "user", "content": "hi"}]) == found
+    files = [("tokenizer_config.json", [{"name": "default", "template": "a"}]), ("chat_template.jinja", "b")]
+    files += [("chat_template.json", "c"), ("processor_config.json", "d")]
+    (tmp_path / "order").mkdir()
+    AutoTokenizer.from_pretrained(tmp_path / "language").save_pretrained(tmp_path / "order")
+    for name, content in files:
+        file = tmp_path / "order" / name
+        values = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(content if name.endswith("jinja") else json.dumps(values | {"chat_template": content}))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "order")
+        wanted = "a" if isinstance(content, list) else content
+        assert read_chat_template(tmp_path / "order", tokenizer) == wanted
+        assert template_of_llava(tmp_path / "order", "gpt_neox", has_own=True) == "tokenizer"
+
+
 def test_the_end_of_an_answer_ends_generation(tmp_path):
     """Loaded with its processor, a model stops at its template's token; one that it has is not added twice."""
     tokenizer = make_tokenizer("phi_3")
@@ -183,6 +213,10 @@ def test_questions_that_feign_turns_are_refused(tmp_path, as_parts):
         for conversation in (messages, [QUESTION, messages]):
             with pytest.raises(ValueError, match=r"holds '<\|(start_header_id|eot_id)\|>', which marks turns"):
                 processor.apply_chat_template(conversation)
+    split = [{"type": "text", "text": "x<|eot_"}, {"type": "text", "text": "id|>"}]
+    for content in (split, "x <|<image>eot_id|> y", "x <|eot_<image>\nid|>", "<|end_of_text|>"):
+        with pytest.raises(ValueError, match="which marks turns"):
+            processor.apply_chat_template([{"role": "user", "content": content}])
     answered = [*QUESTION, {"role": "assistant", "content": "</s> is a token of other models"}]
     assert "</s>" in processor.apply_chat_template(answered)
 
