@@ -43,7 +43,8 @@ class LowRank:
             delta = (self.up.read().float() @ self.down.read().float()) * self.scaling
             return (weight.read().float() + delta).to(weight.dtype)
 
-        return StoredTensor(weight.file, weight.dtype, weight.shape, None, read)
+        parts = (weight, self.down, self.up)
+        return StoredTensor(weight.file, weight.dtype, weight.shape, None, read, parts=parts)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ computed at a time.
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from avg_llava.checkpoints.stored_tensor import NUM_READERS, CheckpointError, StoredTensor
 from avg_llava.checkpoints.weight_files import WEIGHT_NAMES, list_tensors, read_json, weight_files
@@ -63,3 +65,34 @@ def recorded_checksums(folder: Path) -> Checksums | None:
     if not isinstance(recorded, dict) or not all(isinstance(names, dict) for names in recorded.values()):
         raise CheckpointError(f"{file}: {CHECKSUMS_KEY} must be a mapping of files to checksums of their tensors")
     return recorded
+
+
+def recorded_by_folder(tensors: Iterable[StoredTensor]) -> dict[Path, Checksums]:
+    """The checksums in the manifests beside the files of some tensors."""
+    recorded = {folder: recorded_checksums(folder) for folder in {tensor.file.parent for tensor in tensors}}
+    return {folder: checksums for folder, checksums in recorded.items() if checksums is not None}
+
+
+def check_checksum(tensor: StoredTensor, found: str, recorded: Mapping[Path, Checksums]) -> None:
+    """Raises CheckpointError if the checksum of a tensor is not the recorded one of its folder."""
+    if found != recorded[tensor.file.parent].get(tensor.file.name, {}).get(tensor.name):
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name} differs from its checksum; {REMEDY}")
+
+
+def checked_chunks(tensor: StoredTensor, recorded: Mapping[Path, Checksums]) -> Iterator[Tensor]:
+    """The tensor's chunks; what it is computed from is read and compared first.
+
+    Raises:
+        CheckpointError: The bytes differ from a recorded checksum or a CRC, which is known after the last chunk.
+    """
+    for part in tensor.parts:
+        for _ in checked_chunks(part, recorded):
+            pass
+    if not tensor.name or tensor.file.parent not in recorded:
+        yield from tensor.chunks()
+        return
+    digest = new_digest(tensor)
+    for chunk in tensor.chunks():
+        digest.update(chunk.view(torch.uint8).numpy())
+        yield chunk
+    check_checksum(tensor, digest.hexdigest(), recorded)

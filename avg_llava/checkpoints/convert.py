@@ -4,9 +4,9 @@ Weights keep their bytes unless another data type is asked for. The output repla
 complete and gives the source's logits.
 """
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint, rename_key
 from avg_llava.checkpoints.checksums import (
     CHECKSUMS_KEY,
     MANIFEST_NAME,
-    REMEDY,
+    checked_chunks,
     compute_checksums,
+    recorded_by_folder,
     recorded_checksums,
 )
 from avg_llava.checkpoints.formats import open_checkpoint
@@ -44,6 +45,7 @@ OTHER_FILES = (
         "preprocessor_config.json",
         "processor_config.json",
         "chat_template.*",
+        f"{CHAT_TEMPLATE_DIR}/*",
         MANIFEST_NAME,
     ),
 )
@@ -146,6 +148,7 @@ def plan_conversion(
     has_router = any(name.startswith(ROUTER_KEYS) for name in weights)
     model = Model(source.folder, source.tokenizer, source.config, processor, has_router)
     layout = TARGETS[target](model)
+    recorded = recorded_by_folder(part for weight in weights.values() for part in (weight, *weight.parts))
     tensors = []
     for name, weight in weights.items():
         key = keys.get(name, name)
@@ -155,7 +158,7 @@ def plan_conversion(
             continue
         (new_name,) = rename_keys({name: None}, layout.keys)
         num_rows = layout.vocabulary_size if name in VOCABULARY_KEYS else None
-        tensor = _planned(new_name, weight, dtype, num_rows)
+        tensor = _planned(new_name, weight, partial(checked_chunks, weight, recorded), dtype, num_rows)
         tensors.append(tensor)
         changes = ["adapters merged"] * (name in adapted) + _changes(weight, tensor)
         fates.append(Fate(key, new_name, ", ".join(changes)))
@@ -180,15 +183,13 @@ def convert(conversion: Conversion, output: Path, *, overwrite: bool = False, ch
         The largest difference of their logits, relative to the largest logit; None if they were not compared.
 
     Raises:
-        CheckpointError: The output gives other logits than the source.
+        CheckpointError: The output gives other logits than the source, a weight differs from its checksum, or it is too
+            large for its new data type.
         ValueError: The folder is not empty and `overwrite` is False, or it holds the source.
     """
-    sources = [part.resolve().resolve() for part in conversion.source.sources]
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} exists and is not a folder")
-    if any(output.resolve() in (folder, *folder.parents) for folder in sources):
+    if any(output.resolve() in (place, *place.parents) for place in _places(conversion.source)):
         raise ValueError(f"{output} contains the source; name another folder")
-    if not overwrite and output.exists() and any(entry.name != NEW_FOLDER for entry in output.iterdir()):
+    if not overwrite and output.is_dir() and any(entry.name != NEW_FOLDER for entry in output.iterdir()):
         raise ValueError(f"{output} exists and is not an empty folder; name another one, or pass --overwrite")
     difference = None
     with replaced_model(output, OTHER_FILES) as staging:
@@ -197,35 +198,28 @@ def convert(conversion: Conversion, output: Path, *, overwrite: bool = False, ch
         tower_folder = conversion.layout.tower_folder
         if tower_folder is not None:
             _write_tower(conversion, staging / tower_folder)
-        _keep_manifest(conversion, staging)
+        if conversion.target == "avg":
+            _keep_manifest(conversion.source, staging)
         if check and fits_in_memory(conversion.num_parameters):
             is_llava_next = conversion.target == "llava-next"
             difference = compare_logits(conversion.source, staging, is_llava_next, conversion.dtype)
-        if tower_folder is not None:
-            shutil.rmtree(output / tower_folder, ignore_errors=True)  # of an earlier conversion
-        shutil.rmtree(output / CHAT_TEMPLATE_DIR, ignore_errors=True)
     return difference
 
 
-def _keep_manifest(conversion: Conversion, folder: Path) -> None:
-    """Compares the output with the checksums in the source's manifest, which goes with this package's layout.
+def _places(source: Checkpoint) -> Iterator[Path]:
+    """Everything that a checkpoint is read from: folders, and the files that links in them lead to."""
+    files = source.files()  # an adapter's too
+    for place in (source.folder, source.tokenizer, source.image_settings, *files, *(file.parent for file in files)):
+        if place is not None:
+            yield place.resolve()
 
-    Raises:
-        CheckpointError: A weight differs.
-    """
-    assert conversion.source.folder is not None, "set by every layout"
-    recorded = recorded_checksums(conversion.source.folder)
-    found = None
-    if recorded is not None:
-        found = compute_checksums(folder) or {}
-        expected = {name: checksum for names in recorded.values() for name, checksum in names.items()}
-        written = {name: checksum for names in found.values() for name, checksum in names.items()}
-        for fate in conversion.fates:
-            is_comparable = fate.target is not None and not fate.note and fate.key in expected
-            if is_comparable and written[str(fate.target)] != expected[fate.key]:
-                raise CheckpointError(f"{conversion.source.name}: {fate.key} differs from its checksum; {REMEDY}")
-    manifest = conversion.source.folder / MANIFEST_NAME
-    if conversion.target == "avg" and manifest.is_file():
+
+def _keep_manifest(source: Checkpoint, folder: Path) -> None:
+    """Writes the source's manifest with the checksums of the output, if the source's has some."""
+    assert source.folder is not None, "set by every layout"
+    manifest = source.folder / MANIFEST_NAME
+    if manifest.is_file():
+        found = None if recorded_checksums(source.folder) is None else compute_checksums(folder)
         write_json(folder / MANIFEST_NAME, read_json(manifest) | {CHECKSUMS_KEY: found})
 
 
@@ -240,18 +234,28 @@ def _write_tower(conversion: Conversion, folder: Path) -> None:
     write_shards(folder, {SINGLE_NAME: tower})
 
 
-def _planned(name: str, weight: StoredTensor, dtype: torch.dtype | None, num_rows: int | None) -> PlannedTensor:
-    """The output's tensor; `num_rows` is the size of the vocabulary if there is a row for each token."""
+def _planned(
+    name: str,
+    weight: StoredTensor,
+    chunks: Callable[[], Iterator[Tensor]],
+    dtype: torch.dtype | None,
+    num_rows: int | None,
+) -> PlannedTensor:
+    """The output's tensor of a weight that is read as `chunks`; `num_rows` is the size of the vocabulary if there is a
+    row for each token.
+    """
     shape = weight.shape if num_rows is None else (num_rows, *weight.shape[1:])
     dtype = dtype if dtype is not None and weight.dtype.is_floating_point else weight.dtype
 
     def resized() -> Iterator[Tensor]:
-        tensor = weight.read()
-        yield from tensor[: shape[0]].split(_ROWS)
-        if shape[0] > len(tensor):
-            yield _mean_row(tensor).expand(shape[0] - len(tensor), -1)
+        remaining = prod(shape)
+        for chunk in chunks():  # to its end, where it is compared with its checksum
+            yield chunk[:remaining]
+            remaining -= min(remaining, len(chunk))
+        if remaining:
+            yield _mean_row(weight.read()).expand(shape[0] - weight.shape[0], -1)
 
-    return PlannedTensor(name, dtype, shape, weight.chunks if shape == weight.shape else resized)
+    return PlannedTensor(name, dtype, shape, chunks if shape == weight.shape else resized)
 
 
 def _mean_row(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def compare_logits(source: Checkpoint, folder: Path, is_llava_next: bool, dtype:
         dtype: Data type of the weights of the conversion.
 
     Raises:
-        CheckpointError: The difference is above TOLERANCE.
+        CheckpointError: The difference is above TOLERANCE, or a logit is NaN or infinite.
     """
     config = source.config
     inputs = _inputs(config)
@@ -62,9 +62,12 @@ def compare_logits(source: Checkpoint, folder: Path, is_llava_next: bool, dtype:
         found = run(output)
     largest = 0.0
     for ours, theirs in zip(expected, found, strict=True):
+        for name, logits in ((source.name, ours), ("the output", theirs)):
+            if not logits.isfinite().all():
+                raise CheckpointError(f"{name} gives logits that are NaN or infinite, so the output is not written")
         shared = min(ours.shape[-1], theirs.shape[-1])
         difference = (ours[..., :shared] - theirs[..., :shared]).abs().max()
-        largest = max(largest, float(difference / ours.abs().max()))
+        largest = max(largest, float(difference / ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny)))
     if not largest <= TOLERANCE:
         raise CheckpointError(
             f"the output gives other logits than {source.name} (largest difference {largest:.1e} of the largest "

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avg_llava.checkpoints.weight_files import DTYPE_NAMES, INDEX_NAME
+from avg_llava.checkpoints.weight_files import DTYPE_NAMES, INDEX_NAME, CheckpointError
 from avg_llava.common.files import atomic_write, encode_json, write_json
 
 SINGLE_NAME = "model.safetensors"
@@ -50,7 +50,11 @@ def split_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> dict[str, 
 
 
 def write_shards(folder: Path, shards: dict[str, list[PlannedTensor]]) -> None:
-    """Writes the files, each atomically, and then the index if there are several."""
+    """Writes the files, each atomically, and then the index if there are several.
+
+    Raises:
+        CheckpointError: Values are too large for the data type of their tensor.
+    """
     for name, tensors in shards.items():
         with atomic_write(folder / name) as temporary:
             _write_file(temporary, tensors)
@@ -78,7 +82,13 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in ordered:
-            written = 0
+            written = overflown = 0
             for part in tensor.parts():
-                written += stream.write(part.to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
+                cast = part.to(tensor.dtype)
+                if cast.dtype != part.dtype:
+                    overflown += int(part.isfinite().sum() - cast.isfinite().sum())
+                written += stream.write(cast.contiguous().view(torch.uint8).numpy().data)
+            if overflown:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(f"{tensor.name}: {overflown} values are too large for {dtype}; keep a wider type")
             assert written == tensor.num_bytes, f"{tensor.name}: {written} bytes written, {tensor.num_bytes} planned"

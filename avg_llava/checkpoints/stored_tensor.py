@@ -1,5 +1,6 @@
 """A tensor in a file: mapped into memory, or streamed through a small buffer."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class StoredTensor:
         read: Maps the tensor from the file: it takes memory of its own only where it is written to.
         name: Its name in the file; empty if it is computed.
         crc: CRC-32 of its bytes according to the file; None if that has none.
+        parts: The tensors in files that it is computed from.
     """
 
     file: Path
@@ -34,6 +36,7 @@ class StoredTensor:
     read: Callable[[], Tensor]
     name: str = ""
     crc: int | None = None
+    parts: tuple["StoredTensor", ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -44,12 +47,12 @@ class StoredTensor:
         """The tensor's elements in order, as vectors; a vector is valid until the next one is asked for.
 
         Raises:
-            CheckpointError: The file became shorter.
+            CheckpointError: The file became shorter, or the bytes have another CRC, which is known after the last one.
         """
         if self.start is None:
             yield from split(self.read())
             return
-        remaining = self.num_bytes
+        remaining, crc = self.num_bytes, 0
         buffer = memoryview(bytearray(min(remaining, _CHUNK)))
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
@@ -62,7 +65,10 @@ class StoredTensor:
                         raise CheckpointError(f"{self.file} became shorter while it was read")
                     filled += count
                 remaining -= len(part)
+                crc = 0 if self.crc is None else zlib.crc32(part, crc)
                 yield torch.frombuffer(part, dtype=self.dtype)
+        if self.crc not in (None, crc):
+            raise CheckpointError(f"{self.file}: tensor {self.name} differs from its checksum in the archive")
 
 
 def split(tensor: Tensor) -> Iterator[Tensor]:

@@ -85,18 +85,27 @@ def replaced_model(folder: str | os.PathLike[str], others: Iterable[str] = ()) -
         ValueError: A folder has the name of a file of a model; the earlier model stays.
     """
     folder = Path(folder)
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise ValueError(f"{folder} exists and is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / NEW_FOLDER
+    if new.is_symlink() or new.is_file():
+        raise ValueError(f"{new} is not a folder: remove it, as the new files are gathered there")
     patterns = (*_MODEL_FILES, *others)
     _stale_files(folder, patterns)  # refuses folders before anything is written
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir()
     try:
         yield new
-        for stale in _stale_files(folder, (*patterns, *(file.name for file in new.iterdir() if file.is_file()))):
+        files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
+        for parent in {file.parent for file in files} - {Path()}:
+            if (folder / parent).is_symlink() or (folder / parent).is_file():
+                raise ValueError(f"{folder / parent} is not a folder of its own: remove it")
+        for stale in _stale_files(folder, (*patterns, *map(str, files))):
             stale.unlink(missing_ok=True)  # may match two patterns
-        for file in sorted(new.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):
-            os.replace(file, folder / file.name)
+        for file in sorted(files, key=lambda file: (file == Path(CONFIG_NAME), file)):
+            (folder / file.parent).mkdir(exist_ok=True)
+            os.replace(new / file, folder / file)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -309,6 +309,18 @@ def test_adapters_are_merged(tmp_path, own):
     merged = load_model(tmp_path / "next").state_dict()[f"{name}.weight"]
     torch.testing.assert_close(merged, load_model(own).state_dict()[f"{name}.weight"] + 2 * up @ down)
     load(tmp_path / "next")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "lora").iterdir()}
+    for output in (tmp_path / "lora", tmp_path, own):
+        with pytest.raises(ValueError, match="contains the source"):
+            convert(plan, output, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "lora").iterdir()} == before
+    base = tmp_path / "base"  # a merged weight is not in the output as it is in the file
+    shutil.copytree(own, base)
+    (base / MANIFEST_NAME).write_text(json.dumps({"weights": compute_checksums(base)}))
+    change(base / "model.safetensors", f"{name}.weight", lambda weight: weight + 1)
+    edit(tmp_path / "lora" / "adapter_config.json", base_model_name_or_path=str(base))
+    with pytest.raises(CheckpointError, match=rf"{name}.weight differs from its checksum"):
+        run(tmp_path / "lora", tmp_path / "damaged", "avg")
 
 
 def test_pickled_weights_are_converted_too(tmp_path):
@@ -348,6 +360,46 @@ def test_another_data_type_is_the_only_change_of_values(tmp_path, own):
     assert config_of(tmp_path / "half")["dtype"] == "bfloat16"
     half, whole = load_model(tmp_path / "half").state_dict(), load_model(own).state_dict()
     assert all(torch.equal(half[name], whole[name].to(torch.bfloat16)) for name in whole)
+
+
+PROJECTOR = "model.multi_modal_projector.linear_1.weight"
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_values_that_do_not_fit_in_the_data_type_are_refused(tmp_path, own, check):
+    shutil.copytree(own, tmp_path / "large")
+    change(tmp_path / "large" / "model.safetensors", PROJECTOR, lambda weight: torch.full_like(weight, 1e6))
+    number = stored_tensors(own)[PROJECTOR].num_bytes // 4
+    with pytest.raises(CheckpointError, match=rf"{PROJECTOR}: {number} values are too large for float16"):
+        convert(plan_conversion(tmp_path / "large", "avg", torch.float16), tmp_path / "half", check=check)
+    assert not list((tmp_path / "half").iterdir())
+
+
+def test_logits_that_are_not_finite_are_no_agreement(tmp_path, own):
+    shutil.copytree(own, tmp_path / "nan")
+    change(tmp_path / "nan" / "model.safetensors", "lm_head.weight", lambda weight: weight * torch.nan)
+    with pytest.raises(CheckpointError, match="gives logits that are NaN or infinite, so the output is not written"):
+        run(tmp_path / "nan", tmp_path / "output", "llava-next", check=True)
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_damaged_weights_are_refused_with_a_cast_and_without_check(tmp_path, own):
+    stage, pickled = tmp_path / "stage", tmp_path / "pickled"
+    shutil.copytree(own, stage)
+    (stage / MANIFEST_NAME).write_text(json.dumps({"stage": 2, "weights": compute_checksums(stage)}))
+    shutil.copytree(own, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(read_tensors(own), pickled / "pytorch_model.bin")
+    embeddings = stored_tensors(pickled)["model.language_model.embed_tokens.weight"]
+    change(stage / "model.safetensors", embeddings.name, lambda weight: weight + 1)
+    with (pickled / "pytorch_model.bin").open("r+b") as file:
+        file.seek(embeddings.start + 3)
+        file.write(b"\x3c")
+    for source in (stage, pickled):
+        for target in ("avg", "llava-next"):  # the latter adds rows to the embeddings
+            with pytest.raises(CheckpointError, match=rf"tensor {embeddings.name} differs from its checksum"):
+                convert(plan_conversion(source, target, torch.bfloat16), tmp_path / "output", check=False)
+            assert not list((tmp_path / "output").iterdir())
 
 
 def test_files_are_those_of_the_library(tmp_path):
@@ -392,6 +444,35 @@ def test_a_new_output_leaves_no_shard_of_the_old_one_and_no_file_of_the_user_is_
     load(output)
 
 
+def test_files_of_the_user_beside_the_vision_tower_stay(tmp_path):
+    output = tmp_path / "output"
+    run(RELEASED, output, "original")
+    (output / "vision_tower" / "notes.txt").write_text("mine")
+    (output / "vision_tower" / "model.safetensors").write_bytes(b"")
+    run(RELEASED, output, "original", overwrite=True)
+    assert (output / "vision_tower" / "notes.txt").read_text() == "mine"
+    CLIPVisionModel.from_pretrained(output / "vision_tower")
+
+
+def test_links_in_the_place_of_folders_are_named_and_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    output = tmp_path / "output"
+    output.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="output exists and is not a folder"):
+        run(RELEASED, output, "original")
+    output.unlink()
+    run(RELEASED, output, "original")
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    for name in (".new", "vision_tower"):
+        shutil.rmtree(output / name, ignore_errors=True)
+        (output / name).symlink_to(tmp_path / "mine")
+        with pytest.raises(ValueError, match=rf"{name} is not a folder.*: remove it"):
+            run(RELEASED, output, "original", overwrite=True)
+        (output / name).unlink()
+        assert not list((tmp_path / "mine").iterdir())
+    assert all(file.read_bytes() == before[file] for file in output.iterdir() if file.is_file())
+
+
 def test_an_output_with_other_logits_is_not_written(tmp_path, own, monkeypatch):
     output = tmp_path / "output"
     run(HF45, output, "llava-next")
@@ -432,6 +513,12 @@ def test_damaged_sources_end_in_one_line(tmp_path, capsys, damage, message):
 
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def change(file, name, to):
+    """Changes one tensor of a file."""
+    tensors = load_file(file)
+    save_file(tensors | {name: to(tensors[name])}, file, metadata={"format": "pt"})
 
 
 def edit(file, **fields):
