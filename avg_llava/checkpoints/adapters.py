@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) in peft's files, merged into the weights of a base model when they are read."""
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, list_tensors
+from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, list_tensors, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# Fields of peft's configuration that change what is merged, and the values that are supported.
+# Values of fields of peft's configuration that are supported, where a field could change what is merged.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (None, False),
@@ -24,8 +24,27 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    "use_qalora": (None, False),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change the base model too
 }
+# Fields that are read here, or say how the adapters were trained. Of others only empty values are known to do nothing.
+_KNOWN = {
+    *("base_model_name_or_path", "revision", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"),
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "bias", "modules_to_save"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "runtime_config"),
+}
+# A regular expression of these parts, with one wildcard at most, is matched quickly.
+_WILDCARD = re.compile(r"\.[*+]|\\d\+|\[0-9\]\+")
+_PATTERN = re.compile(r"(?:[\w.|^$()-]|\\[.d])*")
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -94,25 +113,28 @@ def read_adapter(folder: Path) -> Adapter:
         CheckpointError: A file is missing or damaged, or the adapters are of another kind than LoRA of linear layers.
     """
     file = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        base, rank = settings["base_model_name_or_path"], settings["r"]
-        alpha, alphas = settings["lora_alpha"], settings.get("alpha_pattern") or {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no configuration of peft's LoRA ({type(error).__name__}: {error})") from error
+    settings = read_json(file)
     for key, known in _SUPPORTED.items():
         if settings.get(key) not in known:
-            raise CheckpointError(f"{file}: {key} is {settings[key]!r}; only {known[-1]!r} is supported")
-    if not base:
+            raise CheckpointError(f"{file}: {key} is {settings.get(key)!r}; only {known[-1]!r} is supported")
+    for key, value in settings.items():
+        if key not in _SUPPORTED and key not in _KNOWN and value not in (None, False, [], {}):
+            raise CheckpointError(f"{file}: {key} is {value!r}, which is not supported; null is")
+    base = settings.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise CheckpointError(f"{file} names no base_model_name_or_path; write the base model's folder or hub id there")
-    if settings.get("revision") and not Path(base).exists():
+    if settings.get("revision") and not os.path.exists(base):
         base = f"{base}@{settings['revision']}"
+    rank_of = _per_layer(file, settings, "r", "rank_pattern", whole=True)
+    alpha_of = _per_layer(file, settings, "lora_alpha", "alpha_pattern", whole=False)
     weights = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise CheckpointError(f"{folder} holds {ADAPTER_CONFIG}, but neither {' nor '.join(_ADAPTER_FILES)}")
     stored = {key.replace(".default.", "."): tensor for key, tensor in list_tensors([weights]).items()}
     products, replaced = {}, {}
     for key, tensor in stored.items():
+        if len(key) > _LONGEST_NAME:
+            raise CheckpointError(f"{weights}: the name of a weight has {len(key)} characters")
         name = key.removeprefix("base_model.model.")
         if ".lora_" not in name:
             replaced[name.replace(".modules_to_save.", ".")] = tensor
@@ -121,10 +143,42 @@ def read_adapter(folder: Path) -> Adapter:
         if part not in ("A.weight", "B.weight") or key.replace(".lora_A.", ".lora_B.") not in stored:
             raise CheckpointError(f"{weights}: {key} is no adapter of a linear layer, or its other half is missing")
         if part == "A.weight":
-            up = stored[key.replace(".lora_A.", ".lora_B.")]
-            # As in peft, a pattern matches the end of a layer's name.
-            own = (value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-            rank = tensor.shape[0]
-            scaling = next(own, alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            up, rank = stored[key.replace(".lora_A.", ".lora_B.")], rank_of(layer)
+            if (len(tensor.shape), len(up.shape)) != (2, 2) or tensor.shape[0] != rank or up.shape[1] != rank:
+                raise CheckpointError(
+                    f"{weights}: the adapter of {layer} is of shapes {tensor.shape} and {up.shape}, but its rank is "
+                    f"{rank} in {file.name}"
+                )
+            scaling = alpha_of(layer) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
             products[f"{layer}.weight"] = LowRank(tensor, up, scaling)
     return Adapter(folder, base, products, replaced)
+
+
+def _per_layer(
+    file: Path, settings: Mapping[str, Any], key: str, patterns_key: str, whole: bool
+) -> Callable[[str], float]:
+    """A function that gives a layer's value: that of the first pattern that matches its name, else `settings[key]`.
+
+    Raises:
+        CheckpointError: A value is no number, a whole one above zero if `whole`, or a pattern is not a simple one.
+    """
+    own = settings.get(patterns_key) or {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{file}: {patterns_key} is {own!r}, not values by pattern")
+    for name, value in ((key, settings.get(key)), *own.items()):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**31
+        if not is_number or (whole and (value < 1 or value != int(value))):
+            raise CheckpointError(f"{file}: {name} is {value!r}, not a {'whole number above 0' if whole else 'number'}")
+    compiled = []
+    for pattern, value in own.items():
+        if not _PATTERN.fullmatch(_WILDCARD.sub("", pattern, count=1)):
+            raise CheckpointError(
+                f"{file}: {pattern!r} of {patterns_key} is not supported; names of layers and one wildcard are"
+            )
+        try:
+            # As in peft, a pattern matches the end of a layer's name.
+            compiled.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+        except (re.error, RecursionError) as error:
+            raise CheckpointError(f"{file}: {pattern!r} of {patterns_key} is no regular expression: {error}") from error
+    default = settings[key]
+    return lambda layer: next((value for regex, value in compiled if regex.match(layer)), default)

@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from avg_llava.checkpoints.weight_files import CheckpointError, read_config
 
+_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, StrictDataclassError)
+
 
 @contextmanager
 def named_errors(folder: Path) -> Iterator[None]:
@@ -18,7 +20,7 @@ def named_errors(folder: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
+    except _ERRORS as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise CheckpointError(f"{folder / 'config.json'}: {reason}") from error
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
@@ -18,11 +18,14 @@ from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
 from avg_llava.checkpoints.fit import check_fit, empty_model, misfit
 from avg_llava.checkpoints.formats import open_checkpoint
+from avg_llava.checkpoints.generation_config import read_generation_config
 from avg_llava.checkpoints.parts import with_projector
+from avg_llava.checkpoints.processors import check_processor
 from avg_llava.checkpoints.quantization import Quantization, compute_in, quantization_arguments
 from avg_llava.checkpoints.reading import read_weights
+from avg_llava.checkpoints.stored_tensor import WEIGHT_DTYPES
 from avg_llava.checkpoints.tokenizers import check_vocabulary, reading_tokenizer
-from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, read_json, resolve_folder
+from avg_llava.checkpoints.weight_files import CheckpointError, StoredTensor, resolve_folder
 from avg_llava.model.configuration import AvgLlavaConfig, Behavior
 from avg_llava.model.language import language_parts
 from avg_llava.model.modeling import AvgLlavaForConditionalGeneration
@@ -71,6 +74,7 @@ def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcesso
             processor = AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
     processor.num_embeddings = config.text_config.vocab_size
     check_vocabulary(processor.tokenizer, processor.num_embeddings, checkpoint.tokenizer)
+    check_processor(processor, config, checkpoint.image_settings or checkpoint.tokenizer)
     return processor
 
 
@@ -223,26 +227,32 @@ def instantiate(
         )
     _check_loaded(info, checkpoint.name, checkpoint.fresh)
     if read is None and checkpoint.folder is not None and (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = _generation_config(checkpoint.folder / GENERATION_CONFIG_NAME)
+        file = checkpoint.folder / GENERATION_CONFIG_NAME
+        model.generation_config = read_generation_config(file, checkpoint.config.text_config.vocab_size)
     return model.eval()
 
 
-def _generation_config(file: Path) -> GenerationConfig:
-    values = read_json(file)
-    try:
-        return GenerationConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
 def _own_data_type(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
-    """The data type in a checkpoint's configuration, else that of its embeddings."""
+    """The data type in a checkpoint's configuration, else of its first weight; of backbones, of the language model."""
     try:
         written = _data_type(checkpoint.config.dtype)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.name}: config.json: {error}") from error
-    embeddings = stored.get(f"model.language_model.{language_parts(checkpoint.config.text_config).embeddings}.weight")
-    return written if written is not None or embeddings is None else embeddings.dtype
+    if written is not None:
+        return written
+    if checkpoint.folder is None:  # of backbones
+        embeddings = f"model.language_model.{language_parts(checkpoint.config.text_config).embeddings}.weight"
+        return stored[embeddings].dtype if embeddings in stored else None
+    found = list(dict.fromkeys(tensor.dtype for tensor in stored.values() if tensor.dtype in WEIGHT_DTYPES))
+    if len(found) > 1:
+        logger.warning(
+            "%s: config.json names no dtype and the weights are of %s; all become %s, that of the first, as in "
+            "transformers. Give a dtype for another",
+            checkpoint.name,
+            " and ".join(str(dtype) for dtype in found),
+            found[0],
+        )
+    return found[0] if found else None
 
 
 def _data_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -250,8 +260,9 @@ def _data_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype in (None, "auto"):
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype is a data type of PyTorch, such as bfloat16, or 'auto', not {dtype!r}")
+    if not isinstance(found, torch.dtype) or found not in WEIGHT_DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in WEIGHT_DTYPES)
+        raise ValueError(f"dtype is one of {names}, or 'auto', not {dtype!r}")
     return found
 
 

@@ -29,7 +29,7 @@ from avg_llava.checkpoints.checkpoint import (
 from avg_llava.checkpoints.configs import read_auto_config
 from avg_llava.checkpoints.templates import template_of_llava
 from avg_llava.checkpoints.weight_files import resolve_folder, stored_tensors
-from avg_llava.model.configuration import AvgLlavaConfig, Behavior, RouterConfig
+from avg_llava.model.configuration import MAX_TILES, AvgLlavaConfig, Behavior, RouterConfig
 from avg_llava.model.towers import find_tower
 
 ORIGINAL_KEYS: Renaming = [
@@ -252,6 +252,8 @@ def _pinpoints(raw: Mapping[str, Any], crop: int) -> list[list[int]]:
         if not ends:
             raise ValueError(f"image_grid_pinpoints {value!r} is no range of the form (1x1),...,(6x6)")
         (first_width, first_height), (last_width, last_height) = ends[0], ends[-1]
+        if (last_width - first_width) * (last_height - first_height) > MAX_TILES:
+            raise ValueError(f"image_grid_pinpoints {value!r} is a range of more than {MAX_TILES} pairs")
         pairs = [
             (crop * width, crop * height)
             for width in range(first_width, last_width + 1)
@@ -261,8 +263,10 @@ def _pinpoints(raw: Mapping[str, Any], crop: int) -> list[list[int]]:
         try:
             parsed: Any = ast.literal_eval(value) if isinstance(value, str) else value
             pairs = [(int(width), int(height)) for width, height in parsed]
-        except (ValueError, SyntaxError, TypeError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ValueError(f"image_grid_pinpoints {value!r} is no list of [width, height]") from error
+    if not pairs:
+        raise ValueError(f"image_grid_pinpoints {value!r} holds no pair of sides")
     limit = re.search(r"anyres_max_(\d+)", raw["image_aspect_ratio"])
     most = max(width * height for width, height in pairs) / crop**2
     if limit is not None and most > 1.21 * int(limit[1]):

@@ -99,10 +99,14 @@ def open_adapter(
     adapter = read_adapter(folder)
     try:
         base_folder = resolve_folder(adapter.base, relative_to=folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: base_model_name_or_path {error}; write its folder or hub id there"
         ) from error
+    if (base_folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: the base model {adapter.base} is made of adapters itself; merge them first"
+        )
     added = tuple(
         WeightSource(folder / file, renaming) for file, renaming in _TRAINED_WHOLE.items() if (folder / file).is_file()
     )
@@ -113,6 +117,4 @@ def open_adapter(
     else:
         base = open_base(base_folder, behavior)
         checkpoint = replace(base, name=name, sources=(*base.sources, *added))
-    if checkpoint.adapter is not None:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: the base model {adapter.base} is made of adapters itself")
     return replace(checkpoint, adapter=adapter, tokenizer=tokenizer_folder(folder, checkpoint.tokenizer or base_folder))

@@ -96,7 +96,7 @@ def _check_archive(stream: BinaryIO) -> list[Record]:
         record = Record(entry.header_offset + 30 + name_length + extra_length, entry.file_size, entry.CRC)
         if entry.compress_type != zipfile.ZIP_STORED or record.start + record.num_bytes > size:
             raise CheckpointError(f"is damaged: record {entry.filename} is compressed or longer than the file")
-        name = entry.filename.partition("/")[2]
+        name = entry.filename.partition("/")[2].lower()  # PyTorch finds records in any case
         if name.startswith("data/") and record.num_bytes:
             records.append(record)
         elif name in ("data.pkl", "byteorder"):

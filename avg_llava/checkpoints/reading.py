@@ -55,12 +55,14 @@ def read_weights(tensors: Mapping[str, StoredTensor], source: str, dtype: torch.
             check_checksum(stored, found, recorded)
     bad = {name: each.num_not_finite for name, each in passes.items() if each.num_not_finite}
     if bad:
+        first = tensors[next(iter(bad))]
         logger.warning(
-            "%s: %d values of %d weights are NaN or infinite, first in %s",
+            "%s: %d values of %d weights are NaN or infinite, first in %s of %s",
             source,
             sum(bad.values()),
             len(bad),
-            tensors[next(iter(bad))].name,
+            first.name,
+            first.file,
         )
     return {name: each.tensor for name, each in passes.items()}
 

@@ -23,13 +23,13 @@ from avg_llava.checkpoints.stored_tensor import StoredTensor as StoredTensor
 from avg_llava.common.files import hash_chunks, hash_json
 
 INDEX_NAME = "model.safetensors.index.json"
-# Of several ways in which a folder holds weights, the first is read.
+# Of several ways in which a folder holds weights, the first is read, as by transformers.
 WEIGHT_NAMES = (
-    INDEX_NAME,
     "model.safetensors",
+    INDEX_NAME,
     "weights.safetensors",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 _DTYPES = {  # by safetensors' names
@@ -52,6 +52,7 @@ _DTYPES = {  # by safetensors' names
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COUNTS, _MAX_COUNT = ("num_hidden_layers", "num_labels"), 10_000
+_QUANTIZED = ("quantization_config", "compression_config")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -66,7 +67,7 @@ def resolve_folder(path: str | Path, relative_to: Path | None = None) -> Path:
         ValueError: There is no such folder or repository.
     """
     path_below = [] if relative_to is None else [relative_to / path]
-    for candidate in (*path_below, Path(path).expanduser()):
+    for candidate in (*path_below, Path(os.path.expanduser(path))):
         if candidate.is_dir():
             return candidate
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(path))
@@ -79,7 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed `config.json` of a folder.
 
     Raises:
-        CheckpointError: There is none, or it is damaged, or it asks for more layers than any model has.
+        CheckpointError: There is none, or it is damaged, or it asks for more layers than any model has, or its weights
+            are quantised.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -89,6 +91,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         for key in _COUNTS:  # libraries build lists of these lengths
             if isinstance(part.get(key), (int, float)) and part[key] > _MAX_COUNT:
                 raise CheckpointError(f"{file}: {key} is {part[key]}, more than {_MAX_COUNT}")
+        for key in _QUANTIZED:
+            if part.get(key) is not None:
+                raise CheckpointError(
+                    f"{file}: {key} is set, and quantised weights are not supported; take the checkpoint that is not "
+                    "quantised, and quantise it while loading"
+                )
     return raw
 
 
@@ -206,7 +214,8 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
             f"{file} is not a whole safetensors file ({reason}); it may be damaged or cut short"
         ) from error
     tensors = {}
-    for name, entry in header.items():
+    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+        entry = header[name]
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{file}: tensor {name} is of type {entry['dtype']}, which is not supported")
         tensors[name] = StoredTensor(

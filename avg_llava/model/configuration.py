@@ -17,6 +17,7 @@ from avg_llava.model.towers import Tower, find_tower
 
 Behavior = Literal["paper", "released"]
 
+MAX_TILES = 4096  # of an image, and pinpoints of a model: far more than any model has
 NUM_GRANULARITIES = 5  # of the paper: the tower's grid and four halvings
 
 
@@ -188,9 +189,15 @@ class AvgLlavaConfig(LlavaNextConfig):
                 f"the tower has a class token, and 'full' where it has none: with {self.vision_config.model_type} "
                 f"{strategy!r}, got {self.vision_feature_select_strategy!r}"
             )
+        if not 0 < len(self.image_grid_pinpoints) <= MAX_TILES:
+            raise ValueError(f"image_grid_pinpoints holds {len(self.image_grid_pinpoints)} pairs, not 1 to {MAX_TILES}")
         for pinpoint in self.image_grid_pinpoints:
             if len(pinpoint) != 2 or any(side < crop or side % crop for side in pinpoint):
                 raise ValueError(f"image_grid_pinpoints: {pinpoint} is not a (height, width) in multiples of {crop} px")
+            if pinpoint[0] * pinpoint[1] > MAX_TILES * crop**2:
+                raise ValueError(f"image_grid_pinpoints: {pinpoint} has more than {MAX_TILES} tiles of {crop} px")
+        if self.max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be at least 1, got {self.max_sequence_length}")
 
     def _check_granularities(self) -> None:
         if not self.granularities or sorted(set(self.granularities)) != self.granularities:

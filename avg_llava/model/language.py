@@ -104,7 +104,7 @@ def _language_parts(model_type: str, fields: str) -> LanguageParts:
     ignored, own = sorted(model._keys_to_ignore_on_load_unexpected), model.state_dict().keys()
     unused = [pattern for pattern in ignored if not any(re.search(pattern, key) for key in own)]
     softcap = given.get("final_logit_softcapping")
-    if not _is_capped_head(model, head_name, softcap, config.hidden_size):
+    if not _is_capped_head(model, head_name, softcap):
         raise refuse("it computes its logits otherwise than by a linear layer and a soft cap")
     heads = config.num_attention_heads
     head_width = given.get("head_dim") or config.hidden_size // heads
@@ -132,8 +132,11 @@ class _Echo(nn.Module):
 
 
 @torch.no_grad()
-def _is_capped_head(model: Any, head_name: str, softcap: float | None, width: int) -> bool:
-    """Tries out a causal LM without its layers and with a small head: its logits are those of the head, capped."""
+def _is_capped_head(model: Any, head_name: str, softcap: float | None, width: int = 64) -> bool:
+    """Tries out a causal LM without its layers and with a small head: its logits are those of the head, capped.
+
+    The layers are echoed, so `width` need not be the model's, which a configuration can make larger than memory.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, width, generator=generator, device="cpu", dtype=torch.float32)
     # Without initialisation, which would advance the random numbers of the caller.

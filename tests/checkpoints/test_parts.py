@@ -203,6 +203,19 @@ class TestAdapters:
             ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
             ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
             ({"base_model_name_or_path": "./checkpoints/vicuna"}, "write its folder or hub id there"),
+            ({"base_model_name_or_path": "~nobody/model" * 100}, "write its folder or hub id there"),
+            ({"base_model_name_or_path": "."}, r"base model \. is made of adapters itself"),
+            ({"base_model_name_or_path": ["a"]}, "names no base_model_name_or_path"),
+            ({"lora_alpha": "x"}, "lora_alpha is 'x', not a number"),
+            ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number"),
+            ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], not values by pattern"),
+            ({"alpha_pattern": {"q_proj": None}}, "q_proj is None, not a number"),
+            ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
+            ({"alpha_pattern": {"(.*)*(.*)*x": 1}}, "names of layers and one wildcard are"),
+            ({"rank_pattern": {"q_proj": 3}}, "but its rank is 3 in"),
+            ({"r": 0}, "r is 0, not a whole number above 0"),
+            ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens is \[5\]; only"),
+            ({"use_something_new": True}, "use_something_new is True, which is not supported"),
         ],
     )
     def test_what_cannot_be_merged_is_refused_by_name(self, tmp_path, changes, message):
@@ -210,8 +223,9 @@ class TestAdapters:
         adapt(load_model(tmp_path / "base"), tmp_path / "lora", tmp_path / "base")
         file = tmp_path / "lora" / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-        with pytest.raises(CheckpointError, match=rf"adapter_config\.json.*{message}"):
+        with pytest.raises(CheckpointError, match=message) as error:
             load_model(tmp_path / "lora")
+        assert "adapter_config.json" in str(error.value)
 
     def test_adapters_of_another_model_are_refused(self, tmp_path):
         model = tiny_model()

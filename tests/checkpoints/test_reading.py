@@ -43,7 +43,8 @@ def test_values_that_are_no_numbers_are_counted(tmp_path, caplog, dtype):
     read_weights(stored_tensors(tmp_path), "some/model", dtype)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "some/model: 3 values of 2 weights are NaN or infinite, first in b"
+    message = f"3 values of 2 weights are NaN or infinite, first in b of {tmp_path / 'model.safetensors'}"
+    assert record.getMessage() == f"some/model: {message}"
 
 
 def test_weights_of_other_types_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Files of weights compared with the libraries that write them; and the model without language model."""
 
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -159,6 +160,13 @@ def test_an_archive_whose_records_differ_from_its_pickle_is_refused(tmp_path):
                 archive.writestr(name, content)
         with pytest.raises(CheckpointError, match=message):
             list_tensors([path])
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            if name.endswith("/data.pkl"):
+                name, content = name.upper(), pickle.dumps(Hostile())
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match="asks for"):
+        list_tensors([path])
 
 
 def _write_index(folder, **files):
@@ -166,10 +174,13 @@ def _write_index(folder, **files):
 
 
 def test_files_of_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no weights, neither model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no weights, neither model\.safetensors, model"):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    _write_index(tmp_path, a="gone.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]  # as transformers reads
+    (tmp_path / "model.safetensors").unlink()
     _write_index(tmp_path, a="model-1.safetensors", b="model-2.safetensors", c="model-1.safetensors")
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, tmp_path / "model-1.safetensors")
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors of .* missing"):
