@@ -1,6 +1,7 @@
 """Uploads of models to the hub: the files that make up a model and its card, and nothing else of their folder."""
 
 import fnmatch
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.utils import PROCESSOR_NAME
 
-from avg_llava.checkpoints.weight_files import read_config, stored_tensors
+from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, weight_files
 from avg_llava.evaluation.evaluate import fingerprint_model
 from avg_llava.evaluation.results import FORMAT, Result, ResultError, parse_result, read_json
 from avg_llava.model.saving import AUTO_MAP, PREFIX, modelling_files
+from avg_llava.planning.inspection import inspect
 from avg_llava.training.card import CARD_NAME, Score, is_edited, render_card
 from avg_llava.training.checkpoint import CHECKPOINT_PREFIX, MANIFEST_NAME, StageManifest, read_manifest
 from avg_llava.training.lora import ADAPTER_FOLDER
@@ -25,14 +27,18 @@ from avg_llava.training.trainer import CONFIG_NAME, TENSORBOARD_FOLDER, TRACKIO_
 
 logger = logging.getLogger(__name__)
 
-# Files of a model that transformers loads, without and with this package.
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", f"{PREFIX}*.py",
-    "processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt",
+# Files of a model that transformers loads, besides weights and modelling files. People edit the first ones.
+_SETTINGS_FILES = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
-_LEGAL_FILES = ("LICENSE*", "NOTICE*")
+_OTHER_FILES = (
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.json", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+# Files of an earlier model, which an upload removes from the repository.
+_REPLACED = (*_SETTINGS_FILES, *_OTHER_FILES, "model*.safetensors", INDEX_NAME, f"{PREFIX}*.py")
+_LEGAL_FILES = tuple(name + ending for name in ("LICENSE", "NOTICE") for ending in ("", ".md", ".txt"))
 _RUN_FILES = (MANIFEST_NAME, CONFIG_NAME)
 _REASONS = {
     f"{CHECKPOINT_PREFIX}*": "checkpoint of the run, with the optimizer's state",
@@ -46,6 +52,15 @@ _REASONS = {
     ".*": "hidden",
 }
 _OTHER = "not part of the model"
+# An absolute path of at least two parts anywhere in a text; addresses, relative paths and marks such as </s> are none.
+_PATH = re.compile(
+    r"(?:file:/+|(?<!\w)[A-Za-z]:\\+|(?<![\w./:<])(?:~\w*)?/|(?<=\w:)/(?!/))[\w.@-][\w.@ -]*[/\\][^\s\"']*"
+)
+_SECRET = re.compile(
+    r"\b(?:hf_|gh[oprsu]_|github_pat_|sk-|AKIA|xox[abp]-)[\w-]{8,}"
+    r"|(?i:secret|password|api_?key)[\"']?\s*[:=]\s*[\"']?[\w+/-]{8,}"
+    r"|(?i:token)[\"']?\s*[:=]\s*[\"']?(?=[\w+/-]*\d)[\w+/-]{16,}"  # pad_token and the like are words
+)
 
 
 @dataclass(frozen=True)
@@ -89,27 +104,38 @@ def plan_upload(folder: Path, repository: str, license_name: str = "other", resu
         results: Result files of `avg-llava evaluate`, besides those in the folder.
 
     Raises:
-        ValueError: The folder holds no whole model of this version, or a result is another model's.
+        ValueError: The folder holds no whole model of this version, a file of it is a link or holds what is private, or
+            a result is another model's.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"{repository!r} is no repository: it is named owner/name")
     manifest = _check_model(folder)
+    weights = {file.name for file in weight_files(folder)}
+    wanted = {*weights, *modelling_files(), *([] if "model.safetensors" in weights else [INDEX_NAME])}
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
     uploaded, skipped = [], {}
     for name in names:
-        top = name.partition("/")[0]
-        if _matches(name, (*_MODEL_FILES, *_LEGAL_FILES)):
-            uploaded.append(folder / name)
-        elif name in _RUN_FILES:
-            path = next(_absolute_paths(yaml.safe_load((folder / name).read_text(encoding="utf-8"))), None)
-            if path is None:
-                uploaded.append(folder / name)
+        file, top = folder / name, name.partition("/")[0]
+        is_link = file.resolve() != folder.resolve() / name
+        private = None if is_link or name not in (*_SETTINGS_FILES, *_RUN_FILES) else _private(file)
+        if name in wanted or _matches(name, (*_SETTINGS_FILES, *_OTHER_FILES)):
+            if is_link or private:
+                problem = (
+                    "is a link: put a copy of the file there" if is_link else f"{private}: remove it from the file"
+                )
+                raise ValueError(f"{file} {problem}")
+            uploaded.append(file)
+        elif name in (*_LEGAL_FILES, *_RUN_FILES):
+            if is_link or private:
+                skipped[name] = "a link" if is_link else str(private)
             else:
-                skipped[name] = f"names a path of this machine, {path}"
+                uploaded.append(file)
         elif name != CARD_NAME:
             reasons = (reason for pattern, reason in _REASONS.items() if fnmatch.fnmatch(top, pattern))
             skipped[f"{top}/" if "/" in name else name] = next(reasons, _OTHER)
     if is_edited(folder):
+        if (folder / CARD_NAME).is_symlink() or _SECRET.search((folder / CARD_NAME).read_text(encoding="utf-8")):
+            raise ValueError(f"{folder / CARD_NAME} is a link, or holds what looks like an access token or a password")
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
         return Upload(folder, repository, tuple(uploaded), skipped, card, is_edited=True)
     card = render_card(folder, manifest, read_scores(folder, results), repository, license_name)
@@ -123,13 +149,12 @@ def upload(plan: Upload, private: bool = False) -> str:
         The commit's address.
 
     Raises:
-        ValueError: The hub cannot be reached.
-        OSError: The hub refuses; a subclass of it by huggingface_hub.
+        ValueError: The hub cannot be reached, or refuses.
     """
     api = HfApi()
     try:
         api.create_repo(plan.repository, private=private or None, exist_ok=True)
-        stale = [name for name in api.list_repo_files(plan.repository) if _matches(name, (*_MODEL_FILES, *_RUN_FILES))]
+        stale = [name for name in api.list_repo_files(plan.repository) if _matches(name, (*_REPLACED, *_RUN_FILES))]
         files = {file.relative_to(plan.folder).as_posix(): file for file in plan.files}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, file) for name, file in files.items()),
@@ -137,8 +162,9 @@ def upload(plan: Upload, private: bool = False) -> str:
             *(CommitOperationDelete(name) for name in stale if name not in files),
         ]
         return api.create_commit(plan.repository, operations, commit_message="Upload model").commit_url
-    except HfHubHTTPError:
-        raise
+    except HfHubHTTPError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{constants.ENDPOINT} refuses {plan.repository}: {reason}; nothing was committed") from error
     except HTTPError as error:
         raise ValueError(f"{constants.ENDPOINT} cannot be reached: {error}; nothing was committed") from error
 
@@ -200,10 +226,13 @@ def _check_model(folder: Path) -> StageManifest | None:
             f"{folder} cannot be loaded without this package ({', '.join(missing) or 'config.json has no auto_map'}): "
             "rewrite it with `avg-llava convert`"
         )
-    stored_tensors(folder)
+    if not all(fnmatch.fnmatch(file.name, "model*.safetensors") for file in weight_files(folder)):
+        raise ValueError(f"{folder} has weights that are no model.safetensors: rewrite it with `avg-llava convert`")
     manifest = read_manifest(folder)
     if manifest is not None and not manifest.finished:
         raise ValueError(f"{folder} is a checkpoint of an unfinished run; upload the run's result")
+    if problems := inspect(folder, scan=True).problems:
+        raise CheckpointError(f"{folder} cannot be uploaded ({len(problems)} problems): {'; '.join(problems)}")
     return manifest
 
 
@@ -212,10 +241,32 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _absolute_paths(content: Any) -> Iterator[str]:
-    """Texts in nested lists and mappings that are absolute paths."""
-    if isinstance(content, str) and (content.startswith("~") or Path(content).is_absolute()):
+def _private(file: Path) -> str | None:
+    """Names the first thing in a JSON or YAML file that is not for others: an access token, or a path of this machine.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is damaged, so it cannot be searched for what is private: {error}") from error
+    if _SECRET.search(text):
+        return "holds what looks like an access token or a password"
+    values = list(_texts(content))
+    found = [
+        match[0] for each in [*values, *([] if file.suffix == ".json" else [text])] for match in _PATH.finditer(each)
+    ]
+    if file.name in _RUN_FILES:  # other files hold single tokens that begin like a path
+        found = [each for each in values if each.startswith("~") or Path(each).is_absolute()] + found
+    return f"names a path of this machine, {found[0]}" if found else None
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """The texts in nested lists and mappings, keys included."""
+    if isinstance(content, str):
         yield content
     elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _absolute_paths(value)
+        for entry in [*content, *content.values()] if isinstance(content, dict) else content:
+            yield from _texts(entry)

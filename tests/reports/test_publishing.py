@@ -1,7 +1,9 @@
 """Uploads: which files they hold, the card, and the upload itself to a hub on this machine."""
 
 import base64
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from threading import Thread
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from avg_llava import cli, load, load_model
 from avg_llava.checkpoints.weight_files import CheckpointError
@@ -116,6 +118,93 @@ def test_what_is_no_whole_model_is_refused(folder, capsys):
         plan_upload(folder, "ada/shapes")
     shutil.rmtree(folder)
     assert "is no folder" in refusal()
+
+
+def test_links_and_files_of_others_names_stay_here(folder, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to(tmp_path / "id_rsa")
+    shutil.copy(folder / "model.safetensors", folder / "model-old.safetensors")
+    for name in ("NOTICE.env", "avg_llava_secret.py"):
+        (folder / name).write_text("secret")
+    plan = plan_upload(folder, "ada/shapes")
+    stay = {"LICENSE", "model-old.safetensors", "NOTICE.env", "avg_llava_secret.py"}
+    assert stay <= plan.skipped.keys()
+    assert not stay & plan.sizes.keys()
+    (folder / "vocab.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link: put a copy of the file there"):
+        plan_upload(folder, "ada/shapes")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "index: file:///home/ada/index",
+        "command: train --dir=/home/ada/runs",
+        "note: PYTHONPATH=src:/home/ada/code",
+        "/home/ada/data: {weight: 1}",
+        "list: [/home/ada]",
+        "dir: /scratch",
+        "dir: ~ada",
+        r"dir: C:\Users\ada",
+        "hub_token: hf_abcdefghijklmnop",
+        "password: correcthorsebatterystaple",
+    ],
+)
+def test_what_is_private_is_found_anywhere_in_a_file(folder, text):
+    (folder / "train_config.yaml").write_text(text)
+    assert re.match(
+        "names a path|holds what looks like", plan_upload(folder, "ada/shapes").skipped["train_config.yaml"]
+    )
+
+
+def test_public_texts_are_not_taken_for_private_ones(folder):
+    config = (
+        "data: playground/data.json\nurl: https://huggingface.co/ada/shapes\nstop: [</s>, '[/INST]']\nmax_tokens: 4\n"
+    )
+    (folder / "train_config.yaml").write_text(config)
+    plan = plan_upload(folder, "ada/shapes")
+    assert "train_config.yaml" in plan.sizes
+    template = "Q:\nyes\nno [/INST]</s> https://example.org/a/b"
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    edit(folder / "config.json", pad_token="AVG_LLAVA_PAD_TOKEN")
+    plan_upload(folder, "ada/shapes")
+    (folder / "README.md").write_text("hf_abcdefghijklmnop")
+    with pytest.raises(ValueError, match=r"README\.md is a link, or holds what looks like an access token"):
+        plan_upload(folder, "ada/shapes")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit(folder / "config.json", _name_or_path="/home/ada/model"), "config.json names a path"),
+        (
+            lambda folder: edit(folder / "tokenizer_config.json", name_or_path="/home/ada/t"),
+            "_config.json names a path",
+        ),
+        (lambda folder: (folder / "train_config.yaml").write_text("a: [\n- }"), "train_config.yaml is damaged"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be uploaded"),
+        (lambda folder: change(folder, lambda tensor: tensor * torch.nan), "values are not finite"),
+        (lambda folder: change(folder, None), "missing    lm_head.weight"),
+    ],
+)
+def test_a_model_that_does_not_load_or_names_paths_is_refused(folder, capsys, damage, message):
+    damage(folder)
+    capsys.readouterr()
+    assert cli.main(["push", str(folder), "ada/shapes"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("avg-llava: ")]
+    assert " ".join(message.split()) in line
+
+
+def edit(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def change(folder: Path, to) -> None:
+    """Changes the head, or removes it."""
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors if to is None else tensors | {"lm_head.weight": to(head)}, folder / "model.safetensors")
 
 
 def test_dry_run(folder, capsys):
