@@ -282,6 +282,13 @@ def write_data(folder: Path, num_samples: int = 16, num_text_only: int = 4, two_
     write_records(folder, *instruct, name="instruct.json")
 
 
+def forget_checksums(folder: Path) -> None:
+    """Lets the weights of a stage's result be changed."""
+    manifest = json.loads((folder / "stage.json").read_text())
+    del manifest["weights"]
+    (folder / "stage.json").write_text(json.dumps(manifest))
+
+
 def stage_values(stage: int, root: Path, world: Path) -> dict[str, Any]:
     """The values of a stage's YAML file: `world` holds backbones and data, `root` gets the runs."""
     if stage == 1:

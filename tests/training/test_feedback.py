@@ -23,7 +23,7 @@ from avg_llava.training.checkpoint import read_manifest
 from avg_llava.training.config import ConfigError, TrainConfig, load_config
 from avg_llava.training.feedback import collect
 from avg_llava.training.feedback_store import FeedbackError, FeedbackStore, describe
-from tests.tiny import stage_values, write_backbones, write_data
+from tests.tiny import forget_checksums, stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("feedback")  # the trained stages are shared
 
@@ -219,13 +219,6 @@ def test_levels_that_see_different_tokens_are_not_compared():
     item = {"unreadable": False, "pixel_values": [torch.zeros(1)]}
     assert feedback._status(item, feedback.Answer([-1.0, -2.0], [3, 3])) == "compared"
     assert feedback._status(item, feedback.Answer([-1.0, -2.0], [3, 2])) == "cut off"
-
-
-def forget_checksums(folder):
-    """Lets the weights of a stage's result be changed."""
-    manifest = json.loads((folder / "stage.json").read_text())
-    del manifest["weights"]
-    (folder / "stage.json").write_text(json.dumps(manifest))
 
 
 def test_a_log_probability_that_is_not_finite_names_its_sample(root, tmp_path):

@@ -31,7 +31,7 @@ from avg_llava.training.monitor import (
 )
 from avg_llava.training.stages import STAGES, part_of
 from avg_llava.training.trainer import StageTrainer
-from tests.tiny import stage_values, write_backbones, write_data
+from tests.tiny import forget_checksums, stage_values, write_backbones, write_data
 
 pytestmark = pytest.mark.xdist_group("monitor")  # stage 1's result is shared
 
@@ -238,6 +238,7 @@ class TestCollapse:
             weights["model.router.norm.weight"] = torch.zeros(5)
             weights["model.router.norm.bias"] = torch.eye(5)[level]
             save_file(weights, start / "model.safetensors", {"format": "pt"})
+            forget_checksums(start)
         settings = ["--model.start", str(start), "--optim.max_steps", "22", "--optim.lr", "1e-6"]
         settings += ["--data.sources", f"[{{path: {world / 'colours.json'}}}]", "--optim.global_batch_size", "2"]
         with caplog.at_level(logging.WARNING, logger="avg_llava"):
