@@ -17,6 +17,7 @@ from transformers.utils import PROCESSOR_NAME
 from avg_llava.checkpoints.weight_files import INDEX_NAME, CheckpointError, read_config, weight_files
 from avg_llava.evaluation.evaluate import fingerprint_model
 from avg_llava.evaluation.results import FORMAT, Result, ResultError, parse_result, read_json
+from avg_llava.model.configuration import AvgLlavaConfig
 from avg_llava.model.saving import AUTO_MAP, PREFIX, modelling_files
 from avg_llava.planning.inspection import inspect
 from avg_llava.training.card import CARD_NAME, Score, is_edited, render_card
@@ -216,6 +217,11 @@ def _check_model(folder: Path) -> StageManifest | None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name the folder of a saved model")
     config = read_config(folder)
+    if config.get("model_type") != AvgLlavaConfig.model_type:
+        raise ValueError(
+            f"{folder} has the layout of {config.get('model_type')!r} models; push takes this package's: write it with "
+            f"`avg-llava convert {folder} OUTPUT --to avg` (`hf upload` uploads any folder as it is)"
+        )
     if not (folder / PROCESSOR_NAME).is_file():
         raise ValueError(
             f"{folder} has no {PROCESSOR_NAME}, without which nobody can ask the model: save its processor"
@@ -224,7 +230,7 @@ def _check_model(folder: Path) -> StageManifest | None:
     if config.get("auto_map") != AUTO_MAP or missing:
         raise ValueError(
             f"{folder} cannot be loaded without this package ({', '.join(missing) or 'config.json has no auto_map'}): "
-            "rewrite it with `avg-llava convert`"
+            "rewrite it with `avg-llava convert --to avg`"
         )
     if not all(fnmatch.fnmatch(file.name, "model*.safetensors") for file in weight_files(folder)):
         raise ValueError(f"{folder} has weights that are no model.safetensors: rewrite it with `avg-llava convert`")

@@ -118,6 +118,9 @@ def test_what_is_no_whole_model_is_refused(folder, capsys):
         plan_upload(folder, "ada/shapes")
     shutil.rmtree(folder)
     assert "is no folder" in refusal()
+    other = Path(__file__).parents[1] / "data" / "checkpoints" / "llava16_vicuna"
+    assert cli.main(["push", str(other), "ada/shapes"]) == 1
+    assert "--to avg" in capsys.readouterr().err
 
 
 def test_links_and_files_of_others_names_stay_here(folder, tmp_path):
