@@ -33,6 +33,13 @@ def new_digest(tensor: StoredTensor) -> Any:
     return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
 
 
+def hashing(chunks: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:
+    """Passes chunks of a tensor on and adds their bytes to a hash object."""
+    for chunk in chunks:
+        digest.update(chunk.view(torch.uint8).numpy())
+        yield chunk
+
+
 def compute_checksums(folder: Path) -> Checksums | None:
     """Checksums of all weights in a folder; None if it holds none, as a checkpoint of shards of ZeRO-3 may."""
     if not any((folder / name).is_file() for name in WEIGHT_NAMES):
@@ -47,8 +54,8 @@ def compute_checksums(folder: Path) -> Checksums | None:
 
 def _checksum(tensor: StoredTensor) -> str:
     digest = new_digest(tensor)
-    for chunk in tensor.chunks():
-        digest.update(chunk.view(torch.uint8).numpy())
+    for _ in hashing(tensor.chunks(), digest):
+        pass
     return str(digest.hexdigest())
 
 
@@ -92,7 +99,5 @@ def checked_chunks(tensor: StoredTensor, recorded: Mapping[Path, Checksums]) -> 
         yield from tensor.chunks()
         return
     digest = new_digest(tensor)
-    for chunk in tensor.chunks():
-        digest.update(chunk.view(torch.uint8).numpy())
-        yield chunk
+    yield from hashing(tensor.chunks(), digest)
     check_checksum(tensor, digest.hexdigest(), recorded)

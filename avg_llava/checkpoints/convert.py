@@ -39,15 +39,8 @@ VOCABULARY_KEYS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 # Files of tokenizers, processors and training, which must not stay beside a model in another layout.
 OTHER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "chat_template.*",
-        f"{CHAT_TEMPLATE_DIR}/*",
-        MANIFEST_NAME,
-    ),
+    *("vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.*"),
+    *(f"{CHAT_TEMPLATE_DIR}/*", MANIFEST_NAME),
 )
 # Names of values that are computed when a model is built, with which older files are written.
 COMPUTED = (".inv_freq", ".position_ids")
@@ -144,7 +137,7 @@ def plan_conversion(
         raise ValueError(f"{path} has no {', '.join(unread)}: it cannot be converted, only start a stage of training")
     assert source.folder is not None, "set by every layout"
     assert source.tokenizer is not None, "set by every layout"
-    processor = open_processor(path, source.config) if has_tokenizer(source.tokenizer) else None
+    processor = open_processor(source, source.config) if has_tokenizer(source.tokenizer) else None
     has_router = any(name.startswith(ROUTER_KEYS) for name in weights)
     model = Model(source.folder, source.tokenizer, source.config, processor, has_router)
     layout = TARGETS[target](model)

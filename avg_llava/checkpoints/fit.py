@@ -4,7 +4,7 @@ Neither takes memory: the model is built without weights, and the files are know
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -46,14 +46,26 @@ def misfits(model: PreTrainedModel, stored: Mapping[str, StoredTensor], fresh: t
     """Weights that are missing, unexpected, or of another shape than in the model; `fresh` prefixes may be missing."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    problems = [
-        f"missing    {name}" for name in sorted(expected.keys() - stored.keys() - tied) if not name.startswith(fresh)
-    ]
-    problems += [f"unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
-    return problems + [
-        f"shape      {name}: {stored[name].shape} in the checkpoint, {expected[name]} in the model"
-        for name in sorted(stored.keys() & expected.keys())
+    missing = [name for name in expected.keys() - stored.keys() - tied if not name.startswith(fresh)]
+    reshaped = [
+        (name, stored[name].shape, expected[name])
+        for name in stored.keys() & expected.keys()
         if stored[name].shape != expected[name]
+    ]
+    return misfit_lines(missing, stored.keys() - expected.keys(), reshaped)
+
+
+def misfit_lines(
+    missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[tuple[str, Iterable[int], Iterable[int]]]
+) -> list[str]:
+    """One line for each weight that does not fit; `reshaped` are names with the shapes in checkpoint and model."""
+    return [
+        *(f"missing    {name}" for name in sorted(missing)),
+        *(f"unexpected {name}" for name in sorted(unexpected)),
+        *(
+            f"shape      {name}: {tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
+            for name, found, wanted in sorted(reshaped)
+        ),
     ]
 
 

@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
 from avg_llava.checkpoints.backbones import join_backbones
 from avg_llava.checkpoints.checkpoint import ROUTER_KEYS, Checkpoint
-from avg_llava.checkpoints.fit import check_fit, empty_model, misfit
+from avg_llava.checkpoints.fit import check_fit, empty_model, misfit, misfit_lines
 from avg_llava.checkpoints.formats import open_checkpoint
 from avg_llava.checkpoints.generation_config import read_generation_config
 from avg_llava.checkpoints.parts import with_projector
@@ -59,21 +59,20 @@ def load(
     return model, processor
 
 
-def open_processor(path: str | Path, config: AvgLlavaConfig) -> AvgLlavaProcessor:
+def open_processor(source: str | Path | Checkpoint, config: AvgLlavaConfig) -> AvgLlavaProcessor:
     """The processor of a checkpoint of any layout; `config` is that of its model.
 
     This package saves one. Other layouts have a tokenizer and the pixel statistics of the vision tower, perhaps in
     other folders than the weights; the rest is taken from `config`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     assert checkpoint.tokenizer is not None, "set by every layout"
     with reading_tokenizer(checkpoint.tokenizer):
         if checkpoint.tokenizer == checkpoint.image_settings:
             processor = AvgLlavaProcessor.from_checkpoint(checkpoint.tokenizer, config)
         else:
             processor = AvgLlavaProcessor.from_backbones(checkpoint.image_settings, checkpoint.tokenizer, config)
-    processor.num_embeddings = config.text_config.vocab_size
-    check_vocabulary(processor.tokenizer, processor.num_embeddings, checkpoint.tokenizer)
+    _fit_tokenizer(processor, config, checkpoint.tokenizer)
     check_processor(processor, config, checkpoint.image_settings or checkpoint.tokenizer)
     return processor
 
@@ -85,9 +84,14 @@ def processor_of_backbones(
     folder = resolve_folder(language_path)
     with reading_tokenizer(folder):
         processor = AvgLlavaProcessor.from_backbones(vision_path, folder, config)
+    _fit_tokenizer(processor, config, folder)
+    return processor
+
+
+def _fit_tokenizer(processor: AvgLlavaProcessor, config: AvgLlavaConfig, folder: Path) -> None:
+    """Tells a processor which tokens its model embeds, and checks that its tokenizer, from `folder`, gives these."""
     processor.num_embeddings = config.text_config.vocab_size
     check_vocabulary(processor.tokenizer, processor.num_embeddings, folder)
-    return processor
 
 
 def load_model(
@@ -268,13 +272,8 @@ def _data_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _check_loaded(info: Mapping[str, Any], source: str, fresh: tuple[str, ...]) -> None:
     """Raises one error that lists all problems of transformers' loading report; `fresh` prefixes may be missing."""
-    problems = [f"missing    {key}" for key in sorted(info["missing_keys"]) if not key.startswith(fresh)]
-    problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
-    problems += [
-        f"shape      {key}: {tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
-        for key, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    if problems:
+    missing = [key for key in info["missing_keys"] if not key.startswith(fresh)]
+    if problems := misfit_lines(missing, info["unexpected_keys"], info["mismatched_keys"]):
         raise misfit(source, problems)
 
 

@@ -46,7 +46,7 @@ def weight_problems(checkpoint: Checkpoint) -> list[str]:
 
 def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
     """Problems of the tokenizer and the processor."""
-    return attempt(lambda: open_processor(checkpoint.name, checkpoint.config))
+    return attempt(lambda: open_processor(checkpoint, checkpoint.config))
 
 
 def checksum_problems(folder: Path) -> list[str]:

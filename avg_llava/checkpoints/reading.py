@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from avg_llava.checkpoints.checksums import check_checksum, new_digest, recorded_by_folder
+from avg_llava.checkpoints.checksums import check_checksum, hashing, new_digest, recorded_by_folder
 from avg_llava.checkpoints.stored_tensor import NUM_READERS, WEIGHT_DTYPES, StoredTensor, split
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,8 @@ def _read(stored: StoredTensor, dtype: torch.dtype | None, counts: bool, hashes:
     digest = new_digest(stored) if hashes else None
     position = num_not_finite = 0
     if casts or counts or hashes:
-        for chunk in split(tensor) if stored.start is None and not casts else stored.chunks():
-            if digest is not None:
-                digest.update(chunk.view(torch.uint8).numpy())
+        chunks = split(tensor) if stored.start is None and not casts else stored.chunks()
+        for chunk in chunks if digest is None else hashing(chunks, digest):
             if counts and chunk.is_floating_point() and not all(bound.isfinite() for bound in chunk.aminmax()):
                 num_not_finite += int(chunk.isfinite().logical_not().sum())
             if casts:

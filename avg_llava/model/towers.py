@@ -175,7 +175,7 @@ class OpenClipTower(Tower):
         return OpenClipVisionModel(config)
 
     def pixel_statistics(self, config: PreTrainedConfig) -> dict[str, Any]:
-        return {name: getattr(config, name) for name in ("image_mean", "image_std", "resample")}
+        return {"image_mean": config.image_mean, "image_std": config.image_std, "resample": config.resample}
 
     def embed(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
         return tower(pixels)

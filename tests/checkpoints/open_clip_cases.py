@@ -18,7 +18,7 @@ from avg_llava.model.processing import AvgLlavaProcessor
 from avg_llava.training.config import LoraSettings
 from avg_llava.training.lora import add_adapters
 from tests.checkpoints.test_backbones import train_and_ask
-from tests.tiny import tiny_config, write_backbones, write_data
+from tests.tiny import tiny_config
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 4, "mlp_ratio": 2.0}
@@ -49,14 +49,6 @@ def write_model(folder: Path, variant: str = "clip", weights: str = "open_clip_m
     else:
         torch.save(model.state_dict(), folder / weights)
     return model
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_backbones(folder)
-    write_data(folder, num_samples=4)
-    return folder
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])

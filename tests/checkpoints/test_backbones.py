@@ -58,14 +58,6 @@ def train_and_ask(vision: str, folder: Path, root: Path) -> Pipeline:
     return pipeline
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_backbones(folder)
-    write_data(folder, num_samples=4)
-    return folder
-
-
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "dinov2", "dinov2_registers"])
 def test_towers_train_and_answer(world, tmp_path, name):
     AutoModel.from_config(towers()[name]).save_pretrained(tmp_path / "tower")

@@ -117,11 +117,7 @@ def test_without_the_package(folder, image_file, tmp_path):
     families = [of_family(tmp_path / f"family-{tower}", tower) for tower in FAMILIES]
     without_package.run(image_file, tmp_path, folder, *families)
     for number, family in enumerate(families, 1):
-        model, processor = load(family)
-        answers = without_package.answers(model, processor, Image.open(image_file), model.config.granularities)
-        found = load_file(tmp_path / f"{number}.safetensors")
-        for name, tensor in answers.items():
-            assert torch.equal(found[name], tensor), f"{family.name}: {name}"
+        without_package.compare(tmp_path, number, *load(family), Image.open(image_file))
     model, processor = load(folder)
     image = Image.open(image_file)
     expected = without_package.answers(model, processor, image, model.config.granularities)

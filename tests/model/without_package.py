@@ -41,6 +41,30 @@ def answers(model, processor, image, levels) -> dict:
     return tensors
 
 
+def compare(output: Path, number: int, model, processor, image) -> None:
+    """Asserts that a run's answers of its folder `number` are bit for bit those of a model that was loaded here."""
+    import torch
+    from safetensors.torch import load_file
+
+    found, expected = (
+        load_file(output / f"{number}.safetensors"),
+        answers(model, processor, image, model.config.granularities),
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), f"folder {number}: {name}"
+
+
+def check(output: Path, image, *folders: Path) -> None:
+    """Asserts that models give the same answers where this package is not installed, and here."""
+    from avg_llava import load
+
+    image.save(output / "image.png")
+    run(output / "image.png", output, *folders)
+    for number, folder in enumerate(folders):
+        compare(output, number, *load(folder), image)
+
+
 def load_everything(folder: str, **options) -> tuple:
     """Model and processor, by each Auto class and the pipeline."""
     import transformers as hf

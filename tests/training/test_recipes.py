@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import LlamaConfig, MistralConfig, Qwen3Config, SiglipVisionConfig
 
 from avg_llava import load
@@ -129,15 +128,7 @@ def test_a_recipe_learns(trained, family):
 
 def test_results_load_without_this_package(trained, tmp_path):
     """In a process of its own, where they compute what they compute here."""
-    image = noise_images()[1]
-    image.save(tmp_path / "image.png")
-    results = [folder / "stage4" for folder in trained.values()]
-    without_package.run(tmp_path / "image.png", tmp_path, *results)
-    for number, result in enumerate(results):
-        model, processor = load(result)
-        found = load_file(tmp_path / f"{number}.safetensors")
-        for name, tensor in without_package.answers(model, processor, image, model.config.granularities).items():
-            assert torch.equal(found[name], tensor), f"{result}: {name}"
+    without_package.check(tmp_path, noise_images()[1], *(folder / "stage4" for folder in trained.values()))
 
 
 def test_stage_1_from_pickled_backbones(tmp_path, monkeypatch):

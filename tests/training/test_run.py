@@ -164,15 +164,7 @@ def test_results_bring_a_card(stages):
 
 def test_results_are_models_without_this_package(stages, tmp_path):
     """Every stage's, in a fresh process: logits and greedy ids at every level and routed."""
-    folders = [stages / f"stage{stage}" for stage in STAGES]
-    image = noise_images()[1]
-    image.save(tmp_path / "image.png")
-    without_package.run(tmp_path / "image.png", tmp_path, *folders)
-    for number, folder in enumerate(folders):
-        model, processor = load(folder)
-        found = load_file(tmp_path / f"{number}.safetensors")
-        for name, tensor in without_package.answers(model, processor, image, model.config.granularities).items():
-            assert torch.equal(found[name], tensor), f"{folder}: {name}"
+    without_package.check(tmp_path, noise_images()[1], *(stages / f"stage{stage}" for stage in STAGES))
 
 
 def test_a_result_is_prompted_with_the_template_of_its_training(stages, world, tmp_path, monkeypatch):
